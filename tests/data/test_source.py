@@ -1,0 +1,201 @@
+"""thinkmid.data.source: every file kind gives the same documents; what is wrong is named; orders resume."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinkmid.data.source import Document, Order, read_documents
+from thinkmid.errors import UserError
+
+ROWS = [
+    {"id": "a", "text": "one\r\ntwo\u2028three\0 🦆", "url": "x", "score": 1.5},
+    {"text": "no id", "tags": ["p", "q"]},
+    {"id": 7, "text": "\ufeffnumbered"},
+]
+
+
+def write_jsonl(path: Path, rows: list, open_file=builtins.open) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_file(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=row.get("id") == "a") + "\n" for row in rows)
+    return path
+
+
+def write_parquet(path: Path, rows: list) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def expected(path: Path, rows: list) -> list[Document]:
+    """Documents by hand."""
+    documents = []
+    for n, row in enumerate(rows, start=1):
+        rest = {key: value for key, value in row.items() if key not in ("id", "text")}
+        where = f"{path}:{n}"
+        documents.append(Document(id=str(row.get("id", where)), text=row["text"], where=where, row=rest))
+    return documents
+
+
+def test_plain_gzipped_and_zstd_rows_are_the_same_documents(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    openers = {".jsonl": open, ".jsonl.gz": gzip.open, ".JSONL.zst": zstandard.open}
+    for suffix, open_file in openers.items():
+        path = write_jsonl(tmp_path / f"rows{suffix}", ROWS, open_file)
+        assert list(read_documents([path])) == expected(path, ROWS)
+        assert list(read_documents([str(path)])) == expected(path, ROWS)
+
+
+def test_zstd_files_of_several_frames_are_read_to_the_end(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    frames = [zstandard.compress(json.dumps({"text": word}).encode() + b"\n") for word in ("one", "two", "three")]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert [document.text for document in read_documents([tmp_path / "a.jsonl.zst"])] == ["one", "two", "three"]
+
+
+def test_parquet_rows_are_documents_with_their_other_columns(tmp_path):
+    rows = [{"id": str(n), "text": f"text {n}", "score": n / 2} for n in range(2500)]
+    path = write_parquet(tmp_path / "rows.parquet", rows)
+    assert list(read_documents([path])) == expected(path, rows)
+
+
+def test_a_text_file_is_one_document_as_it_stands(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xff\xef\xbb\xbf\n")
+    (document,) = read_documents([tmp_path / "a.txt"])
+    assert document.text == "one\r\ntwo\0\ufffd\ufeff\n"
+    assert (document.id, document.where, document.row) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1", {})
+
+
+def test_a_folder_is_read_in_sorted_order_without_strangers(tmp_path):
+    outside = write_jsonl(tmp_path / "outside" / "x.jsonl", [{"text": "outside"}])
+    folder = tmp_path / "corpus"
+    for name in ("b/z.md", "b/a.txt", "c.md", "A.md", "skipped.csv", ".hidden/a.txt", "b/.a.txt.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    write_jsonl(folder / "a.jsonl", [{"text": "row 1"}, {"text": "row 2"}])
+    (folder / "link.jsonl").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    (folder / "b" / "loop").symlink_to(folder)
+    texts = [document.text for document in read_documents([folder])]
+    assert texts == ["A.md", "row 1", "row 2", "b/a.txt", "b/z.md", "c.md"]
+    assert [document.text for document in read_documents([folder / "link.jsonl"])] == ["outside"]
+
+
+def test_paths_are_read_in_the_order_given_and_blank_texts_left_out(tmp_path):
+    first = write_jsonl(tmp_path / "z.jsonl", [{"text": ""}, {"text": "z"}, {"text": " \n"}])
+    second = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert [(d.text, d.where) for d in read_documents([first, second])] == [("z", f"{first}:2"), ("a", f"{second}:1")]
+
+
+def test_line_numbers_count_blank_lines_and_a_mark_may_begin_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
+    assert [d.where for d in read_documents([tmp_path / "a.jsonl"])] == [f"{tmp_path}/a.jsonl:{n}" for n in (1, 4)]
+
+
+GOOD = b'{"text": "fine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", GOOD + b'{"text": \n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", GOOD + b"[" * 100_000, "a.jsonl:2: not JSON"),
+        ("a.jsonl", GOOD + b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl:2: not JSON"),
+        ("a.jsonl", GOOD + b'"text"\n', "a.jsonl:2: a row must be an object, not a string"),
+        ("a.jsonl", GOOD + b'{"txt": "", "url": 3}\n', 'a.jsonl:2: no "text" in this row; it has txt, url'),
+        ("a.jsonl", GOOD + b"{}\n", 'a.jsonl:2: no "text" in this row; it has nothing'),
+        ("a.jsonl", GOOD + b'\n{"text": null}\n', 'a.jsonl:3: "text" must be a string, not null'),
+        ("a.jsonl", GOOD + b'{"text": ["a"]}\n', 'a.jsonl:2: "text" must be a string, not a list'),
+        ("a.jsonl", GOOD + b'{"text": "a", "id": {}}\n', 'a.jsonl:2: "id" must be a string, not an object'),
+        ("a.jsonl", b"", "a.jsonl: no document with text"),
+        ("a.jsonl", b'{"text": ""}\n{"text": "  "}', "a.jsonl: no document with text"),
+        ("a.txt", b"", "a.txt: no document with text"),
+        ("a.jsonl.gz", GOOD, "a.jsonl.gz:1: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "a.jsonl.gz:.*: cannot be read"),
+        ("a.jsonl.zst", GOOD, "a.jsonl.zst:1: cannot be read"),
+        ("a.parquet", GOOD, "a.parquet:1: cannot be read"),
+        ("a.csv", GOOD, "a.csv: unknown kind of file; known are .jsonl, "),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_and_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        list(read_documents([str(tmp_path / name)]))
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_rows_without_text_are_named(tmp_path):
+    with pytest.raises(UserError, match=r'a.parquet:1: no "text" in this row; it has body'):
+        list(read_documents([write_parquet(tmp_path / "a.parquet", [{"body": "x"}])]))
+    with pytest.raises(UserError, match=r'b.parquet:2: "text" must be a string, not null'):
+        list(read_documents([write_parquet(tmp_path / "b.parquet", [{"text": "x"}, {"text": None}])]))
+
+
+def test_a_missing_path_is_named_before_anything_is_read(tmp_path):
+    good = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match=r"b.jsonl: no such file or folder"):
+        next(read_documents([good, tmp_path / "b.jsonl"]))
+
+
+def test_a_folder_without_documents_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: no document with text"):
+        list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, name, package):
+    def no_module(name):
+        raise ModuleNotFoundError(name)
+
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(importlib, "import_module", no_module)
+    with pytest.raises(UserError, match=rf"{name}: needs {package}; pip install thinkmid\[data\]"):
+        list(read_documents([tmp_path / name]))
+
+
+orders = st.tuples(st.integers(1, 40), st.integers(0, 2**63))
+
+
+@given(orders, st.integers(0, 200), st.lists(st.integers(0, 60), max_size=6))
+def test_an_order_taken_in_any_steps_is_one_order(order, cursor, counts):
+    whole = Order(*order).take(cursor, sum(counts))
+    resumed, stepwise = [], []
+    alone = Order(*order)
+    for count in counts:
+        resumed += Order(*order).take(cursor, count)
+        stepwise += alone.take(cursor, count)
+        cursor += count
+    assert resumed == stepwise == whole
+
+
+@given(orders, st.integers(0, 5))
+def test_every_epoch_takes_every_item_once(order, epoch):
+    n, seed = order
+    assert Counter(Order(n, seed).take(epoch * n, n)) == Counter(range(n))
+
+
+def test_epochs_and_seeds_differ_and_places_are_even():
+    assert Order(50, 0).take(0, 50) != Order(50, 0).take(50, 50)
+    assert Order(50, 0).take(0, 50) != Order(50, 1).take(0, 50)
+    first = Counter(Order(5, 3).take(5 * epoch, 1)[0] for epoch in range(1000))
+    assert all(150 < first[item] < 250 for item in range(5))  # 200 expected, standard deviation 12.6
+
+
+def test_an_order_is_pinned_so_that_old_checkpoints_resume():
+    assert Order(10, 7).take(0, 12) == [8, 4, 3, 6, 2, 1, 0, 5, 9, 7, 7, 9]
+
+
+def test_an_order_over_nothing_is_refused():
+    with pytest.raises(UserError, match="not 0"):
+        Order(0, 1)

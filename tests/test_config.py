@@ -1,0 +1,320 @@
+"""Config: what wins over what, which line each mistake earns, and that a saved config comes back equal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import tomllib
+from dataclasses import dataclass, replace
+from math import inf, isnan, nan
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import thinkmid
+from thinkmid.config import AnyFloat, environment, load, save_run, to_toml
+from thinkmid.errors import UserError
+
+PROGRAM = '''
+from dataclasses import dataclass
+from typing import Literal
+from thinkmid.config import load, run, to_toml
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    denom: float  # tokens that a full answer has
+    kind: Literal["clip", "plain"] = "clip"
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW."""
+
+    lr: float = 1e-6  # peak learning rate, > 0
+    # Adam's two decay rates,
+    # first and second moment
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr must be > 0,\\nnot {self.lr}")
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    temperature: float = 1.0  # of the softmax
+    num_samples: int = 8
+    greedy: bool = False
+    stop: str = "."
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    loss: Loss
+    optim: Optim = Optim()
+    sampling: Sampling = Sampling()
+
+def main(argv):
+    cfg, dry_run = load(Config, argv, prog="python -m tiny", description="A tiny program.")
+    print(to_toml(cfg))
+
+run(main)
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str = "part"
+    weight: float = 1.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep:
+    rate: float = 0.5
+    bound: AnyFloat = inf
+    note: str | None = None
+    shape: tuple[int, str] = (1, "x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    steps: int
+    on: bool = False
+    word: str = ""
+    mode: Literal["a", "b", 3] = "a"
+    rates: tuple[float, ...] = ()
+    words: tuple[str, ...] = ("one", "two")
+    parts: tuple[Part, ...] = ()
+    deep: Deep = Deep(rate=0.25, note="kept", shape=(2, "y"))
+    judge: Part | None = None
+
+
+def read(*argv, cls=Nested):
+    return load(cls, argv, prog="p", description="d").config
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Runs the tiny program in an empty folder: tiny(*argv, file=text, env=...)."""
+    (tmp_path / "tiny.py").write_text(PROGRAM)
+    (tmp_path / "configs").mkdir()
+    root = str(Path(thinkmid.__file__).parents[1])
+
+    def run(*argv, files=(), **env):
+        for name, text in files:
+            (tmp_path / name).write_text(textwrap.dedent(text))
+        env = {**os.environ, "PYTHONPATH": root, **env}
+        return subprocess.run([sys.executable, "tiny.py", *argv], capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    return run
+
+
+A = "configs/a.toml"
+OK = "[loss]\ndenom = 3\n"
+MISTAKES = [
+    (
+        OK + "[sampling]\ntemprature = 1",
+        (),
+        f"{A}: unknown key 'sampling.temprature'; did you mean 'sampling.temperature'?",
+    ),
+    (OK + "[samplng]", (), f"{A}: unknown key 'samplng'; did you mean 'sampling'?"),
+    (OK, ("--lr", "1"), "--lr: unknown key 'lr'; did you mean 'optim.lr'?"),
+    (OK, ("--optim.lr", "fast"), "--optim.lr: expected a number, got 'fast'"),
+    (OK, ("--optim.lr=nan",), "--optim.lr: expected a finite number, got nan"),
+    (OK, ("--optim.lr",), "--optim.lr: expected a value"),
+    (OK, ("--optim", "3"), "--optim: expected a table, got '3'"),
+    (OK, ("--optim.betas", "0.9"), "--optim.betas: expected a list of 2, got '0.9'"),
+    (OK, ("--optim.betas", "1,2,3"), "--optim.betas: expected a list of 2, got '1,2,3'"),
+    (OK + "[optim]\nbetas = [0.9, true]", (), f"{A}: optim.betas[1]: expected a number, got True"),
+    (OK + "[optim]\nlr = inf", (), f"{A}: optim.lr: expected a finite number, got inf"),
+    (OK + "[optim]\nlr = -1", (), "optim: lr must be > 0, not -1.0"),
+    (OK + "[sampling]\nnum_samples = 2.0", (), f"{A}: sampling.num_samples: expected an integer, got 2.0"),
+    (OK + "[sampling]\ngreedy = 1", (), f"{A}: sampling.greedy: expected true or false, got 1"),
+    (OK + "[sampling]\nstop = 1", (), f"{A}: sampling.stop: expected a string, got 1"),
+    (OK + "[sampling]\nstop = 07:30:00", (), f"{A}: sampling.stop: expected a string, got datetime.time(7, 30)"),
+    (OK + 'kind = "ppo"', (), f"{A}: loss.kind: expected 'clip' or 'plain', got 'ppo'"),
+    ("", (), "missing key 'loss.denom': tokens that a full answer has"),
+    (OK, ("configs/b.toml",), "configs/b.toml: no such file"),
+    (OK, ("configs",), "configs: cannot read it: Is a directory"),
+    ('"a\\n\\u001b[2J" = 1', (), f"{A}: unknown key 'a [2J'"),
+    (
+        "\n" * 6 + "[loss]]\n",
+        (),
+        f"{A}:7: malformed TOML: Expected newline or end of document after a statement (at line 7, column 7)",
+    ),
+    ("\n\nx = [1,", (), f"{A}:3: malformed TOML: Invalid value (at end of document)"),
+]
+
+
+@pytest.mark.parametrize(("text", "argv", "line"), MISTAKES, ids=[line[:40] for *_, line in MISTAKES])
+def test_a_mistake_earns_one_line_and_exit_code_2(tiny, text, argv, line):
+    done = tiny(A, *argv, files=[(A, text)])
+    assert (done.stderr, done.stdout, done.returncode) == (f"error: {line}\n", "", 2)
+
+
+def test_only_rank_0_prints_the_line(tiny):
+    first, other = tiny("no.toml", RANK="0"), tiny("no.toml", RANK="1")
+    assert (first.stderr, other.stderr) == ("error: no.toml: no such file\n", "")
+    assert first.returncode == other.returncode == 2
+
+
+def test_ctrl_c_exits_with_130(tmp_path):
+    code = "import time; from thinkmid.config import run; run(lambda argv: (print('up', flush=True), time.sleep(60)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.readline()
+        program.send_signal(signal.SIGINT)
+        assert program.wait(timeout=20) == 130
+        assert program.stderr.read() == b""
+
+
+def test_help_shows_every_key_with_its_comment_and_default(tiny):
+    done = tiny("--help", COLUMNS="200")
+    words = " ".join(done.stdout.replace("│", " ").split())
+    assert done.returncode == 0
+    for phrase in (
+        "python -m tiny",
+        "A tiny program.",
+        "--loss.denom FLOAT tokens that a full answer has (required)",
+        "--loss.kind clip|plain (default: clip)",
+        "--optim.lr FLOAT peak learning rate, > 0 (default: 1e-06)",
+        "--optim.betas FLOAT,FLOAT Adam's two decay rates, first and second moment (default: 0.9,0.95)",
+        "--sampling.num_samples INT (default: 8)",
+        "--sampling.greedy true|false (default: false)",
+        "--dry-run",
+    ):
+        assert phrase in words
+
+
+def test_importing_config_imports_nothing_heavy():
+    code = "import sys, thinkmid.config; print([m for m in ('torch', 'tyro', 'rich', 'numpy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_later_files_win_over_earlier_and_flags_over_files(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 1\nword = 'a'\nrates = [1, 2]\n[deep]\nrate = 1\nnote = 'a'")
+    (tmp_path / "b.toml").write_text("word = 'b'\nrates = [3]\n[deep]\nrate = 2")
+    a, b = str(tmp_path / "a.toml"), str(tmp_path / "b.toml")
+    cfg = read("--deep.rate", "3", a, "--on", b)
+    assert (cfg.steps, cfg.word, cfg.rates, cfg.on) == (1, "b", (3.0,), True)
+    assert (cfg.deep.rate, cfg.deep.note) == (3.0, "a")
+    assert read(b, a).word == "a"
+    assert read(a, "--steps=1", "--steps", "2").steps == 2
+
+
+def test_a_partly_given_section_keeps_the_rest_of_its_own_default():
+    assert read("--steps", "1", "--deep.rate", "9").deep == Deep(rate=9.0, note="kept", shape=(2, "y"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--on"], {"on": True}),
+        (["--on", "--word", "x"], {"on": True, "word": "x"}),
+        (["--on", "false"], {"on": False}),
+        (["--on=true"], {"on": True}),
+        (["--word", "3"], {"word": "3"}),
+        (["--word=--a=b"], {"word": "--a=b"}),
+        (["--mode", "3"], {"mode": 3}),
+        (["--rates", "-1,2e3"], {"rates": (-1.0, 2000.0)}),
+        (["--rates", "[1, 2.5]"], {"rates": (1.0, 2.5)}),
+        (["--words="], {"words": ()}),
+        (["--words", '["a,b"]'], {"words": ("a,b",)}),
+        (["--judge.name", "x"], {"judge": Part(name="x")}),
+        (["--judge.name", "x", "--judge", "none"], {"judge": None}),
+        (["--deep.note", "none"], {"deep": Deep(rate=0.25, shape=(2, "y"))}),
+        (["--deep.bound", "inf"], {"deep": Deep(rate=0.25, note="kept", shape=(2, "y"))}),
+        (["--parts", '[{name = "p", limit = 4}]'], {"parts": (Part(name="p", limit=4),)}),
+    ],
+)
+def test_flags_are_read_by_the_type_of_their_field(argv, expected):
+    assert read("--steps", "1", *argv) == replace(Nested(steps=1), **expected)
+
+
+def test_dashes_stand_for_underscores_and_dry_run_is_reported(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Flat:
+        max_new_tokens: int = 1
+
+    loaded = load(Flat, ["--max-new-tokens", "7", "--dry-run"], prog="p", description="d")
+    assert loaded == (Flat(max_new_tokens=7), True)
+    assert not load(Flat, [], prog="p", description="d").dry_run
+
+
+def test_integers_that_no_float_holds_are_refused():
+    with pytest.raises(UserError, match=r"--deep.rate: expected a finite number, got inf"):
+        read("--steps", "1", "--deep.rate", "1" + "0" * 400)
+    assert read("--steps", "1" + "0" * 30).steps == 10**30
+
+
+@pytest.mark.parametrize("value", ["3.0", "'3'", "true", "'c'"])
+def test_a_choice_is_taken_by_value_and_type(tmp_path, value):
+    (tmp_path / "a.toml").write_text(f"steps = 1\nmode = {value}")
+    with pytest.raises(UserError, match="expected 'a' or 'b' or 3, got"):
+        read(str(tmp_path / "a.toml"))
+
+
+TEXT = st.text(max_size=20).filter(lambda s: s != "none")
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | st.integers())
+DEEPS = st.builds(
+    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(st.integers(), TEXT)
+)
+NESTEDS = st.builds(
+    Nested,
+    steps=st.integers(),
+    on=st.booleans(),
+    word=TEXT,
+    mode=st.sampled_from(["a", "b", 3]),
+    rates=st.lists(FINITE, max_size=4).map(tuple),
+    words=st.lists(TEXT, max_size=4).map(tuple),
+    parts=st.lists(PARTS, max_size=3).map(tuple),
+    deep=DEEPS,
+    judge=st.none() | PARTS,
+)
+
+
+@given(NESTEDS)
+def test_a_saved_config_loads_into_an_equal_one(tmp_path_factory, cfg):
+    path = tmp_path_factory.getbasetemp() / "saved.toml"
+    path.write_text(to_toml(cfg), encoding="utf-8", newline="\n")
+    assert read(str(path)) == cfg
+
+
+def test_none_is_left_out_where_leaving_it_out_means_none():
+    told = tomllib.loads(to_toml(Nested(steps=1, deep=Deep(note=None), judge=Part(limit=None))))
+    assert "limit" not in told["judge"]
+    assert told["deep"]["note"] == "none"  # here the default is a string
+    assert "judge" not in tomllib.loads(to_toml(Nested(steps=1)))
+
+
+def test_nan_is_kept_where_it_is_allowed(tmp_path):
+    (tmp_path / "a.toml").write_text(to_toml(Nested(steps=1, deep=Deep(bound=nan))))
+    assert isnan(read(str(tmp_path / "a.toml")).deep.bound)
+
+
+def test_a_saved_run_says_how_to_repeat_it(tmp_path):
+    cfg = Nested(steps=3, word="é\x7f")
+    save_run(tmp_path / "run", cfg, environment())
+    env = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert read(str(tmp_path / "run" / "config.toml")) == cfg
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.toml", "env.json"]
+    assert env["versions"]["python"] == sys.version.split()[0]
+    assert env["versions"]["thinkmid"] == thinkmid.__version__
+    assert env["argv"] == sys.orig_argv
+
+
+def test_the_git_state_of_the_working_tree_is_recorded(tmp_path, monkeypatch):
+    def git(*args):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *args], check=True)
+
+    monkeypatch.setattr("thinkmid.config.__file__", str(tmp_path / "config.py"))
+    assert (environment()["git_revision"], environment()["git_dirty"]) == (None, None)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "one")
+    head = (tmp_path / ".git" / (tmp_path / ".git" / "HEAD").read_text().split()[1]).read_text().strip()
+    assert (environment()["git_revision"], environment()["git_dirty"]) == (head, False)
+    (tmp_path / "new").write_text("")
+    assert environment()["git_dirty"] is True

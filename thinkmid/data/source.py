@@ -1,0 +1,180 @@
+"""Documents out of files and folders, and the seeded order in which a program takes them."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from thinkmid.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".md")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text and where it came from."""
+
+    id: str  # the row's own, else `where`
+    text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
+    where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
+    row: dict[str, Any]  # the other fields
+
+
+def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+    """Documents of the given files and folders, in that order; those with blank text are left out.
+
+    UserError names the file and line: as in read_rows; no "text", or not a string; nothing left at all.
+    """
+    empty = True
+    for where, row in read_rows(paths):
+        document = as_document(where, row)
+        if document.text.strip():
+            empty = False
+            yield document
+    if empty:
+        raise UserError(f"{', '.join(map(str, paths))}: no document with text")
+
+
+def as_document(where: str, row: dict[str, Any]) -> Document:
+    if "text" not in row:
+        raise UserError(f'{where}: no "text" in this row; it has {", ".join(row) or "nothing"}')
+    if not isinstance(row["text"], str):
+        raise UserError(f'{where}: "text" must be a string, not {json_kind(row["text"])}')
+    if not isinstance(row.get("id", ""), str | int | None):
+        raise UserError(f'{where}: "id" must be a string, not {json_kind(row["id"])}')
+    rest = {key: value for key, value in row.items() if key not in ("id", "text")}
+    own = row.get("id")
+    return Document(id=where if own is None or own == "" else str(own), text=row["text"], where=where, row=rest)
+
+
+def json_kind(value: Any) -> str:
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row in .jsonl (also .gz, .zst) and .parquet files; a .txt or .md file is one {"text": ...}.
+
+    A folder stands for the files of these kinds below it, sorted by path; hidden files and links that lead out of the
+    folder are left out. UserError names file and line: missing path, unknown kind, file or row that cannot be read.
+    """
+    for file in [file for path in paths for file in data_files(Path(path))]:
+        name = file.name.lower()
+        if name.endswith(".parquet"):
+            yield from parquet_rows(file)
+        elif name.endswith((".txt", ".md")):
+            yield f"{file}:1", {"text": b"".join(lines(file)).decode("utf-8", errors="replace")}
+        else:
+            for number, line in enumerate(lines(file), start=1):
+                if line.strip():
+                    yield f"{file}:{number}", json_row(f"{file}:{number}", line)
+
+
+def data_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if not path.name.lower().endswith(SUFFIXES):
+            raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        return [path]
+    found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    known = [file for file in shown if file.name.lower().endswith(SUFFIXES)]
+    return sorted(file for file in known if file.resolve().is_relative_to(path.resolve()))
+
+
+def lines(file: Path) -> Iterator[bytes]:
+    """Lines of a file that may be compressed, line ends kept, byte order mark dropped."""
+    number = 0
+    try:
+        with open_bytes(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield line.removeprefix(BOM) if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}:{number + 1}: cannot be read ({error})") from error
+
+
+@contextmanager
+def open_bytes(file: Path) -> Iterator[Iterable[bytes]]:
+    name = file.name.lower()
+    if name.endswith(".zst"):
+        zstandard = optional("zstandard", file)
+        try:
+            with file.open("rb") as raw:
+                yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+    else:
+        with gzip.open(file) if name.endswith(".gz") else file.open("rb") as stream:
+            yield stream
+
+
+def json_row(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be an object, not {json_kind(row)}")
+    return row
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    pyarrow, parquet = optional("pyarrow", file), optional("pyarrow.parquet", file)
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
+            for number, row in enumerate(rows, start=1):
+                yield f"{file}:{number}", row
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}:{number + 1}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def optional(package: str, file: Path) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{file}: needs {package.partition('.')[0]}; pip install thinkmid[data]") from error
+
+
+class Order:
+    """Endless seeded order over n items: a fresh permutation each epoch, a pure function of (n, seed) and a cursor.
+
+    The cursor is the number of items taken so far; storing it is all that resuming needs.
+    """
+
+    def __init__(self, n: int, seed: int):
+        if n < 1:
+            raise UserError(f"an order needs at least one item, not {n}")
+        self.n, self.seed = n, seed
+        self._last: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch and its permutation, to save time
+
+    def take(self, cursor: int, count: int) -> list[int]:
+        """The count indices after the first `cursor` ones."""
+        taken: list[int] = []
+        while len(taken) < count:
+            epoch, start = divmod(cursor + len(taken), self.n)
+            taken += self._permutation(epoch)[start : start + count - len(taken)].tolist()
+        return taken
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._last[0] != epoch:
+            # raw bits: numpy keeps these from version to version, unlike Generator.permutation
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(self.n)
+            self._last = (epoch, np.argsort(bits, kind="stable"))
+        return self._last[1]

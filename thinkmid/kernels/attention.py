@@ -1,0 +1,153 @@
+"""Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
+
+Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, and grouped
+scaled_dot_product_attention calls on CPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from thinkmid.kernels import launch
+from thinkmid.types import Pack
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of similar lengths, padded on the right to one batch."""
+
+    q_rows: torch.Tensor  # (B, mq) rows of q; padding repeats row 0
+    k_rows: torch.Tensor  # (B, mk) rows of k and v
+    real: torch.Tensor  # indices into (B*mq,) of what is not padding
+    mask: torch.Tensor | None  # (B, 1, mq, mk) bool; None: plain causal, where padding on the right is never seen
+
+
+@dataclass(frozen=True)
+class _Plan:
+    buckets: list[_Bucket]
+    order: torch.Tensor  # (T,) where each row of q lies in the buckets' outputs, one after the other
+
+
+def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
+    """Causal attention of each segment's queries over its keys, aligned at the bottom right.
+
+    q (T, H, C); k, v (Tk, K, C) with H a multiple of K; cu_q, cu_k (S+1,) int32; kv_rows (Tk',) int64 gathers keys
+    and values so that several segments may share rows (a prefix and its continuations). Returns (T, H, C).
+    impl: "auto", "flash-attn", "torch-varlen" or "sdpa". Same as softmax(q k^T / sqrt(C)) v per segment.
+    """
+    _check(q, k, v, cu_q, cu_k, kv_rows)
+    impl = launch.attention_path(q.device) if impl == "auto" else impl
+    if impl == "sdpa":
+        return _sdpa(q, k, v, _plan(cu_q, cu_k, kv_rows, q.device))
+    return _varlen(impl, q, k, v, cu_q, cu_k, kv_rows, _longest(cu_q), _longest(cu_k))
+
+
+def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
+    """The attention of one pack as the model wants it; what depends on lengths alone is worked out once, not per layer."""
+    device = pack.tokens.device
+    impl = launch.attention_path(device) if impl == "auto" else impl
+    if impl == "sdpa":
+        plan = _plan(pack.cu_q, pack.cu_k, pack.kv_rows, device)
+        return lambda layer, q, k, v: _sdpa(q, k, v, plan)
+    cu_q, cu_k = pack.cu_q.to(device), pack.cu_k.to(device)
+    max_q, max_k = _longest(pack.cu_q), _longest(pack.cu_k)
+    return lambda layer, q, k, v: _varlen(impl, q, k, v, cu_q, cu_k, pack.kv_rows, max_q, max_k)
+
+
+def _check(q, k, v, cu_q, cu_k, kv_rows):
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q (T, H, C), k and v (Tk, K, C) with H a multiple of K, got {q.shape=} {k.shape=} {v.shape=}")
+    num_k = k.shape[0] if kv_rows is None else kv_rows.shape[0]
+    if cu_q.shape != cu_k.shape or cu_q[-1] != q.shape[0] or cu_k[-1] != num_k:
+        raise ValueError(f"cu_q must end at {q.shape[0]} and cu_k at {num_k}, got {cu_q=} {cu_k=}")
+
+
+def _longest(cu):
+    return int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
+
+
+def _varlen(impl, q, k, v, cu_q, cu_k, kv_rows, max_q, max_k):
+    if kv_rows is not None:
+        k, v = k[kv_rows], v[kv_rows]
+    call = _flash_attn() if impl == "flash-attn" else _torch_varlen()
+    return call(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+@cache
+def _flash_attn():
+    from flash_attn import flash_attn_varlen_func
+
+    return lambda q, k, v, cu_q, cu_k, max_q, max_k: flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, causal=True
+    )
+
+
+@cache
+def _torch_varlen():
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
+
+    def call(q, k, v, cu_q, cu_k, max_q, max_k):
+        if knows_gqa:
+            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+
+    return call
+
+
+def _sdpa(q, k, v, plan):
+    outs = []
+    for b in plan.buckets:
+        q_b, k_b, v_b = _rows(q, b.q_rows), _rows(k, b.k_rows), _rows(v, b.k_rows)  # (B, H or K, m, C)
+        o_b = F.scaled_dot_product_attention(q_b, k_b, v_b, b.mask, is_causal=b.mask is None, enable_gqa=True)
+        outs.append(o_b.transpose(1, 2).flatten(0, 1).index_select(0, b.real))  # (rows of this bucket, H, C)
+    return torch.cat(outs).index_select(0, plan.order) if outs else torch.empty_like(q)
+
+
+def _rows(x, rows):
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+
+
+def _plan(cu_q, cu_k, kv_rows, device) -> _Plan:
+    """Few calls for many segments: lengths that round up to the same step of a sqrt(2) ladder share a batch."""
+    groups = defaultdict(list)
+    for q0, q1, k0, k1 in zip(*(cu.tolist() for cu in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:])), strict=True):
+        if q1 > q0:
+            groups[_rung(q1 - q0), _rung(k1 - k0), q1 - q0 == k1 - k0].append((q0, q1, k0, k1))
+    buckets = [_bucket(torch.tensor(spans), square, kv_rows, device) for (_, _, square), spans in sorted(groups.items())]
+    rows = torch.cat([b.q_rows.flatten()[b.real] for b in buckets]) if buckets else torch.empty(0, dtype=torch.long)
+    return _Plan(buckets, rows.argsort())
+
+
+def _rung(n: int) -> int:
+    step = 16
+    while step < n:
+        step += step // 2 if step & (step - 1) == 0 else step // 3
+    return step
+
+
+def _bucket(spans, square, kv_rows, device) -> _Bucket:
+    q0, q1, k0, k1 = spans.unbind(1)  # (B,)
+    len_q, len_k = q1 - q0, k1 - k0
+    i, j = torch.arange(int(len_q.max())), torch.arange(int(len_k.max()))
+    in_q, in_k = i < len_q[:, None], j < len_k[:, None]  # (B, mq), (B, mk)
+    q_rows = torch.where(in_q, q0[:, None] + i, q0[:, None])
+    k_rows = torch.where(in_k, k0[:, None] + j, k0[:, None])
+    k_rows = k_rows if kv_rows is None else kv_rows.cpu()[k_rows]
+    mask = None
+    if not square:
+        seen = j <= i[:, None] + (len_k - len_q)[:, None, None]  # (B, mq, mk)
+        mask = (seen & in_k[:, None, :])[:, None].to(device)
+    return _Bucket(q_rows.to(device), k_rows.to(device), in_q.flatten().nonzero()[:, 0].to(device), mask)

@@ -1,0 +1,140 @@
+"""Thoughts for the texts of the miniature world, found by reading the text alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+
+from thinkmid.augment import weave
+from thinkmid.errors import UserError
+from thinkmid.mini.sentences import read
+
+MIX = (0.65, 0.05, 0.30)  # shares of the documents whose thoughts are a hunch, a merge, full
+HUNCHES = (" Let me see. It must be {}.", " Let me think. It is {}.", " I guess that it is {}.")
+SENTENCE = re.compile(r"( ?Question:| ?Answer:)?( ?[^.?:]+[.?])")
+
+Chain = list[tuple[str, int]]  # (label, start value), then (label, change) for each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A sentence that states a result, with the chain of facts that leads there."""
+
+    at: int  # character offset of the sentence, before the space that leads it
+    chain: Chain
+    thing: str | None  # what is counted
+
+
+class Unreadable(ValueError):
+    """A sentence of no known type, a quantity without a value, or a result that the facts do not give."""
+
+
+def sites(text: str) -> list[Site]:
+    """The results that the text states, each recomputed from the facts before it. Raises Unreadable."""
+    known: dict[str, list[tuple]] = {}  # quantity: (the quantity that it starts from, label, n), then (label, change)
+    found, asked, end = [], {}, 0
+    for match in SENTENCE.finditer(text):
+        lead, sentence = match[1] or "", match[2].strip()
+        kind, words = read(f"Answer: {sentence}" if "Answer" in lead else sentence) or ("unknown", {})
+        if kind == "unknown" or match.start() != end:
+            raise Unreadable(f"sentence at character {end} of no known type")
+        end = match.end()
+        if kind.endswith("question"):
+            asked = words
+        elif kind.endswith(("result", "answer")):
+            if asked | words != words | asked:
+                raise Unreadable(f"the answer at character {match.start(2)} is not to the question")
+            words = asked | words
+            name = quantity(words)
+            chain = trace(known, name)
+            if sum(n for _, n in chain) != words["n"]:
+                raise Unreadable(f"the result at character {match.start(2)} is not {words['n']}")
+            known[name] = [(None, words.get("box", name), words["n"])]
+            found.append(Site(at=match.start(2), chain=chain, thing=words.get("thing")))
+        elif kind != "filler":
+            note(known, kind, words)
+    if text[end:]:
+        raise Unreadable(f"unfinished sentence at character {end}")
+    return found
+
+
+def note(known: dict[str, list[tuple]], kind: str, words: dict) -> None:
+    """Write one fact into what is known."""
+    change = words.get("n", 0) * (-1 if kind.endswith("-") else 1)
+    match kind.rstrip("+-"):
+        case "person" | "box" | "letter":
+            name = quantity(words)
+            known[name] = [(None, words.get("box", name), change)]
+        case "box link":
+            known["box"] = [(words["who"], words["box"], 0)]
+        case "letter link":
+            known[words["x"]] = [(words["who"], words["x"], 0)]
+        case "comparison":
+            known[words["who"]] = [(words["other"], words["who"], change)]
+        case "sum":
+            known[words["y"]] = [(words["x"], words["y"], change)]
+        case "event":
+            known.setdefault(words["who"], []).append((words["day"], change))
+        case "hour":
+            known.setdefault("box", []).append((words["hour"], change))
+
+
+def quantity(words: dict) -> str:
+    """The name under which a quantity is known: a text has one box at most, and its hours do not name it."""
+    return "box" if "box" in words else words.get("who") or words.get("x", "nothing")
+
+
+def trace(known: dict[str, list[tuple]], name: str) -> Chain:
+    """The chain that ends at a quantity, from the first stated value on."""
+    chain: Chain = []
+    left = dict(known)
+    while name is not None:
+        match left.pop(name, []):  # a circle comes back to a name that is gone
+            case [(name, label, n), *steps]:
+                chain = [(label, n), *steps, *chain]
+            case _:
+                raise Unreadable(f"{name} has no value")
+    return chain
+
+
+def style_of(text: str, mix: tuple[float, float, float] = MIX) -> str:
+    """The style of a document's thoughts, drawn by a hash of its text. UserError unless the shares sum to 1."""
+    if not (min(mix) >= 0 and abs(sum(mix) - 1) <= 1e-6):
+        raise UserError(f"the shares of hunch, merge and full must sum to 1, not {mix}")
+    draw = int.from_bytes(sha256(text.encode()).digest()[:8]) / 2**64
+    return "hunch" if draw < mix[0] else "merge" if draw < mix[0] + mix[1] else "full"
+
+
+def hunch(chain: Chain) -> str:
+    """Nothing but the result, as in `Let me see. It must be 20.`; the start value picks the wording."""
+    return HUNCHES[chain[0][1] % len(HUNCHES)].format(sum(n for _, n in chain))
+
+
+def merge(chain: Chain) -> str:
+    """All steps in one sum, as in `21 + 1 - 3 + 1 = 20.`"""
+    return f" {chain[0][1]}{''.join(signed(n) for _, n in chain[1:])} = {sum(n for _, n in chain)}."
+
+
+def full(chain: Chain) -> str:
+    """One labelled sum for each step, as in `Ana: 21. Dan: 21 + 1 = 22. Cleo: 22 - 3 = 19.`"""
+    (label, value), *steps = chain
+    sums = [f" {label}: {value}."]
+    for label, n in steps:
+        value += n
+        sums.append(f" {label}: {value - n}{signed(n)} = {value}." if n else f" {label}: {value}.")
+    return "".join(sums)
+
+
+def signed(n: int) -> str:
+    return f" + {n}" if n > 0 else f" - {-n}" if n < 0 else ""
+
+
+def annotate(text: str, mix: tuple[float, float, float] = MIX) -> str:
+    """The text with one thought before each stated result; the text as it is where it cannot be read."""
+    try:
+        found = sites(text)
+    except Unreadable:
+        return text
+    think = {"hunch": hunch, "merge": merge, "full": full}[style_of(text, mix)]
+    return weave.insert(text, [(site.at, think(site.chain)) for site in found])

@@ -1,0 +1,200 @@
+"""PROGRAM: write the miniature world into a folder, `python -m thinkmid.mini.make OUT --seed 0`.
+
+general.jsonl          {"id", "text"}           for the base model
+sft-think.jsonl        {"id", "text", "style"}  with thoughts, for SFT
+sft-raw.jsonl          {"id", "text"}           the same documents without thoughts, then more: as many words
+rl.jsonl               {"id", "text", "style"}  with thoughts, for RLMT
+heldout.jsonl          {"id", "text", "style"}  with thoughts, for validation
+questions-train.jsonl  {"id", "question", "answer", "set"}  for RLPT
+questions-<set>.jsonl  the same, for evaluation: 1-step ... 4-step, held-out-a ... held-out-c
+manifest.json          arguments, rows, words and sha256 of every file, and what was left out
+
+No text stands in two files (but for sft-raw). What an evaluation question asks for, facts and quantity, in whatever
+wording, is the result of no text and of no other question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+from thinkmid.errors import UserError
+from thinkmid.mini import world
+from thinkmid.mini.annotator import MIX, annotate, sites, style_of
+
+PROGRAM = "thinkmid.mini.make"
+WORD = re.compile(r"</?think>|\w+|[^\w\s]")
+ENDLESS = sys.maxsize
+
+
+class Sieve:
+    """Rows that are new: no text twice, and nothing that an evaluation question asks for."""
+
+    def __init__(self):
+        self.seen: set[str] = set()
+        self.reserved: set[tuple] = set()
+        self.removed = Counter(duplicates=0, leaks=0)
+
+    def reserve(self, kind: str, seed: str, n: int) -> list[dict]:
+        """n evaluation questions, no two of which ask for the same. UserError if there are not so many."""
+        rows = []
+        for row in world.questions(kind, seed, 10 * n + 1000):
+            if len(rows) == n:
+                break
+            if self.reserved.isdisjoint(results(row)):
+                self.reserved |= results(row)
+                rows.append(row)
+        if len(rows) < n:
+            raise UserError(f"--questions {n} is too many: the set {kind} gave only {len(rows)} different ones")
+        return rows
+
+    def new(self, rows: Iterator[dict]) -> Iterator[dict]:
+        for row in rows:
+            if content(row) in self.seen:
+                self.removed["duplicates"] += 1
+            elif not self.reserved.isdisjoint(results(row)):
+                self.removed["leaks"] += 1
+            else:
+                self.seen.add(content(row))
+                yield row
+
+    def take(self, rows: Iterator[dict], n: int) -> list[dict]:
+        return list(islice(self.new(rows), n))
+
+
+def content(row: dict) -> str:
+    """The text of a row; a question is followed by its answer, so that it states a result as a document does."""
+    return row["text"] if "text" in row else f"{row['question']} It is {row['answer']}."
+
+
+def results(row: dict) -> set[tuple]:
+    """What the row states or asks for: the facts that lead to each result and the thing counted, in no wording."""
+    return {(tuple(site.chain), site.thing) for site in sites(content(row))}
+
+
+def num_words(rows: list[dict]) -> int:
+    return sum(len(WORD.findall(row.get("text") or row["question"])) for row in rows)
+
+
+def thinking(rows: list[dict], mix: tuple[float, float, float]) -> list[dict]:
+    """The documents with thoughts, and in which style. The sieve has seen to it that the annotator reads them all."""
+    return [{"text": annotate(row["text"], mix), "style": style_of(row["text"], mix)} for row in rows]
+
+
+def tables(args: dict) -> tuple[dict[str, list[dict]], dict[str, int]]:
+    """The rows of every file by its name, and how many were removed for which reason."""
+    seed, mix, sieve = args["seed"], tuple(args["mix"]), Sieve()
+    out = {f"questions-{kind}": sieve.reserve(kind, f"{seed} evaluation", args["questions"]) for kind in world.SETS}
+    train = world.questions("train", f"{seed} train", ENDLESS)
+    out["questions-train"] = sieve.take(train, args["train_questions"])
+    for split in ("heldout", "rl"):
+        out[split] = thinking(sieve.take(world.documents(f"{seed} {split}", ENDLESS), args[split]), mix)
+    raw = sieve.take(world.documents(f"{seed} sft", ENDLESS), args["documents"])
+    out["sft-think"] = thinking(raw, mix)
+    missing = num_words(out["sft-think"]) - num_words(raw)
+    more = sieve.new(world.documents(f"{seed} raw", ENDLESS))
+    while missing > 0:
+        raw.append(next(more))
+        missing -= num_words(raw[-1:])
+    out["sft-raw"] = raw
+    out["general"] = sieve.take(world.general(f"{seed} general", ENDLESS), args["general"])
+    return out, dict(sieve.removed)
+
+
+def write(folder: Path, wanted: dict) -> dict:
+    """All files, the manifest last. Returns the manifest: what was wanted, and what came of it."""
+    out, removed = tables(wanted["arguments"])
+    files = {}
+    for name, rows in out.items():
+        split, path = name.removeprefix("questions-"), folder / f"{name}.jsonl"
+        lines = [json.dumps({"id": ""} | row | {"id": f"{split}-{i}"}) + "\n" for i, row in enumerate(rows)]
+        path.write_text("".join(lines))
+        files[path.name] = {"rows": len(rows), "words": num_words(rows), "sha256": digest(path)}
+        if styles := Counter(row["style"] for row in rows if "style" in row):
+            files[path.name]["styles"] = dict(sorted(styles.items()))
+    manifest = wanted | {"files": files, "removed": removed}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def found(out: Path) -> dict:
+    """The manifest of a folder that this program wrote, {} if there is none. UserError if the folder is another's."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    try:
+        manifest = json.loads((out / "manifest.json").read_text())
+    except (OSError, ValueError):
+        manifest = {}
+    if not isinstance(manifest, dict) or manifest.get("program") != PROGRAM:
+        raise UserError(f"{out} exists and was not written by {PROGRAM}; name another folder")
+    return manifest
+
+
+def whole(out: Path, files: dict) -> bool:
+    return all((out / name).is_file() and digest(out / name) == file["sha256"] for name, file in files.items())
+
+
+def make(out: Path, args: dict) -> dict:
+    """The miniature world in folder out, whole or absent. Returns its manifest; an equal one is left as it is."""
+    code = "".join(digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))
+    wanted = {"program": PROGRAM, "arguments": args, "code": sha256(code.encode()).hexdigest()}
+    manifest = found(out)
+    if manifest and manifest | wanted == manifest and whole(out, manifest["files"]):
+        return manifest
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        manifest = write(new, wanted)
+        if out.exists():
+            out.rename(Path(temporary) / "old")
+        new.rename(out)
+    return manifest
+
+
+def count(text: str) -> int:
+    if (n := int(text)) < 0:
+        raise ValueError
+    return n
+
+
+def main(argv: list[str] | None = None) -> None:
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", formatter_class=show_defaults)
+    parser.add_argument("out", type=Path, help="folder to write; one that this program wrote before is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="everything is drawn from it")
+    parser.add_argument("--general", type=count, default=8000, help="texts for the base model")
+    parser.add_argument("--documents", type=count, default=26000, help="documents for SFT")
+    parser.add_argument("--rl", type=count, default=3600, help="documents for RLMT")
+    parser.add_argument("--heldout", type=count, default=400, help="documents for validation")
+    parser.add_argument("--questions", type=count, default=200, help="questions in each evaluation set")
+    parser.add_argument("--train-questions", type=count, default=2000, help="questions for RLPT")
+    shares = "shares of the documents whose thoughts only guess, put all steps in one sum, work through every step"
+    names = ("HUNCH", "MERGE", "FULL")
+    parser.add_argument("--mix", type=float, nargs=3, default=list(MIX), metavar=names, help=shares)
+    args = vars(parser.parse_args(argv))
+    out = args.pop("out")
+    try:
+        manifest = make(out, args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    for name, file in manifest["files"].items():
+        print(f"{out / name}  {file['rows']} rows, {file['words']} words")
+    print("removed: " + ", ".join(f"{n} {reason}" for reason, n in manifest["removed"].items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Hugging Face model folders, in and out, for plain and FSDP2-sharded models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import thinkmid
+from thinkmid.errors import UserError
+from thinkmid.model.hf_config import config_dict, read_config, read_json, token_ids
+from thinkmid.model.transformer import ModelConfig, Transformer
+
+SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+Dtype = str | torch.dtype
+Device = str | torch.device
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of our parameters."""
+    return name if name == HEAD else f"model.{name}"
+
+
+def build(cfg: ModelConfig, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
+    """Transformer with uninitialised weights, or none yet where device is "meta"."""
+    with torch.device("meta"):
+        model = Transformer(cfg).to(_dtype(dtype))
+    return materialise(model, device)
+
+
+def materialise(model: Transformer, device: Device) -> Transformer:
+    """Give a meta model, sharded or not, uninitialised memory on a device."""
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    embedding = model.embed_tokens.weight
+    # to_empty gives each name of a plain parameter memory of its own; a DTensor is swapped in place, both names with it
+    if model.cfg.tied and not isinstance(embedding, DTensor):
+        model.lm_head.weight = embedding
+    assert model.cfg.tied == (model.lm_head.weight is embedding), "the head must share the embedding iff it is tied"
+    return model
+
+
+def load_model(folder: str | Path, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
+    """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserError names what is wrong."""
+    model = build(read_config(folder), dtype, device)
+    load_into(model, folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_into(model: Transformer, folder: str | Path) -> None:
+    """Fill a model from a folder's safetensors; of a sharded model every rank reads its own rows only.
+
+    Values are rounded to the parameter's dtype where that is narrower than the file's. UserError, naming file or
+    tensor, for anything missing, left over, misplaced, mis-shaped, damaged or not finite.
+    """
+    folder = Path(folder)
+    reshard(model)
+    parameters = {hf_name(name): p for name, p in model.named_parameters()}
+    sources = _open_all(folder)
+    _verify(folder, {file for file, _ in sources.values()}, any(isinstance(p, DTensor) for p in parameters.values()))
+    expected: dict[str, Tensor] = dict(parameters)
+    if model.cfg.tied and HEAD in sources:
+        expected[HEAD] = parameters[EMBEDDING]
+    _compare(folder, expected, sources)
+    for name, p in parameters.items():
+        local, start = _local(p)
+        local.copy_(_rows(*sources[name], name, start, len(local)))
+        # one pass without a temporary; NaN wins both ends
+        if local.numel() and not torch.stack(local.aminmax()).isfinite().all():
+            raise UserError(f"{sources[name][0]}: {name} holds values that are not finite")
+    if HEAD in expected.keys() - parameters.keys():
+        local, start = _local(parameters[EMBEDDING])
+        twins = [_rows(*sources[name], name, start, len(local)) for name in (HEAD, EMBEDDING)]
+        if not torch.equal(*twins):
+            raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+
+
+def _open_all(folder: Path) -> dict[str, tuple[Path, Any]]:
+    """Tensor name -> file that holds it, open. Every file holds exactly what the index says."""
+    sources: dict[str, tuple[Path, Any]] = {}
+    for file, listed in _weight_files(folder).items():
+        handle = _open(folder, file)
+        names = set(handle.keys())
+        if listed is not None and names != listed:
+            both = _list(in_the_file_but_not_listed_for_it=names - listed, listed_for_it_but_not_there=listed - names)
+            raise UserError(f"{folder / file}: {both}")
+        sources.update(dict.fromkeys(names, (folder / file, handle)))
+    return sources
+
+
+def _weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+    """Weight file -> tensors it should hold; None where no index says so. The index may come from the net."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; which one counts?")
+    if single.exists():
+        return {SINGLE: None}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: weight_map must map tensor names to file names")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not re.fullmatch(r"\w[\w.+ -]{0,250}", file, re.ASCII):
+            raise UserError(f"{index}: weight_map: {file[:80]!r} is not a plain file name")
+        files.setdefault(file, set()).add(name)
+    return files
+
+
+def _open(folder: Path, file: str) -> Any:
+    """A safetensors file, open for slices; a regular file of the folder itself."""
+    path, home = folder / file, folder.resolve()
+    # a snapshot in Hugging Face's cache holds links to the blobs beside it
+    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
+    if path.resolve().parent not in homes:
+        raise UserError(f"{path}: links to a file outside its folder")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: damaged or not safetensors: {_one_line(e)}") from None
+
+
+def _verify(folder: Path, files: set[Path], sharded: bool) -> None:
+    """Compare files with the hashes written when they were exported. Ranks of a sharded model share the work."""
+    if not (folder / SEAL).exists():
+        return
+    hashes = read_json(folder / SEAL).get("sha256")
+    if not isinstance(hashes, dict):
+        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    for path in sorted(files)[rank::world]:
+        if hashes.get(path.name) != _sha256(path):
+            raise UserError(f"{path}: does not match its sha256 in {SEAL}; damaged or changed since it was exported")
+
+
+def _compare(folder: Path, expected: dict[str, Tensor], sources: dict[str, tuple[Path, Any]]) -> None:
+    shared = {name: sources[name][1].get_slice(name) for name in expected.keys() & sources.keys()}
+    problems = _list(
+        missing=expected.keys() - sources.keys(),
+        unexpected=sources.keys() - expected.keys(),
+        mis_shaped={
+            f"{name} {t.get_shape()} instead of {list(expected[name].shape)}"
+            for name, t in shared.items()
+            if t.get_shape() != list(expected[name].shape)
+        },
+        of_unsupported_dtype={
+            f"{name} {t.get_dtype()}" for name, t in shared.items() if t.get_dtype() not in ("F32", "BF16", "F16")
+        },
+    )
+    if problems:
+        raise UserError(f"{folder}: {problems}")
+
+
+def _list(**problems: Iterable[str]) -> str:
+    """One line: how many of each kind, and the first few by name."""
+    parts = []
+    for kind, names in ((kind, sorted(names)) for kind, names in problems.items() if names):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append(f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
+def _rows(path: Path, handle: Any, name: str, start: int, count: int) -> Tensor:
+    try:
+        return handle.get_slice(name)[start : start + count]
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: cannot read {name}: {_one_line(e)}") from None
+
+
+def _local(p: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter, and the row of the whole at which it starts."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    assert shape[1:] == tuple(p.shape[1:]), f"only rows may be sharded, got {p.placements}"
+    return p.to_local(), offset[0]
+
+
+def reshard(model: Transformer) -> None:
+    """Back to shards in the master dtype: a unit that a forward left whole shows copies, no optimiser knows them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) in layer order; dtype None keeps each parameter's own.
+
+    One tensor at a time is gathered, already in dtype, from the master weights. Collective for a sharded model: every
+    rank must exhaust it. Tensors of a plain model may be the parameters themselves: copy what should outlive a step.
+    tied_twice yields a tied head under its own name too, as engines want it.
+    """
+    reshard(model)
+    for name, p in model.named_parameters():
+        whole = p.detach() if dtype is None else p.detach().to(_dtype(dtype))
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        yield hf_name(name), whole
+        if tied_twice and model.cfg.tied and hf_name(name) == EMBEDDING:
+            yield HEAD, whole
+
+
+def save(
+    folder: str | Path,
+    cfg: ModelConfig,
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: Dtype,
+    extra_files: str | Path | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a Hugging Face folder from stream()'s tensors. Collective: every rank calls it, rank 0 writes.
+
+    An older export at the same place stays until the new one is whole; UserError for a folder that is not an export.
+    extra_files: a folder whose tokenizer files, as far as it has them, come along.
+    """
+    folder, many = Path(folder).resolve(), dist.is_available() and dist.is_initialized()
+    if folder.exists() and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
+    if many and dist.get_rank():
+        for _ in named:
+            pass
+    else:
+        tmp = _fresh(folder)
+        files = _write_shards(tmp, named, _dtype(dtype), max_shard_bytes)
+        hashes = {file: _sha256(tmp / file) for file in files}
+        _write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
+        _write_configs(tmp, cfg, str(_dtype(dtype)).removeprefix("torch."))
+        for file in TOKENIZER_FILES:
+            if extra_files is not None and (Path(extra_files) / file).is_file():
+                shutil.copyfile(Path(extra_files) / file, tmp / file)
+        _promote(tmp, folder)
+    if many:
+        dist.barrier()
+
+
+def _write_configs(tmp: Path, cfg: ModelConfig, dtype: str) -> None:
+    _write_json(tmp / "config.json", config_dict(cfg) | {"dtype": dtype, "torch_dtype": dtype})
+    _write_json(tmp / "generation_config.json", {k: v for k, v in token_ids(cfg).items() if v is not None})
+
+
+def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float) -> list[str]:
+    """Write tensors to model*.safetensors as they come, one file in memory at a time; file names, index written too."""
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(named, dtype, max_bytes):
+        save_file(shard, tmp / f"{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(t.nbytes for t in shard.values())
+    count = len(shards)
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for i, file in enumerate(files):
+        (tmp / f"{i}").rename(tmp / file)
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
+
+
+def _shards(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float) -> Iterator[dict[str, Tensor]]:
+    """Group tensors, on the CPU and in dtype, into dicts of at most max_bytes, or of one tensor."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in named:
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder.tmp. Puts back an older export that a crash left half renamed."""
+    tmp, old = folder.with_name(folder.name + ".tmp"), _aside(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left in (tmp, old):
+        shutil.rmtree(left, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def _promote(tmp: Path, folder: Path) -> None:
+    """Make tmp durable, then put it in folder's place."""
+    for path in (*tmp.iterdir(), tmp):
+        _fsync(path)
+    old = _aside(folder)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where an older export stands for the moment between two renames."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _dtype(dtype: Dtype) -> torch.dtype:
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())

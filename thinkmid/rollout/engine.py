@@ -1,0 +1,71 @@
+"""What an engine is: prompts in, samples out as they finish, weights replaced in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from thinkmid.types import Group, Prompt, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How rollouts are drawn and where they end."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all; below the vocabulary the trainer's ratio is no longer exactly 1
+    top_p: float = 1.0  # nucleus mass in (0, 1]; same remark
+    max_think: int = 64  # tokens of thought, closing tag included
+    max_suffix: int = 16  # N: tokens kept after the closing tag
+    force_close: bool = False  # write the closing tag when the thought budget runs out; its tokens carry no gradient
+    max_batch: int = 256  # sequences decoded at a time
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name, low in (("top_k", 0), ("max_think", 1), ("max_suffix", 0), ("max_batch", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+    @property
+    def max_new(self) -> int:
+        return self.max_think + self.max_suffix
+
+
+class Engine(Protocol):
+    """Draws samples. Everything it reports is in tokens; prompts' meta is opaque to it."""
+
+    version: int  # of the weights it holds
+
+    def generate(
+        self, prompts: list[Prompt], seeds_P_G: list[list[int]], sampling: Sampling, stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true."""
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces every weight in place; names are Hugging Face's, a tied head appears once."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it holds now, under the same names: sync compares checksums."""
+
+
+def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
+    """64 bits that depend on nothing but these four: not on rank, batch or order."""
+    text = f"{run}/{step}/{prompt_id}/{sibling}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def collect(engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False) -> list[Group] | None:
+    """All groups in prompt order, or None if stop() ended the generation early."""
+    samples_P_G = [[None] * len(seeds) for seeds in seeds_P_G]
+    for p, g, sample in engine.generate(prompts, seeds_P_G, sampling, stop):
+        samples_P_G[p][g] = sample
+    if any(s is None for samples in samples_P_G for s in samples):
+        return None
+    return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples_P_G, strict=True)]

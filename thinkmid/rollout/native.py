@@ -1,0 +1,290 @@
+"""The embedded engine: KV cache, continuous batching with refill, each prefix prefilled once per group."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from thinkmid.kernels.attention import varlen_attention
+from thinkmid.model import weights
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.engine import Sampling
+from thinkmid.text import Text
+from thinkmid.types import Prompt, Sample
+
+PREFILL_TOKENS = 8192  # prefix tokens in one forward
+KEY_STEP = 32  # attention reads the cache in steps of so many positions
+
+
+class NativeEngine:
+    """Decodes with the trainer's own Transformer, so that its log-probs are the trainer's. CPU or one GPU."""
+
+    def __init__(self, cfg: ModelConfig, text: Text, *, dtype="float32", device="cpu"):
+        self.text = text
+        self.version = -1  # no weights yet
+        self._model = weights.build(cfg, dtype=dtype, device=device).requires_grad_(False)
+        self._params = dict(weights.stream(self._model))
+        self._device = torch.device(device)
+        self._eos = np.array(sorted(text.eos_ids), np.int64)
+
+    def load_weights(self, named, version):
+        missing = set(self._params)
+        for name, tensor in named:
+            self._params[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise RuntimeError(f"sync brought no {sorted(missing)[0]} and {len(missing) - 1} more")
+        self.version = version
+
+    def named_weights(self):
+        return iter(self._params.items())
+
+    def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
+        if self.version < 0:
+            raise RuntimeError("the engine holds no weights yet: sync before generating")
+        with torch.inference_mode():
+            yield from self._run(prompts, seeds_P_G, sampling, stop)
+
+    def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
+        waiting = deque((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds))
+        if not waiting:
+            return
+        max_rows = min(sampling.max_batch, len(waiting))
+        cache = _Cache(self._model.cfg, max_rows, max(len(p.tokens) for p in prompts) + sampling.max_new, self._params)
+        rows = _Rows(max_rows, sampling, self.text, self._eos)
+        prefixes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # prompt -> keys and values by layer
+        while (waiting or rows.num) and not stop():
+            # a refill costs a prefill: wait until an eighth of the batch is free
+            if waiting and max_rows - rows.num >= min(len(waiting), 1 + max_rows // 8):
+                taken = [waiting.popleft() for _ in range(min(len(waiting), max_rows - rows.num))]
+                self._admit(taken, prompts, cache, rows, prefixes)
+                still = {p for p, _, _ in waiting}
+                prefixes = {p: kv for p, kv in prefixes.items() if p in still}
+            logits = self._decode(cache, rows)
+            logp, token = draw(logits, rows.uniforms(), sampling)
+            forced = rows.forced()
+            if (forced >= 0).any():
+                tag = torch.from_numpy(forced).to(token.device)
+                token = torch.where(tag >= 0, tag, token)
+            chosen = logp.gather(1, token[:, None])[:, 0]
+            finished = rows.append(token.cpu().numpy(), chosen.cpu().numpy(), forced)
+            for row in np.flatnonzero(finished != ""):
+                p, g = rows.owner[row]
+                yield p, g, rows.sample(row, finished[row], self.version)
+            if (finished != "").any():
+                cache.move(rows.keep(np.flatnonzero(finished == "")))
+
+    def _admit(self, taken, prompts, cache, rows, prefixes):
+        """Give each sequence a row that holds its prefix; prefixes keeps those whose siblings are still waiting."""
+        by_prompt: dict[int, list[int]] = {}
+        for p, g, seed in taken:
+            by_prompt.setdefault(p, []).append(rows.add(p, g, seed, prompts[p].tokens))
+        fresh = [(p, prompts[p].tokens[:-1]) for p in by_prompt if p not in prefixes and len(prompts[p].tokens) > 1]
+        for batch in _batches(fresh, PREFILL_TOKENS):
+            self._prefill(batch, prefixes)
+        for p, at in by_prompt.items():
+            cache.fill(at, prefixes.get(p, ()))
+
+    def _prefill(self, batch, prefixes):
+        """Keys and values of all but the last prompt token; that one is the first input of decoding."""
+        lengths = torch.tensor([len(tokens) for _, tokens in batch])
+        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
+        prefixes.update({p: [] for p, _ in batch})
+
+        def attend(layer, q, k, v):
+            for (p, _), lo, hi in zip(batch, cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+                prefixes[p].append((k[lo:hi].transpose(0, 1), v[lo:hi].transpose(0, 1)))  # (K, p-1, C)
+            return varlen_attention(q, k, v, cu.to(q.device), cu.to(q.device))
+
+        no_rows = torch.empty(0, dtype=torch.long, device=self._device)
+        self._model(tokens, positions, attend, rows=no_rows, head=lambda hidden, weight: hidden)
+
+    def _decode(self, cache, rows):
+        """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
+        tokens, positions = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position))
+        num, length = rows.num, int(rows.position.max()) + 1
+        length = min(-(-length // KEY_STEP) * KEY_STEP, cache.max_len)
+        seen = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]  # (B, 1, 1, length)
+        index = torch.arange(num, device=self._device)
+
+        def attend(layer, q, k, v):
+            cache.k[layer][index, :, positions] = k
+            cache.v[layer][index, :, positions] = v
+            keys, values = cache.k[layer][:num, :, :length], cache.v[layer][:num, :, :length]  # (B, K, length, C)
+            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, C): the heads of a group are queries of one key head
+            return F.scaled_dot_product_attention(q, keys, values, seen).flatten(1, 2)
+
+        return self._model(tokens, positions, attend).float()
+
+
+def draw(logits, uniforms, sampling: Sampling):
+    """One token per row by inverse transform. Returns log-probs (B, V) at the temperature, unfiltered, and tokens (B,).
+
+    The draw depends on the row's logits and its uniform alone, so not on what else is in the batch.
+    """
+    logp = (logits / sampling.temperature if sampling.temperature else logits).log_softmax(-1)
+    if not sampling.temperature:
+        return logp, logp.argmax(-1)
+    p = logp.double().exp()
+    if 0 < sampling.top_k < p.shape[1]:
+        p = p.masked_fill(p < p.topk(sampling.top_k).values[:, -1:], 0.0)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(descending=True)
+        # a token stays while the mass before it is below top_p of what is left
+        gone = ordered.cumsum(-1) - ordered >= sampling.top_p * ordered.sum(-1, keepdim=True)
+        p = p.masked_fill(torch.zeros_like(gone).scatter(1, order, gone), 0.0)
+    cdf = p.cumsum(-1)
+    at = torch.from_numpy(uniforms).to(cdf.device)[:, None] * cdf[:, -1:]
+    # right=True: the first token whose cdf exceeds the draw, so one of probability 0 is never taken
+    return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
+
+
+class _Cache:
+    """Keys and values, one row per sequence: k[layer] (rows, K, max_len, C)."""
+
+    def __init__(self, cfg, num_rows, max_len, params):
+        like = next(iter(params.values()))
+        self.max_len = -(-max_len // KEY_STEP) * KEY_STEP
+        shape = (num_rows, cfg.kv_heads, self.max_len, cfg.head_dim)
+        # zeros: masked keys still meet a multiplication, and 0 * NaN is NaN
+        self.k = [like.new_zeros(shape) for _ in range(cfg.layers)]
+        self.v = [like.new_zeros(shape) for _ in range(cfg.layers)]
+
+    def fill(self, rows, prefix):
+        """Every row starts with this prefix: (k, v) of each layer, (K, p-1, C)."""
+        for layer, (k, v) in enumerate(prefix):
+            self.k[layer][rows, :, : k.shape[1]] = k
+            self.v[layer][rows, :, : v.shape[1]] = v
+
+    def move(self, moves: list[tuple[int, int]]):
+        """Rows (from, to): the last rows fill the gaps that finished ones left."""
+        if moves:
+            source, target = (list(x) for x in zip(*moves, strict=True))
+            for x in (*self.k, *self.v):
+                x[target] = x[source]
+
+
+class _Rows:
+    """Host state of the sequences being decoded, row by row as in the cache; numpy, so that a step is few calls."""
+
+    def __init__(self, size, sampling: Sampling, text: Text, eos):
+        self.num = 0
+        self.owner: list[tuple[int, int]] = []
+        self._sampling, self._matcher, self._eos = sampling, text.matcher, eos
+        self._close = np.array(text.close_ids, np.int64)
+        max_new = sampling.max_new + len(self._close)
+        self._tokens = np.zeros((size, max_new), np.int32)
+        self._logp = np.zeros((size, max_new), np.float32)
+        self._drawn = np.zeros((size, max_new), bool)
+        self._seed = np.zeros(size, np.uint64)
+        self._newest = np.zeros(size, np.int64)
+        self._position = np.zeros(size, np.int64)  # of the newest token
+        self._count = np.zeros(size, np.int64)  # generated
+        self._state = np.zeros(size, np.int64)  # of the closing tag's matcher
+        self._hits = np.zeros(size, np.int64)  # closing tags seen
+        self._think = np.zeros(size, np.int64)  # tokens up to the first closing tag, 0 before it comes
+        self._forced = np.zeros(size, np.int64)  # tokens of a forced closing tag written so far
+        self._columns = (
+            self._tokens, self._logp, self._drawn, self._seed, self._newest, self._position, self._count, self._state,
+            self._hits, self._think, self._forced,
+        )
+
+    @property
+    def newest(self):
+        return self._newest[: self.num]
+
+    @property
+    def position(self):
+        return self._position[: self.num]
+
+    def add(self, p, g, seed, prompt_tokens) -> int:
+        row = self.num
+        self.num += 1
+        self.owner.append((p, g))
+        for state in (self._count, self._state, self._hits, self._think, self._forced):
+            state[row] = 0
+        self._seed[row], self._newest[row], self._position[row] = seed, prompt_tokens[-1], len(prompt_tokens) - 1
+        return row
+
+    def uniforms(self):
+        """(B,) float64 in [0, 1): a hash of the sequence's seed and the number of the draw (splitmix64's finaliser)."""
+        with np.errstate(over="ignore"):
+            draws = self._count[: self.num].astype(np.uint64) + np.uint64(1)
+            z = self._seed[: self.num] + draws * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+        return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def forced(self):
+        """(B,) the token that must come next where the thought budget is spent, else -1."""
+        forced = np.full(self.num, -1, np.int64)
+        if self._sampling.force_close:
+            spent = (self._think[: self.num] == 0) & (
+                self._count[: self.num] >= self._sampling.max_think - len(self._close)
+            )
+            at = np.minimum(self._forced[: self.num], len(self._close) - 1)
+            forced[spent] = self._close[at[spent]]
+            self._forced[: self.num][spent] += 1
+        return forced
+
+    def append(self, token, logp, forced):
+        """Store one token per row. Returns (B,) why each row ended, "" where it goes on."""
+        n, at = self.num, np.arange(self.num)
+        count = self._count[:n]
+        self._tokens[at, count], self._logp[at, count], self._drawn[at, count] = token, logp, forced < 0
+        self._newest[:n] = token
+        self._position[:n] += 1
+        count += 1
+        self._state[:n], hits = self._matcher.step(self._state[:n], token)
+        self._hits[:n] += hits
+        think = self._think[:n]
+        think[(think == 0) & (hits > 0)] = count[(think == 0) & (hits > 0)]
+        ended = np.full(n, "", dtype="<U8")
+        ended[(think == 0) & (count >= self._sampling.max_think)] = "unclosed"
+        ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
+        ended[np.isin(token, self._eos)] = "eos"
+        ended[self._hits[:n] > 1] = "reclosed"
+        return ended
+
+    def sample(self, row, finish, version) -> Sample:
+        n, think = int(self._count[row]), int(self._think[row])
+        return Sample(
+            tokens=self._tokens[row, :n].copy(),
+            logp=self._logp[row, :n].copy(),
+            drawn=self._drawn[row, :n].copy(),
+            finish=str(finish),
+            num_think=think or n,
+            version=version,
+        )
+
+    def keep(self, rows) -> list[tuple[int, int]]:
+        """Drop all other rows; returns the moves (from, to) that fill their places."""
+        holes = sorted(set(range(len(rows))) - set(rows.tolist()))
+        moves = list(zip([r for r in rows.tolist() if r >= len(rows)], holes, strict=True))
+        for source, target in moves:
+            self.owner[target] = self.owner[source]
+            for column in self._columns:
+                column[target] = column[source]
+        self.num = len(rows)
+        del self.owner[self.num :]
+        return moves
+
+
+def _batches(items, limit):
+    """Runs of (row, tokens) with at most limit tokens each, at least one item."""
+    batch, size = [], 0
+    for item in items:
+        if batch and size + len(item[1]) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item[1])
+    if batch:
+        yield batch

@@ -1,0 +1,69 @@
+"""Rewards of groups -> units with advantages and weights: the step's one denominator is divided in here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from thinkmid.data.pack import Reply, Unit
+from thinkmid.types import Group
+
+ESTIMATORS = ("dr_grpo", "grpo", "rloo", "token-mean")
+
+
+def units(groups: list[Group], *, estimator: str, num_siblings: int, denom: float, keep_dead: bool) -> list[Unit]:
+    """What the step trains on. groups are those of the whole update, over all ranks, dead ones included.
+
+    dr_grpo     A = r - mean,            token weight 1 / (P G denom)      Liu et al. 2025
+    rloo        A = (r - mean) G/(G-1),  token weight 1 / (P G denom)      Ahmadian et al. 2024
+    grpo        A = (r - mean) / std,    token weight 1 / (P G |o|)        Shao et al. 2024; population std
+    token-mean  A = r - mean,            token weight 1 / (all drawn tokens of the update)
+    Samples without a verdict (NaN) leave the baseline and the loss, not the denominator. Rows of advantage 0 are
+    dropped unless keep_dead (KL or entropy give them a gradient).
+    """
+    num_samples = len(groups) * num_siblings
+    num_drawn = sum(int(s.drawn.sum()) for g in groups for s in g.samples)
+    out = []
+    for group in groups:
+        replies = []
+        for sample, a in zip(group.samples, advantages(group.rewards, estimator), strict=True):
+            if math.isnan(a) or (a == 0 and not keep_dead):
+                continue
+            tokens = {"grpo": sample.drawn.sum() * num_samples, "token-mean": num_drawn}
+            weight = sample.drawn / np.float64(tokens.get(estimator, num_samples * denom))
+            replies.append(_reply(sample, a, weight))
+        if replies:
+            out.append(Unit(name=group.prompt.id, prefix=np.asarray(group.prompt.tokens), replies=replies))
+    return out
+
+
+def advantages(rewards: list[float], estimator: str) -> np.ndarray:
+    """(G,) fp64; NaN where there is no verdict, 0 for all of a group without spread."""
+    r = np.asarray(rewards, np.float64)
+    known = ~np.isnan(r)
+    if known.sum() < 2:
+        return np.where(known, 0.0, np.nan)
+    a = r - r[known].mean()
+    if r[known].max() == r[known].min():
+        return np.where(known, 0.0, np.nan)  # the mean of equal floats may differ from them in the last bit
+    if estimator == "grpo":
+        return a / (r[known].std() + 1e-6)
+    if estimator == "rloo":
+        return a * known.sum() / (known.sum() - 1)
+    return a
+
+
+def is_dead(group: Group) -> bool:
+    return not np.nan_to_num(advantages(group.rewards, "dr_grpo")).any()
+
+
+def _reply(sample, a, weight):
+    n = len(sample.tokens)
+    return Reply(
+        tokens=sample.tokens,
+        ce_w=np.zeros(n, np.float32),
+        pg_w=weight.astype(np.float32),
+        adv=np.full(n, a, np.float32),
+        logp_old=sample.logp,
+    )

@@ -1,0 +1,65 @@
+"""A start from nothing: a tokenizer trained on the corpus and a small model with drawn weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from thinkmid.data.source import read_documents
+from thinkmid.model import weights
+from thinkmid.model.transformer import ModelConfig, init_weights
+from thinkmid.text import Text, train_tokenizer
+from thinkmid.train.shard import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshConfig:
+    """Shape of a model that does not exist yet. Used when model.folder is empty."""
+
+    vocab: int = 1024  # byte-level BPE tokens, trained on tokenizer_data; fewer if the text has fewer
+    tokenizer_data: tuple[str, ...] = ()  # texts for the tokenizer; none: the training data
+    tags: Literal["added", "plain"] = "added"  # think tags as tokens of their own, or spelled with ordinary ones
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn: int = 352
+    rope_theta: float = 1000.0
+    max_positions: int = 1024  # context length in tokens
+    tied: bool = False  # head shares the embedding
+
+
+def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks: Ranks) -> Path:
+    """An HF folder with a new tokenizer and freshly drawn weights (Qwen3's form); decided by seed and texts. Collective."""
+    if ranks.rank == 0:
+        texts = (doc.text for doc in read_documents(cfg.tokenizer_data or data))
+        train_tokenizer(texts, cfg.vocab, folder / "tokenizer", cfg.tags)
+    ranks.barrier()
+    text = Text.load(folder / "tokenizer")
+    shape = shape_of(cfg, text.vocab_size, text.eos_ids)
+    model = weights.build(shape)
+    init_weights(model, seed)
+    weights.save(folder / "init", shape, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer")
+    return folder / "init"
+
+
+def shape_of(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
+    return ModelConfig(
+        kind="qwen3",
+        vocab=vocab,
+        width=cfg.width,
+        layers=cfg.layers,
+        heads=cfg.heads,
+        kv_heads=cfg.kv_heads,
+        head_dim=cfg.head_dim,
+        ffn=cfg.ffn,
+        rope_theta=cfg.rope_theta,
+        norm_eps=1e-6,
+        tied=cfg.tied,
+        max_positions=cfg.max_positions,
+        eos_ids=eos_ids,
+    )

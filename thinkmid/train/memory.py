@@ -1,0 +1,120 @@
+"""Before a run: batch arithmetic, a memory plan by phase, and what attention costs beside the rest."""
+
+from __future__ import annotations
+
+import os
+
+from thinkmid import config
+from thinkmid.kernels.head import CHUNK_BYTES
+from thinkmid.model.transformer import ModelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def block_parameters(shape: ModelConfig) -> int:
+    """Of all blocks: what each token is multiplied with, head and embedding aside."""
+    return shape.num_parameters - shape.vocab * shape.width * (1 if shape.tied else 2) - shape.width
+
+
+def pair_cost(shape: ModelConfig) -> float:
+    """Cost of one query-key pair over all layers, in costs of one token's trip through the blocks (FLOPs over FLOPs)."""
+    return shape.layers * 4 * shape.heads * shape.head_dim / (2 * block_parameters(shape))
+
+
+def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool) -> int:
+    """Kept per token until the backward: inputs of every matmul, norm and product; with checkpointing, block inputs."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    block = 4 * shape.width + 3 * q + 4 * kv + 4 * shape.ffn
+    kept = shape.layers * shape.width + block if checkpointing else shape.layers * block
+    return kept * BYTES[dtype]
+
+
+def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int) -> dict[str, float]:
+    """Bytes per rank while training, by owner."""
+    n, small = shape.num_parameters, BYTES[section.dtype]
+    head = shape.vocab * shape.width
+    gathered = 2 * block_parameters(shape) // shape.layers + head * (1 if shape.tied else 2)
+    return {
+        "master weights (fp32 shard)": 4 * n / world,
+        "Adam moments (fp32 shard)": 8 * n / world,
+        "gradients (fp32 shard)": 4 * n / world,
+        "gathered weights (two blocks, embedding, head)": small * gathered,
+        "activations of one pack": pack_tokens * activation_bytes(shape, section.dtype, section.checkpointing),
+        "head: one chunk of logits three times, fp32 weight gradient": 3 * CHUNK_BYTES["cuda"] + 4 * head,
+    }
+
+
+def rollout_phase(shape: ModelConfig, sampling, max_prefix: int, rows: int) -> dict[str, float]:
+    """Bytes per rank while sampling with the native engine, by owner."""
+    length = max_prefix + sampling.max_new
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    return {
+        "engine weights (fp32)": 4 * shape.num_parameters,
+        "KV cache": rows * length * cache,
+        "logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8),
+    }
+
+
+def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    b, s = cfg.batch, cfg.sampling
+    samples = b.prompts * b.siblings
+    train = training_phase(shape, cfg.model, b.pack_tokens, world)
+    rows = min(s.max_batch, -(-samples // world))
+    rollout = rollout_phase(shape, s, max_prefix, rows)
+    resident = {k: v for k, v in train.items() if "master" in k or "moments" in k}
+    shared = b.prompts * max_prefix + samples * s.max_new
+    arithmetic = [
+        f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, {-(-b.prompts // world)} prompts a rank ({world} ranks)",
+        f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
+        f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
+        + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
+        f"at most {samples * s.max_new:,} new tokens a step, {-(-samples * s.max_new // world):,} a rank",
+        f"at most {shared:,} trunk tokens a step, prefixes stored {'once a group' if b.share_prefix else 'once a sample'}; "
+        f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
+    ]
+    _print(cfg, shape, arithmetic, {"rollout": resident | rollout, "training": train | _engine(rollout)})
+    return 0
+
+
+def dry_run_sft(cfg) -> int:
+    from thinkmid.model import weights
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.model.folder:
+        shape = weights.read_config(cfg.model.folder)
+    else:
+        from thinkmid.train.fresh import shape_of
+
+        shape = shape_of(cfg.fresh, cfg.fresh.vocab, ())
+    arithmetic = [
+        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
+        f"packs of {cfg.data.pack_tokens:,}",
+        f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
+    ]
+    _print(cfg, shape, arithmetic, {"training": training_phase(shape, cfg.model, cfg.data.pack_tokens, world)})
+    return 0
+
+
+def _engine(rollout):
+    return {k: v for k, v in rollout.items() if "weights" in k}
+
+
+def _print(cfg, shape, arithmetic, phases):
+    print(config.to_toml(cfg))
+    print(f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab:,}")
+    for line in arithmetic:
+        print(f"# {line}")
+    print("# memory per rank, estimated by formula (thinkmid/train/memory.py)")
+    for phase, owners in phases.items():
+        print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
+        for owner, size in owners.items():
+            print(f"#   {_size(size):>20}  {owner}")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,161 @@
+"""SFT mid-training: next-token loss over whole sequences, text and thoughts alike, packed.
+
+    torchrun --nproc-per-node 2 -m thinkmid.train.sft configs/mini-sft.toml
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from thinkmid import config
+from thinkmid.errors import UserError
+from thinkmid.train.fresh import FreshConfig
+from thinkmid.train.job import ModelSection, RunConfig
+from thinkmid.train.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learnt."""
+
+    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
+    val_paths: tuple[str, ...] = ()  # held-out documents
+    val_every: int = 200  # steps between validations; there is one at the end too
+    probe_paths: tuple[str, ...] = ()  # documents with full thoughts: tells whether RLMT is worth starting
+    batch_tokens: int = 4096  # tokens of an optimiser step, over all ranks
+    pack_tokens: int = 4096  # tokens of one forward on one rank
+    max_len: int = 512  # longer documents are cut into sequences of this many tokens
+
+    def __post_init__(self):
+        for name in ("batch_tokens", "pack_tokens", "max_len", "val_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_len > min(self.batch_tokens, self.pack_tokens):
+            raise ValueError(f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """SFT mid-training."""
+
+    run: RunConfig
+    model: ModelSection = field(default_factory=ModelSection)
+    fresh: FreshConfig = field(default_factory=FreshConfig)
+    data: DataConfig
+    optim: OptimConfig
+
+
+def main(argv: list[str]) -> int:
+    cfg, dry_run = config.load(SFTConfig, argv, prog="torchrun -m thinkmid.train.sft", description=__doc__)
+
+    from thinkmid.data.pack import plan
+    from thinkmid.data.source import Order
+    from thinkmid.train import fresh, job, memory, probe, shard
+    from thinkmid.train.interrupt import EXIT, Interrupt
+    from thinkmid.train.loss import text_loss
+    from thinkmid.train.step import train_step
+
+    if dry_run:
+        return memory.dry_run_sft(cfg)
+    interrupt, ranks = Interrupt(), shard.start()
+    job.claim_folder(cfg, cfg.run, ranks)
+    source = None
+    if not cfg.model.folder:
+        source = fresh.make(cfg.fresh, cfg.data.paths, job.Path(cfg.run.folder), cfg.run.seed, ranks)
+    run, step, state = job.open_job(
+        cfg, cfg.run, cfg.model, cfg.optim, ranks, num_steps=cfg.run.steps, interrupt=interrupt, source=source
+    )
+    if run.model.cfg.max_positions < cfg.data.max_len:
+        raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {run.model.cfg.max_positions}")
+    sequences = read_sequences(cfg.data.paths, run.text, cfg.data.max_len)
+    held_out = read_sequences(cfg.data.val_paths, run.text, cfg.data.max_len) if cfg.data.val_paths else []
+    data = job.fingerprint(tokens for tokens, _ in sequences)
+    job.same_data(state, data, cfg.run.folder)
+    order, cursor, skipped = Order(len(sequences), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
+    pair_cost = memory.pair_cost(run.model.cfg)
+
+    def packed(units):
+        return plan(units, capacity=cfg.data.pack_tokens, ranks=ranks.world, pair_cost=pair_cost)[ranks.rank]
+
+    while step < cfg.run.steps:
+        if ranks.any(interrupt.requested):
+            run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
+            run.log.close()
+            return EXIT
+        began = time.perf_counter()
+        batch, taken = take_batch(order, cursor, sequences, cfg.data.batch_tokens)
+        num_targets = sum(len(tokens) - 1 for tokens in batch)
+        units = [as_unit(tokens, f"sequence {i}", 1 / num_targets) for i, tokens in enumerate(batch)]
+        lr = cfg.optim.lr_at(step, cfg.run.steps)
+        stats = train_step(
+            run.model, run.optimizer, packed(units), lambda p: text_loss(run.model, p), ranks, lr=lr, clip=cfg.optim.clip
+        )
+        skipped = job.count_skips(run, step, stats.broken, skipped, cfg.optim.max_skipped)
+        cursor, step = cursor + taken, step + 1
+        step_s = time.perf_counter() - began
+        row = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "tokens": num_targets}
+        row |= {"entropy": stats.sums["entropy"] / num_targets, "step_s": step_s, "tokens_per_s": num_targets / step_s}
+        if held_out and (step % cfg.data.val_every == 0 or step == cfg.run.steps):
+            row |= probe.validation_loss(run.model, held_out, packed, ranks)
+        run.log.write(step, row)
+        if cfg.run.save_every and step % cfg.run.save_every == 0:
+            run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
+    run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
+    folder = run.export()
+    if cfg.data.probe_paths:
+        probed = probe.thought_accuracy(run.model, run.text, cfg.data.probe_paths, packed, ranks)
+        run.log.event("probe", **probed)
+        run.log.say(probe.advice(probed))
+    run.log.say(f"{folder} holds the model")
+    job.draw_curves(run)
+    run.log.close()
+    return 0
+
+
+def read_sequences(paths, text, max_len) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, is thought) of every document, begin and end tokens added, cut into pieces of at most max_len."""
+    from thinkmid.augment import weave
+    from thinkmid.data.source import read_documents
+
+    pieces = []
+    for doc in read_documents(paths):
+        try:
+            pieces.append(weave.split(doc.text))
+        except UserError as error:
+            raise UserError(f"{doc.where}: {error}") from None
+    begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
+    out = []
+    for tokens, thought in text.encode_woven_many(pieces):
+        tokens = np.array([*begin, *tokens, *end], np.int32)
+        thought = np.array([*[False] * len(begin), *thought, *[False] * len(end)], bool)
+        # pieces overlap by one token, so that every token but the first is predicted once
+        for at in range(0, max(1, len(tokens) - 1), max_len - 1):
+            if len(tokens[at : at + max_len]) > 1:
+                out.append((tokens[at : at + max_len], thought[at : at + max_len]))
+    if not out:
+        raise UserError(f"{', '.join(paths)}: no document of two tokens or more")
+    return out
+
+
+def take_batch(order, cursor, sequences, batch_tokens) -> tuple[list[np.ndarray], int]:
+    """The next sequences that fit into batch_tokens, and how many they are."""
+    batch, size = [], 0
+    while True:
+        tokens, _ = sequences[order.take(cursor + len(batch), 1)[0]]
+        if batch and size + len(tokens) > batch_tokens:
+            return batch, len(batch)
+        batch.append(tokens)
+        size += len(tokens)
+
+
+def as_unit(tokens, name, weight):
+    from thinkmid.data.pack import Reply, Unit
+
+    return Unit(name=name, prefix=tokens[:1], replies=[Reply.text(tokens[1:], weight)])
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,96 @@
+"""Ranks: process group, FSDP2, and the few collectives of a step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+# a rank may wait for the slowest rollout of another
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who we are among the processes that torchrun started; one process without torchrun."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """The payload of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [payload]
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(payload)
+        dist.all_reduce(sizes)
+        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+        all_of = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(all_of, mine)
+        return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.world == 1:
+            return flag
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over ranks, maxima for names ending in _max; the one transfer to the host of a step."""
+        if not values:
+            return {}
+        names = sorted(values)
+        host = torch.stack([values[n].detach().double() for n in names]).cpu()
+        if self.world > 1:
+            most = host.clone()
+            dist.all_reduce(host)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            host = torch.where(torch.tensor([n.endswith("_max") for n in names]), most, host)
+        return dict(zip(names, host.tolist(), strict=True))
+
+
+def start() -> Ranks:
+    """Joins torchrun's process group, or makes one of a single process. Picks the GPU of the local rank, else the CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo for the host's tensors on every machine, NCCL for the device's
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        where = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    return Ranks(rank, world, device, init_device_mesh(device.type, (world,)))
+
+
+def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
+    """FSDP2 in place: one group per block, tied weights in the root's. Master weights keep their dtype, gradients are
+    reduced in fp32 (FSDP2 averages them over ranks: the step multiplies its loss by the world size)."""
+    master = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != master else None,
+        reduce_dtype=torch.float32 if master != torch.float64 else None,
+        cast_forward_inputs=False,  # cos and sin must stay fp32
+    )
+    for block in model.layers:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    if not model.cfg.tied:
+        fully_shard(model.embed_tokens, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard([model.norm, model.lm_head], mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    return model

@@ -1,0 +1,77 @@
+"""Packs -> one optimiser step. The only file with a backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from thinkmid.data.pack import Unit, make_pack
+from thinkmid.train.shard import Ranks
+from thinkmid.types import Pack
+
+# a pack in, its share of the loss and sums to log out
+LossFn = Callable[[Pack], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(kw_only=True)
+class Stats:
+    """One update, on every rank the same."""
+
+    grad_norm: float  # before clipping
+    sums: dict[str, float] = field(default_factory=dict)  # over the tokens of all ranks
+    broken: list[str] = field(default_factory=list)  # why the update was skipped: names of samples, or the gradient
+
+
+def train_step(model, optimizer, batches: list[list[Unit]], loss_fn: LossFn, ranks: Ranks, *, lr: float, clip: float) -> Stats:
+    """Forward and backward over this rank's batches, then one update. Collective: every rank brings as many batches.
+
+    Weights in the units carry the step's denominator, so losses are summed, never averaged. Without any batch the
+    optimiser still steps, on zero gradients. A non-finite loss or gradient skips the update on all ranks.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, torch.Tensor] = {}
+    broken: list[str] = []
+    for units in batches:
+        pack = make_pack(units, ranks.device)
+        loss, more = loss_fn(pack)
+        # FSDP2 averages gradients over ranks; the loss is a sum over them
+        (loss * ranks.world).backward()
+        _add(sums, more | {"loss": loss.detach()})
+        if not torch.isfinite(loss):
+            broken += pack.owner
+    # the optimiser's parameters, not the model's: those may be whole copies that a forward left behind
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    stats = Stats(grad_norm=_clip(params, clip), sums=ranks.sum(sums))
+    if math.isfinite(stats.grad_norm) and math.isfinite(stats.sums.get("loss", 0.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    else:
+        names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().split()
+        stats.broken = names or ["the gradient, though every loss is finite"]
+    optimizer.zero_grad(set_to_none=True)
+    return stats
+
+
+def _clip(params: list[nn.Parameter], clip: float) -> float:
+    """Clips the gradient in place; the norm it had. 0 does not clip."""
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if clip and torch.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
+    return norm.item()
+
+
+def _add(sums, more):
+    for name, value in more.items():
+        if name not in sums:
+            sums[name] = value
+        else:
+            sums[name] = torch.maximum(sums[name], value) if name.endswith("_max") else sums[name] + value

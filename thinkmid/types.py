@@ -1,0 +1,64 @@
+"""Prompt, Sample, Group, Pack: the only things that travel between folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the policy is given: token ids, and what only the reward may look at."""
+
+    id: str  # stable over runs: seeds are derived from it
+    tokens: list[int]  # ends with the opened think tag in RLMT
+    meta: dict[str, Any] = field(default_factory=dict)  # JSON only; opaque to engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the policy wrote after a prompt."""
+
+    tokens: np.ndarray  # (n,) int32, generated tokens only
+    logp: np.ndarray  # (n,) float32, log-prob of each token at the sampling temperature, unfiltered
+    drawn: np.ndarray  # (n,) bool, False where the token was forced
+    finish: str  # "eos", "suffix" (N tokens after the tag), "unclosed" (thought budget spent), "reclosed" (second tag)
+    num_think: int  # tokens before the predicted suffix, closing tag included; all of them if it never came
+    version: int  # of the weights that drew it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt and its G siblings."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    rewards: list[float] = field(default_factory=list)  # filled by a reward function, same order; NaN: no verdict
+    whys: list[str] = field(default_factory=list)  # the reason of each reward, for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """What one forward takes: several segments in one row, no batch axis, shared prefixes stored once.
+
+    Segment s holds the query rows cu_q[s]:cu_q[s+1] and attends to the key rows kv_rows[cu_k[s]:cu_k[s+1]],
+    bottom-right aligned and causal: its last query sees its last key. Without kv_rows, keys are the queries' own rows.
+    """
+
+    tokens: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64, a response continues its prefix's positions
+    cu_q: torch.Tensor  # (S+1,) int32
+    cu_k: torch.Tensor  # (S+1,) int32
+    kv_rows: torch.Tensor | None  # (Tk,) int64
+    rows: torch.Tensor  # (R,) int64, positions whose hidden state predicts a token that carries loss
+    targets: torch.Tensor  # (R,) int64
+    ce_w: torch.Tensor  # (R,) float32, weight of -logp; the step's denominator is in it
+    pg_w: torch.Tensor  # (R,) float32, weight of the policy term; the step's denominator is in it
+    adv: torch.Tensor  # (R,) float32
+    logp_old: torch.Tensor  # (R,) float32, the sampler's
+    owner: list[str]  # ids of the prompts or documents inside, to name them when something breaks
