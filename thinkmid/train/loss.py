@@ -41,22 +41,22 @@ class LossConfig:
         return bool(self.kl or self.entropy)
 
 
-def logprobs(model, pack: Pack, temperature: float = 1.0):
-    """logp (R,) of the pack's targets and entropy (R,), fp32, through the model's own head."""
-    head = partial(linear_logprob, targets=pack.targets, temperature=temperature)
+def logprobs(model, pack: Pack, temperature: float = 1.0, return_entropy: bool = False):
+    """logp (R,) of the pack's targets and, if asked for, entropy (R,), fp32, through the model's own head."""
+    head = partial(linear_logprob, targets=pack.targets, temperature=temperature, return_entropy=return_entropy)
     return model(pack.tokens, pack.positions, attend_pack(pack), rows=pack.rows, head=head)
 
 
 def text_loss(model, pack: Pack):
     """Next-token loss: sum of ce_w * -logp."""
-    logp, entropy = logprobs(model, pack)
-    return -(pack.ce_w * logp).sum(), {"entropy": entropy.detach().sum(), "tokens": logp.new_tensor(len(logp))}
+    logp, _ = logprobs(model, pack)
+    return -(pack.ce_w * logp).sum(), {}
 
 
 def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first_update: bool, reference=None):
     """DrGRPO on one pack. With one update per rollout the ratio is 1 and the sampler's gap is an importance weight;
     later updates clip the ratio to the sampler itself, which needs no pass over old weights."""
-    logp, entropy = logprobs(model, pack, temperature)
+    logp, entropy = logprobs(model, pack, temperature, return_entropy=True)
     ref_logp = None
     if reference is not None:
         with torch.no_grad():

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         cursor, step = cursor + taken, step + 1
         step_s = time.perf_counter() - began
         row = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "tokens": num_targets}
-        row |= {"entropy": stats.sums["entropy"] / num_targets, "step_s": step_s, "tokens_per_s": num_targets / step_s}
+        row |= {"step_s": step_s, "tokens_per_s": num_targets / step_s}
         if held_out and (step % cfg.data.val_every == 0 or step == cfg.run.steps):
             row |= probe.validation_loss(run.model, held_out, packed, ranks)
         run.log.write(step, row)
