@@ -1,4 +1,4 @@
-"""Builds csrc/ with pybind11: C++17, OpenMP, no torch headers. Without a compiler the package works on its Python twins."""
+"""Builds csrc/ with pybind11: C++17, OpenMP, no torch headers. Without a compiler the Python twins do its work."""
 
 import sys
 

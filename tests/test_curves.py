@@ -25,7 +25,7 @@ def rl_rows(num, reward=0.3):
         yield {
             "reward": reward + 0.05 * noise[s],
             "thinking_tokens": 100.0 + s,
-            "dead_groups": 12,
+            "dead_groups": 0.25,
             "groups": 48,
             "entropy": 1.0,
             "logp_gap_mean": 1e-3,

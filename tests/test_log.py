@@ -44,20 +44,20 @@ def test_numbers_of_any_library_are_written_and_what_is_not_finite_is_null(tmp_p
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "events.jsonl").read_text()
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 7, "rew', "\0\0\0", "7", '{"step": 7, "text": "\udce2'])
+@pytest.mark.parametrize("torn", ["", '{"step": 8, "rew', "\0\0\0", "8", '{"step": 8, "text": "\udce2'])
 def test_a_resumed_log_is_the_log_of_an_uninterrupted_run(tmp_path, torn):
     with Log(tmp_path / "whole") as run:
-        for step in range(10):
+        for step in range(1, 11):
             run.write(step, {"reward": 0.1 * step})
     with Log(tmp_path / "cut") as run:
-        for step in range(7):
+        for step in range(1, 8):
             run.write(step, {"reward": 0.1 * step})
         run.event("start")
     with open(tmp_path / "cut" / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write(torn)
     with Log(tmp_path / "cut", start_step=5) as run:
-        assert steps_of(tmp_path / "cut") == [0, 1, 2, 3, 4]
-        for step in range(5, 10):
+        assert steps_of(tmp_path / "cut") == [1, 2, 3, 4, 5]
+        for step in range(6, 11):
             run.write(step, {"reward": 0.1 * step})
         run.event("end")
     whole, cut = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut"))
@@ -67,7 +67,7 @@ def test_a_resumed_log_is_the_log_of_an_uninterrupted_run(tmp_path, torn):
 
 def test_a_fresh_log_forgets_the_old_metrics(tmp_path):
     with Log(tmp_path) as run:
-        run.write(0, {})
+        run.write(1, {})
     Log(tmp_path).close()
     assert steps_of(tmp_path) == []
 
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch,
 
 
 def test_pipes_get_one_plain_line_per_step(tmp_path, capsys):
-    row = {"reward": 0.1234, "thinking_tokens": 181.7, "entropy": 1.5, "dead_groups": 12, "groups": 64, "kl": 9.0}
+    row = {"reward": 0.1234, "thinking_tokens": 181.7, "entropy": 1.5, "dead_groups": 0.19, "groups": 64, "kl": 9.0}
     with Log(tmp_path, num_steps=200) as run:
         for step in range(2):
             run.progress("rollout", 3, 64)
@@ -134,7 +134,7 @@ def test_pipes_get_one_plain_line_per_step(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     seen = (
-        "step 1/200  reward 0.123  thinking 182  entropy 1.500  dead 12/64  tok/s 12,346  rollout 18.2 s, train 9.0 s  "
+        "step 1/200  reward 0.123  thinking 182  entropy 1.500  dead 19%  tok/s 12,346  rollout 18.2 s, train 9.0 s  "
     )
     assert lines[1].startswith(seen)
     assert lines[1].endswith(" left")
@@ -150,7 +150,7 @@ def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch):
     clock = iter([0.0] + [1000.0 + 30 * k for k in range(100)])  # a slow start, then 30 s a step
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     pace = log._Pace(100)
-    told = [pace.step(step) for step in range(100)]
+    told = [pace.step(step) for step in range(1, 101)]
     assert (told[0], told[39], told[98], told[99]) == ("27 h 30 min left", "30 min left", "30 s left", "")
 
 

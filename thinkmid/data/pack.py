@@ -95,7 +95,9 @@ def split(unit: Unit, capacity: int) -> list[Unit]:
     room = capacity - len(unit.prefix)
     lengths = [len(r.tokens) - 1 for r in unit.replies]
     if max(lengths) > room:
-        raise ValueError(f"{unit.name}: prefix {len(unit.prefix)} + reply {max(lengths)} exceed a pack of {capacity} tokens")
+        raise ValueError(
+            f"{unit.name}: prefix {len(unit.prefix)} + reply {max(lengths)} exceed a pack of {capacity} tokens"
+        )
     bin_of = best_fit(lengths, room)
     parts = [[r for r, at in zip(unit.replies, bin_of, strict=True) if at == b] for b in range(max(bin_of) + 1)]
     return [replace(unit, replies=part) for part in parts]

@@ -16,7 +16,7 @@ SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n(?=\s*\S)")
 
 
 def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -> Iterator[Prompt]:
-    """One prompt per thought: what stands before it, earlier thoughts included. The reference is the text without thoughts."""
+    """One prompt per thought: what stands before it, earlier thoughts included; the reference is without thoughts."""
     for doc in documents:
         pieces = _split(doc)
         for k, (is_thought, _) in enumerate(pieces):
@@ -30,7 +30,9 @@ def at_sentences(documents: Iterable[Document], text: Text, *, max_prefix: int, 
     """Raw text: one prompt per chunk of at most max_prefix tokens, cut at a sentence end drawn from (seed, id)."""
     for doc in documents:
         for k, chunk in enumerate(text.chunks(doc.text, max_prefix - 1 - len(text.open_ids))):
-            ends = [m.end() for m in SENTENCE_END.finditer(chunk) if chunk[: m.end()].strip() and chunk[m.end() :].strip()]
+            ends = [
+                m.end() for m in SENTENCE_END.finditer(chunk) if chunk[: m.end()].strip() and chunk[m.end() :].strip()
+            ]
             if ends:
                 draw = hashlib.blake2b(f"{seed}/{doc.id}#{k}".encode(), digest_size=8).digest()
                 cut = ends[int.from_bytes(draw, "little") % len(ends)]
@@ -48,5 +50,7 @@ def _prompt(id, doc, tokens, reference, text, max_prefix) -> Prompt:
     begin = [] if text.bos_id is None else [text.bos_id]
     tokens = [*begin, *tokens, *text.open_ids]
     if len(tokens) > max_prefix:
-        raise UserError(f"{doc.where}: prefix of {len(tokens)} tokens; the model's context leaves {max_prefix} for prefixes")
+        raise UserError(
+            f"{doc.where}: prefix of {len(tokens)} tokens; the model's context leaves {max_prefix} for prefixes"
+        )
     return Prompt(id=id, tokens=tokens, meta={"reference": reference, "where": doc.where})

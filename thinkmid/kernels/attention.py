@@ -51,7 +51,7 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
 
 
 def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
-    """The attention of one pack as the model wants it; what depends on lengths alone is worked out once, not per layer."""
+    """The attention of one pack as the model wants it; what lengths alone decide is worked out once, not per layer."""
     device = pack.tokens.device
     impl = launch.attention_path(device) if impl == "auto" else impl
     if impl == "sdpa":
@@ -64,7 +64,9 @@ def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
 
 def _check(q, k, v, cu_q, cu_k, kv_rows):
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q (T, H, C), k and v (Tk, K, C) with H a multiple of K, got {q.shape=} {k.shape=} {v.shape=}")
+        raise ValueError(
+            f"q (T, H, C), k and v (Tk, K, C) with H a multiple of K, got {q.shape=} {k.shape=} {v.shape=}"
+        )
     num_k = k.shape[0] if kv_rows is None else kv_rows.shape[0]
     if cu_q.shape != cu_k.shape or cu_q[-1] != q.shape[0] or cu_k[-1] != num_k:
         raise ValueError(f"cu_q must end at {q.shape[0]} and cu_k at {num_k}, got {cu_q=} {cu_k=}")
@@ -126,7 +128,9 @@ def _plan(cu_q, cu_k, kv_rows, device) -> _Plan:
     for q0, q1, k0, k1 in zip(*(cu.tolist() for cu in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:])), strict=True):
         if q1 > q0:
             groups[_rung(q1 - q0), _rung(k1 - k0), q1 - q0 == k1 - k0].append((q0, q1, k0, k1))
-    buckets = [_bucket(torch.tensor(spans), square, kv_rows, device) for (_, _, square), spans in sorted(groups.items())]
+    buckets = [
+        _bucket(torch.tensor(spans), square, kv_rows, device) for (_, _, square), spans in sorted(groups.items())
+    ]
     rows = torch.cat([b.q_rows.flatten()[b.real] for b in buckets]) if buckets else torch.empty(0, dtype=torch.long)
     return _Plan(buckets, rows.argsort())
 

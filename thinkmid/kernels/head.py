@@ -16,7 +16,9 @@ def linear_logprob(hidden, weight, targets, *, temperature: float = 1.0, return_
     backward pass forms the logits again, chunk by chunk.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden (R, D), weight (V, D), targets (R,); got {hidden.shape=} {weight.shape=} {targets.shape=}")
+        raise ValueError(
+            f"hidden (R, D), weight (V, D), targets (R,); got {hidden.shape=} {weight.shape=} {targets.shape=}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return _LinearLogprob.apply(hidden, weight, targets, temperature, return_entropy)
@@ -47,7 +49,9 @@ class _LinearLogprob(torch.autograd.Function):
         start = 0
         for h, y in _chunks(hidden, targets, weight):
             at = slice(start, start + len(y))
-            dz = _dscores(h, weight, y, lse[at], ctx.temperature, *(None if d is None else d[at] for d in (dlogp, dentropy)))
+            dz = _dscores(
+                h, weight, y, lse[at], ctx.temperature, *(None if d is None else d[at] for d in (dlogp, dentropy))
+            )
             dhidden[at] = dz @ weight
             dweight += dz.T @ h
             start += len(y)

@@ -10,7 +10,7 @@ import torch
 
 @cache
 def attention_path(device: torch.device) -> str:
-    """"sdpa" on CPU, "flash-attn" on a GPU where that package is installed, else "torch-varlen"."""
+    """ "sdpa" on CPU, "flash-attn" on a GPU where that package is installed, else "torch-varlen"."""
     if device.type == "cpu":
         return "sdpa"
     return "flash-attn" if importlib.util.find_spec("flash_attn") else "torch-varlen"

@@ -6,14 +6,23 @@ import torch
 
 
 def dr_grpo_loss(
-    logp, adv, weight, *, old_logp=None, sampler_logp=None, is_cap=None, ref_logp=None, beta=0.0,
-    clip_low=0.2, clip_high=0.2,
+    logp,
+    adv,
+    weight,
+    *,
+    old_logp=None,
+    sampler_logp=None,
+    is_cap=None,
+    ref_logp=None,
+    beta=0.0,
+    clip_low=0.2,
+    clip_high=0.2,
 ):
     """Sum over tokens of weight * (-is * min(ratio * adv, clip(ratio) * adv) + beta * k3), and metric sums.
 
     All tensors (R,) fp32. ratio = exp(logp - old_logp); old_logp None stands for detached logp, so that the ratio is
     exactly 1. is = min(exp(old_logp - sampler_logp), is_cap), always detached; 1 without sampler_logp. weight carries
-    mask and denominator: DrGRPO's is 1 / (P G C). k3 = exp(ref - logp) - (ref - logp) - 1 estimates KL to the reference.
+    mask and denominator: DrGRPO's is 1 / (P G C). k3 = exp(ref - logp) - (ref - logp) - 1 estimates the KL to ref.
     Source: Liu et al. 2025 (DrGRPO), truncated importance sampling after Yao et al. 2025.
     """
     old = logp.detach() if old_logp is None else old_logp

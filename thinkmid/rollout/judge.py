@@ -32,7 +32,7 @@ Judge = Callable[[list[tuple[str, str]]], list[Verdict]]
 
 
 def judge_groups(groups: list[Group], text: Text, judge: Judge, max_suffix: int) -> list[list[Verdict]]:
-    """Verdicts (P, G). Both continuations are cut to max_suffix tokens; without exactly one closing tag the judge is not asked."""
+    """Verdicts (P, G). Both texts are cut to max_suffix tokens; not exactly one closing tag is 0 unasked."""
     verdicts_P_G: list[list[Verdict | None]] = [[None] * len(g.samples) for g in groups]
     asked, pairs = [], []
     for p, group in enumerate(groups):
@@ -50,7 +50,7 @@ def judge_groups(groups: list[Group], text: Text, judge: Judge, max_suffix: int)
 
 
 def match(pairs: list[tuple[str, str]], *, overlap: float = 0.6) -> list[Verdict]:
-    """By rule: the first sentences agree in their numbers; where neither has one, in at least `overlap` of their words (F1)."""
+    """By rule: first sentences agree in their numbers; where neither has one, in at least `overlap` of words (F1)."""
     return [_match(candidate, reference, overlap) for candidate, reference in pairs]
 
 

@@ -191,8 +191,17 @@ class _Rows:
         self._think = np.zeros(size, np.int64)  # tokens up to the first closing tag, 0 before it comes
         self._forced = np.zeros(size, np.int64)  # tokens of a forced closing tag written so far
         self._columns = (
-            self._tokens, self._logp, self._drawn, self._seed, self._newest, self._position, self._count, self._state,
-            self._hits, self._think, self._forced,
+            self._tokens,
+            self._logp,
+            self._drawn,
+            self._seed,
+            self._newest,
+            self._position,
+            self._count,
+            self._state,
+            self._hits,
+            self._think,
+            self._forced,
         )
 
     @property

@@ -30,7 +30,7 @@ def verify(engine, sums: dict[str, int]) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Sum of the bit patterns, each weighted by its place, modulo 2^64: a swap, a stale slice or one flipped bit shows."""
+    """Sum of bit patterns, each weighted by its place, modulo 2^64: a swap, a stale slice or a flipped bit shows."""
     bits = tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
     bits = bits.flatten().to(torch.int64)
     place = torch.arange(1, bits.numel() + 1, device=bits.device)

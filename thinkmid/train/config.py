@@ -1,13 +1,39 @@
-"""The configuration that RLMT and RLPT share."""
+"""The configuration that programs share. No torch in here: --help and a wrong key are answered at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from thinkmid.rollout.engine import Sampling
-from thinkmid.train.job import ModelSection, RunConfig
-from thinkmid.train.loss import LossConfig
 from thinkmid.train.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how long it is."""
+
+    folder: str  # everything the run writes; the same command resumes what is there
+    steps: int  # optimiser steps for SFT, rollout batches for RL
+    seed: int = 0
+    save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
+    keep: int = 2  # checkpoints kept
+    fresh: bool = False  # start over: forget what the folder holds
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio
+    rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
+
+    def __post_init__(self):
+        if self.steps < 0 or self.save_every < 0 or self.keep < 1:
+            raise ValueError(f"steps and save_every must be 0 or more, keep 1 or more, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model to start from."""
+
+    folder: str = ""  # Hugging Face folder
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
+    checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +52,33 @@ class BatchConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.updates > self.prompts:
             raise ValueError(f"updates {self.updates} exceed prompts {self.prompts}: each update needs a group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The policy loss."""
+
+    denom: float  # C of DrGRPO: token terms are divided by prompts * siblings * denom; usual: max_think + max_suffix
+    estimator: Literal["dr_grpo", "grpo", "rloo", "token-mean"] = "dr_grpo"  # advantage and token weight
+    clip_low: float = 0.2  # ratio is clipped below 1 - clip_low; inert with one update per rollout
+    clip_high: float = 0.2  # ratio is clipped above 1 + clip_high
+    is_cap: float = 2.0  # detached trainer/sampler weight is truncated here; 0 switches it off
+    kl: float = 0.0  # weight of the KL to the frozen starting point; above 0 a second model is kept
+    entropy: float = 0.0  # weight of an entropy bonus
+
+    def __post_init__(self):
+        if not self.denom > 0:
+            raise ValueError(f"denom must be positive, got {self.denom}")
+        for name in ("clip_low", "clip_high", "is_cap", "kl"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.clip_low > 1:
+            raise ValueError(f"clip_low must be at most 1, got {self.clip_low}")
+
+    @property
+    def keeps_dead(self) -> bool:
+        """KL and entropy give groups of equal rewards a gradient too."""
+        return bool(self.kl or self.entropy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from thinkmid.data.source import read_documents
-from thinkmid.model import weights
-from thinkmid.model.transformer import ModelConfig, init_weights
-from thinkmid.text import Text, train_tokenizer
-from thinkmid.train.shard import Ranks
+if TYPE_CHECKING:
+    from thinkmid.model.transformer import ModelConfig
+    from thinkmid.train.shard import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +30,7 @@ class FreshConfig:
 
 
 def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks: Ranks) -> Path:
-    """An HF folder with a new tokenizer and freshly drawn weights (Qwen3's form); decided by seed and texts. Collective."""
+    """An HF folder with a new tokenizer and drawn weights in Qwen3's form, decided by seed and texts. Collective."""
     if ranks.rank == 0:
         texts = (doc.text for doc in read_documents(cfg.tokenizer_data or data))
         train_tokenizer(texts, cfg.vocab, folder / "tokenizer", cfg.tags)

@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,37 +20,11 @@ from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
+from thinkmid.train.config import ModelSection, RunConfig
 from thinkmid.train.interrupt import Interrupt
 
 # a run may be resumed with other values of these
 FREE_KEYS = ("run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run lives and how long it is."""
-
-    folder: str  # everything the run writes; the same command resumes what is there
-    steps: int  # optimiser steps for SFT, rollout batches for RL
-    seed: int = 0
-    save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
-    keep: int = 2  # checkpoints kept
-    fresh: bool = False  # start over: forget what the folder holds
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio
-    rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
-
-    def __post_init__(self):
-        if self.steps < 0 or self.save_every < 0 or self.keep < 1:
-            raise ValueError(f"steps and save_every must be 0 or more, keep 1 or more, got {self}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model to start from."""
-
-    folder: str = ""  # Hugging Face folder
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
-    checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
 
 
 @dataclass
@@ -94,7 +68,7 @@ class Job:
 
 
 def claim_folder(cfg, run: RunConfig, ranks: shard.Ranks) -> None:
-    """Prepare the run folder: refuse another run's, clear it if asked to, write config.toml and env.json. Rank 0 writes."""
+    """Refuse another run's folder, clear it if asked to, write config.toml and env.json. Collective; rank 0 writes."""
     folder, fault = Path(run.folder), ""
     if ranks.rank == 0:
         try:
@@ -112,8 +86,17 @@ def claim_folder(cfg, run: RunConfig, ranks: shard.Ranks) -> None:
         raise UserError(fault)
 
 
-def open_job(cfg, run: RunConfig, section: ModelSection, opt: optim.OptimConfig, ranks: shard.Ranks, *, num_steps: int,
-             interrupt: Interrupt, source: Path | None = None) -> tuple[Job, int, dict]:
+def open_job(
+    cfg,
+    run: RunConfig,
+    section: ModelSection,
+    opt: optim.OptimConfig,
+    ranks: shard.Ranks,
+    *,
+    num_steps: int,
+    interrupt: Interrupt,
+    source: Path | None = None,
+) -> tuple[Job, int, dict]:
     """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {})."""
     source = source or Path(section.folder)
     shape, text = weights.read_config(source), Text.load(source)
@@ -141,7 +124,9 @@ def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks
 
 def check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:
     if text.vocab_size > shape.vocab:
-        raise UserError(f"{source}/tokenizer.json: {text.vocab_size} tokens, but config.json has vocab_size {shape.vocab}")
+        raise UserError(
+            f"{source}/tokenizer.json: {text.vocab_size} tokens, but config.json has vocab_size {shape.vocab}"
+        )
 
 
 def fingerprint(sequences) -> str:

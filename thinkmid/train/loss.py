@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
 from thinkmid.kernels.attention import attend_pack
 from thinkmid.kernels.head import linear_logprob
 from thinkmid.kernels.policy import dr_grpo_loss
+from thinkmid.train.config import LossConfig
 from thinkmid.types import Pack
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The policy loss."""
-
-    denom: float  # C of DrGRPO: token terms are divided by prompts * siblings * denom; usual: max_think + max_suffix
-    estimator: Literal["dr_grpo", "grpo", "rloo", "token-mean"] = "dr_grpo"  # advantage and token weight
-    clip_low: float = 0.2  # ratio is clipped below 1 - clip_low; inert with one update per rollout
-    clip_high: float = 0.2  # ratio is clipped above 1 + clip_high
-    is_cap: float = 2.0  # detached trainer/sampler weight is truncated here; 0 switches it off
-    kl: float = 0.0  # weight of the KL to the frozen starting point; above 0 a second model is kept
-    entropy: float = 0.0  # weight of an entropy bonus
-
-    def __post_init__(self):
-        if not self.denom > 0:
-            raise ValueError(f"denom must be positive, got {self.denom}")
-        for name in ("clip_low", "clip_high", "is_cap", "kl"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.clip_low > 1:
-            raise ValueError(f"clip_low must be at most 1, got {self.clip_low}")
-
-    @property
-    def keeps_dead(self) -> bool:
-        """KL and entropy give groups of equal rewards a gradient too."""
-        return bool(self.kl or self.entropy)
 
 
 def logprobs(model, pack: Pack, temperature: float = 1.0, return_entropy: bool = False):

@@ -17,7 +17,7 @@ def block_parameters(shape: ModelConfig) -> int:
 
 
 def pair_cost(shape: ModelConfig) -> float:
-    """Cost of one query-key pair over all layers, in costs of one token's trip through the blocks (FLOPs over FLOPs)."""
+    """FLOPs of one query-key pair over all layers, in those of one token's trip through the blocks."""
     return shape.layers * 4 * shape.heads * shape.head_dim / (2 * block_parameters(shape))
 
 
@@ -65,12 +65,13 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
     resident = {k: v for k, v in train.items() if "master" in k or "moments" in k}
     shared = b.prompts * max_prefix + samples * s.max_new
     arithmetic = [
-        f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, {-(-b.prompts // world)} prompts a rank ({world} ranks)",
+        f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
+        f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
         f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
         f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
         + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
         f"at most {samples * s.max_new:,} new tokens a step, {-(-samples * s.max_new // world):,} a rank",
-        f"at most {shared:,} trunk tokens a step, prefixes stored {'once a group' if b.share_prefix else 'once a sample'}; "
+        f"at most {shared:,} trunk tokens a step, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
     _print(cfg, shape, arithmetic, {"rollout": resident | rollout, "training": train | _engine(rollout)})
@@ -102,7 +103,10 @@ def _engine(rollout):
 
 def _print(cfg, shape, arithmetic, phases):
     print(config.to_toml(cfg))
-    print(f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab:,}")
+    print(
+        f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, "
+        f"vocabulary {shape.vocab:,}"
+    )
     for line in arithmetic:
         print(f"# {line}")
     print("# memory per rank, estimated by formula (thinkmid/train/memory.py)")

@@ -48,7 +48,7 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
 
 @torch.no_grad()
 def thought_accuracy(model, text, paths, packed, ranks) -> dict[str, float]:
-    """Share of labels, operands and results in the thoughts of these documents that the model puts first, teacher-forced."""
+    """Share of labels, operands and results in these documents' thoughts that the model puts first, teacher-forced."""
     units = [unit for doc in read_documents(paths) if (unit := _marked(doc, text)) is not None]
     sums = {f"{kind}_{part}": torch.zeros((), dtype=torch.float64) for kind in ("hits", "num") for part in PARTS}
     for batch in packed(units):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
 from thinkmid.log import read_rows
 from thinkmid.rollout import sync
-from thinkmid.rollout.engine import Engine, Sampling, collect, seed
+from thinkmid.rollout.engine import Engine, collect, seed
 from thinkmid.rollout.judge import Verdict
 from thinkmid.train import advantage, exchange, job, memory
 from thinkmid.train.config import RLConfig
@@ -26,8 +26,17 @@ from thinkmid.types import Group, Prompt
 Reward = Callable[[list[Group]], list[list[Verdict]]]  # verdicts (P, G) of this rank's groups
 
 
-def train(run: job.Job, cfg: RLConfig, engine: Engine, prompts: list[Prompt], reward: Reward, *,
-          step: int, state: dict, reference=None) -> int:
+def train(
+    run: job.Job,
+    cfg: RLConfig,
+    engine: Engine,
+    prompts: list[Prompt],
+    reward: Reward,
+    *,
+    step: int,
+    state: dict,
+    reference=None,
+) -> int:
     """Runs steps `step` to cfg.run.steps. Returns the exit code: 0, or EXIT when stopped on request and saved."""
     ranks, log, stop = run.ranks, run.log, lambda: run.interrupt.requested
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
@@ -61,7 +70,8 @@ def train(run: job.Job, cfg: RLConfig, engine: Engine, prompts: list[Prompt], re
             refuse_stale(groups, step)
             lr = cfg.optim.lr_at(step, cfg.run.steps)
             done = [
-                update(run, cfg, groups[u :: cfg.batch.updates], lr, u == 0, reference) for u in range(cfg.batch.updates)
+                update(run, cfg, groups[u :: cfg.batch.updates], lr, u == 0, reference)
+                for u in range(cfg.batch.updates)
             ]
         for u in done:
             skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
@@ -131,7 +141,10 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
     )
     packs = [pack for packs in packs_of_ranks for pack in packs]
     return Update(
-        stats, sum(u.length for pack in packs for u in pack), sum(u.length for u in unshared), len(packs),
+        stats,
+        sum(u.length for pack in packs for u in pack),
+        sum(u.length for u in unshared),
+        len(packs),
         cfg.batch.pack_tokens,
     )
 

@@ -1,6 +1,6 @@
 """RL mid-training: from a prefix the policy thinks, then continues the text; a judge compares with the real one.
 
-    torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
+torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 """
 
 from __future__ import annotations
@@ -92,11 +92,13 @@ def longest_prefix(cfg: RLMTConfig, shape) -> int:
     if room < 2 or cfg.data.max_prefix > room:
         raise UserError(
             f"data.max_prefix {cfg.data.max_prefix} + sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix "
-            f"{cfg.sampling.max_suffix} exceed the context of {cfg.model.folder}: {shape.max_positions}"
+            f"{cfg.sampling.max_suffix} exceed the context of {shape.max_positions} of {cfg.model.folder}"
         )
     longest = cfg.data.max_prefix or room
     if cfg.data.max_prefix and longest + cfg.sampling.max_new > cfg.batch.pack_tokens:
-        raise UserError(f"batch.pack_tokens {cfg.batch.pack_tokens} must hold a prefix and a reply: {longest + cfg.sampling.max_new}")
+        raise UserError(
+            f"batch.pack_tokens {cfg.batch.pack_tokens} must hold prefix and reply: {longest + cfg.sampling.max_new}"
+        )
     return min(longest, cfg.batch.pack_tokens - cfg.sampling.max_new)
 
 

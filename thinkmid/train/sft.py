@@ -1,6 +1,6 @@
 """SFT mid-training: next-token loss over whole sequences, text and thoughts alike, packed.
 
-    torchrun --nproc-per-node 2 -m thinkmid.train.sft configs/mini-sft.toml
+torchrun --nproc-per-node 2 -m thinkmid.train.sft configs/mini-sft.toml
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from thinkmid import config
 from thinkmid.errors import UserError
+from thinkmid.train.config import ModelSection, RunConfig
 from thinkmid.train.fresh import FreshConfig
-from thinkmid.train.job import ModelSection, RunConfig
 from thinkmid.train.optim import OptimConfig
 
 
@@ -34,7 +34,9 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_len > min(self.batch_tokens, self.pack_tokens):
-            raise ValueError(f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}")
+            raise ValueError(
+                f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,13 @@ def main(argv: list[str]) -> int:
         units = [as_unit(tokens, f"sequence {i}", 1 / num_targets) for i, tokens in enumerate(batch)]
         lr = cfg.optim.lr_at(step, cfg.run.steps)
         stats = train_step(
-            run.model, run.optimizer, packed(units), lambda p: text_loss(run.model, p), ranks, lr=lr, clip=cfg.optim.clip
+            run.model,
+            run.optimizer,
+            packed(units),
+            lambda p: text_loss(run.model, p),
+            ranks,
+            lr=lr,
+            clip=cfg.optim.clip,
         )
         skipped = job.count_skips(run, step, stats.broken, skipped, cfg.optim.max_skipped)
         cursor, step = cursor + taken, step + 1

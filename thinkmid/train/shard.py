@@ -64,7 +64,7 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Joins torchrun's process group, or makes one of a single process. Picks the GPU of the local rank, else the CPU."""
+    """Joins torchrun's process group, or makes one of a single process; on the GPU of the local rank, else the CPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")

@@ -26,7 +26,9 @@ class Stats:
     broken: list[str] = field(default_factory=list)  # why the update was skipped: names of samples, or the gradient
 
 
-def train_step(model, optimizer, batches: list[list[Unit]], loss_fn: LossFn, ranks: Ranks, *, lr: float, clip: float) -> Stats:
+def train_step(
+    model, optimizer, batches: list[list[Unit]], loss_fn: LossFn, ranks: Ranks, *, lr: float, clip: float
+) -> Stats:
     """Forward and backward over this rank's batches, then one update. Collective: every rank brings as many batches.
 
     Weights in the units carry the step's denominator, so losses are summed, never averaged. Without any batch the

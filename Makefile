@@ -1,0 +1,52 @@
+# make rlmt   the main job in miniature: corpus, base, SFT, RL mid-training, curves; minutes on two CPU cores
+# make test   the test suite
+# make lint   ruff
+# make clean  removes the environment, the build and the miniature's runs
+#
+# Each sets up what it needs: .venv, pinned packages, csrc. The second call finds it there.
+
+PYTHON ?= python3
+RANKS ?= 1
+SEED ?= 0
+THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
+
+PY := .venv/bin/python
+RUN := OMP_NUM_THREADS=$(THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
+READY := .venv/.ready
+
+.PHONY: rlmt test lint setup clean
+
+rlmt: runs/mini-sft/export/thinkmid.json
+	$(RUN) thinkmid.train.rlmt configs/mini-rlmt.toml --run.seed $(SEED)
+
+runs/mini-sft/export/thinkmid.json: runs/mini-base/export/thinkmid.json configs/mini-sft.toml
+	$(RUN) thinkmid.train.sft configs/mini-sft.toml --run.seed $(SEED)
+	@touch $@
+
+runs/mini-base/export/thinkmid.json: runs/mini-data/manifest.json configs/mini-base.toml
+	$(RUN) thinkmid.train.sft configs/mini-base.toml --run.seed $(SEED)
+	@touch $@
+
+runs/mini-data/manifest.json: $(READY)
+	$(PY) -m thinkmid.mini.make runs/mini-data --seed $(SEED)
+	@touch $@
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+setup: $(READY)
+
+$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: thinkmid needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info thinkmid/*.so runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt
