@@ -155,10 +155,10 @@ def test_a_mistake_earns_one_line_and_exit_code_2(tiny, text, argv, line):
     assert (done.stderr, done.stdout, done.returncode) == (f"error: {line}\n", "", 2)
 
 
-def test_only_rank_0_prints_the_line(tiny):
-    first, other = tiny("no.toml", RANK="0"), tiny("no.toml", RANK="1")
-    assert (first.stderr, other.stderr) == ("error: no.toml: no such file\n", "")
-    assert first.returncode == other.returncode == 2
+def test_each_of_several_ranks_says_its_own_error_by_number(tiny):
+    alone, among = tiny("no.toml", RANK="0", WORLD_SIZE="1"), tiny("no.toml", RANK="1", WORLD_SIZE="2")
+    assert (alone.stderr, among.stderr) == tuple(f"error{who}: no.toml: no such file\n" for who in ("", " (rank 1)"))
+    assert alone.returncode == among.returncode == 2
 
 
 def test_ctrl_c_exits_with_130(tmp_path):

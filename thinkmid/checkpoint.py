@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -95,19 +94,6 @@ def load(folder: str | Path, tensors: dict[str, Tensor]) -> dict:
     _on_all(UserError, "", _check_files, folder)
     _on_all(UserError, "", _fill, folder, tensors)
     return json.loads((folder / "state.json").read_bytes())
-
-
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Writes `path` durably: after a crash it holds the old content or the new. OSError leaves the old, no litter."""
-    path = Path(path)
-    tmp = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-    try:
-        _write(tmp, [data.encode() if isinstance(data, str) else data])
-        os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
 
 
 # The ranks agree: whatever one of them meets, all return or all raise.

@@ -93,12 +93,15 @@ def environment() -> dict:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a program and exit. A UserError becomes one line on stderr (of rank 0) and exit code 2, Ctrl-C is 130."""
+    """Run a program and exit. A UserError becomes one line on stderr and exit code 2, Ctrl-C is 130.
+
+    Under torchrun every rank says its own, by number: what is wrong may be wrong on one machine only.
+    """
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("error:", _one_line(error), file=sys.stderr)
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        print(f"error (rank {os.environ['RANK']}):" if many else "error:", _one_line(error), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -91,7 +91,7 @@ class Log:
         """Metrics of one step: numbers, or 0-dim arrays and tensors. NaN and infinities are written as null."""
         if self.on:
             row = _finite({"step": step, **row})
-            self.metrics.write(_json_line(row))
+            self._append(self.metrics, row)
             for log, _ in self.trackers:
                 log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step)
             self.screen.step(row)
@@ -100,12 +100,13 @@ class Log:
         """Something that happened once: a restart, a skipped update, a save. Stamped with the wall clock, UTC."""
         if self.on:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            self.events.write(_json_line({"time": now, "kind": kind, **fields}))
+            self._append(self.events, {"time": now, "kind": kind, **fields})
 
     def rollouts(self, step: int, rows: Iterable[dict]) -> None:
         """Everything sampled in one step, in rollouts/step-000040.jsonl."""
         if self.on:
-            write_whole(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(map(_json_line, rows)))
+            path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
+            self._survive(path, lambda: write_whole(path, "".join(map(_json_line, rows))))
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """What the run is doing now, and how much of it is done where that is known."""
@@ -122,10 +123,19 @@ class Log:
             self.on = False
             atexit.unregister(self.close)
             self.screen.close()
-            self.metrics.close()
-            self.events.close()
+            for file in (self.metrics, self.events):
+                self._survive(file.name, file.close)
             for _, close in self.trackers:
                 close()
+
+    def _append(self, file: Any, row: dict) -> None:
+        self._survive(file.name, lambda: file.write(_json_line(row)))
+
+    def _survive(self, path: str | Path, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:  # a full disk costs what it cannot hold, not the run; lines wait in their buffer
+            self.screen.say(plain(f"warning: {path}: cannot write it: {error.strerror}"))
 
     def __enter__(self) -> "Log":
         return self

@@ -1,18 +1,8 @@
 import pytest
 import torch
+from conftest import assert_no_worse
 
 from thinkmid.kernels import apply_rope, rms_norm, swiglu
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def assert_no_worse(ours, exact, naive):
-    """Our error against fp64 is at most twice that of the honest alternative in the same dtype."""
-    error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, naive))
-    assert error <= 2 * allowed + torch.finfo(torch.float32).tiny, f"error {error} against {allowed}"
 
 
 def assert_rounded_once(ours, exact):

@@ -3,30 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, random_model
 
-from thinkmid.model.transformer import ModelConfig, RopeScaling, Transformer, init_weights, inverse_frequencies
+from thinkmid.model.transformer import RopeScaling, Transformer, init_weights, inverse_frequencies
 from thinkmid.model.weights import build
 
-QWEN3 = ModelConfig(
-    kind="qwen3", vocab=37, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, ffn=19, rope_theta=500.0,
-    norm_eps=1e-6, tied=False, max_positions=128, eos_ids=(0,),
-)  # fmt: skip
+QWEN3 = TINY
 LLAMA = replace(QWEN3, kind="llama", tied=True, head_dim=6)
 QWEN2 = replace(QWEN3, kind="qwen2", tied=True, kv_heads=1)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def random_model(cfg, seed=0, **flags):
-    """A model in which every parameter, norms and biases too, is told apart by the result."""
-    model, rng = Transformer(cfg, **flags), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
-    return model
 
 
 def attend_within(segment):

@@ -12,31 +12,45 @@ from thinkmid.errors import UserError
 from thinkmid.text import Text
 from thinkmid.types import Prompt
 
-SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n(?=\s*\S)")
+SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n")
 
 
 def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -> Iterator[Prompt]:
-    """One prompt per thought: what stands before it, earlier thoughts included; the reference is without thoughts."""
+    """One prompt per thought that text follows: what stands before it, earlier thoughts included.
+
+    The reference is the text after it without thoughts. UserError names a document whose prefix is too long.
+    """
     for doc in documents:
         pieces = _split(doc)
         for k, (is_thought, _) in enumerate(pieces):
-            if is_thought:
-                rest = "".join(piece for thought, piece in pieces[k:] if not thought)
+            rest = "".join(piece for thought, piece in pieces[k:] if not thought)
+            if is_thought and rest.strip():
                 tokens, _ = text.encode_woven(pieces[:k])
                 yield _prompt(f"{doc.id}#{k}", doc, tokens, rest, text, max_prefix)
 
 
 def at_sentences(documents: Iterable[Document], text: Text, *, max_prefix: int, seed: int) -> Iterator[Prompt]:
     """Raw text: one prompt per chunk of at most max_prefix tokens, cut at a sentence end drawn from (seed, id)."""
+    room = max_prefix - (text.bos_id is not None) - len(text.open_ids)
+    if room < 1:
+        raise UserError(f"a prefix of {max_prefix} tokens has no room for text beside the opened tag")
     for doc in documents:
-        for k, chunk in enumerate(text.chunks(doc.text, max_prefix - 1 - len(text.open_ids))):
-            ends = [
-                m.end() for m in SENTENCE_END.finditer(chunk) if chunk[: m.end()].strip() and chunk[m.end() :].strip()
-            ]
-            if ends:
-                draw = hashlib.blake2b(f"{seed}/{doc.id}#{k}".encode(), digest_size=8).digest()
-                cut = ends[int.from_bytes(draw, "little") % len(ends)]
-                yield _prompt(f"{doc.id}#{k}", doc, text.encode(chunk[:cut]), chunk[cut:], text, max_prefix)
+        if tag := weave.TAG.search(doc.text):
+            raise UserError(f"{doc.where}: raw text contains {tag[0]} at character {tag.start()}")
+        for k, chunk in enumerate(text.chunks(doc.text, room)):
+            cut = _draw_cut(chunk, f"{seed}/{doc.id}#{k}")
+            tokens = text.encode(chunk[:cut])
+            # a cut inside a run of spaces may cost more tokens than the run had
+            if 0 < len(tokens) <= room:
+                yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], text, max_prefix)
+
+
+def _draw_cut(chunk: str, key: str) -> int:
+    """A sentence end with text on both sides, decided by the key; 0 if there is none."""
+    first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
+    ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
+    draw = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
+    return ends[int.from_bytes(draw, "little") % len(ends)] if ends else 0
 
 
 def _split(doc: Document):

@@ -22,5 +22,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up in fp32, rounded once to gate's dtype. Both (..., F)."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    """silu(gate) * up in fp32 (fp64 for fp64 inputs), rounded once to gate's dtype. Both (..., F)."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)

@@ -1,4 +1,4 @@
-"""The embedded engine: KV cache, continuous batching with refill, each prefix prefilled once per group."""
+"""The embedded engine: KV cache, continuous batching with refill, each prefix prefilled and stored once per group."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from thinkmid.types import Prompt, Sample
 
 PREFILL_TOKENS = 8192  # prefix tokens in one forward
 KEY_STEP = 32  # attention reads the cache in steps of so many positions
+NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
 
 
 class NativeEngine:
@@ -46,25 +47,25 @@ class NativeEngine:
     def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
         if self.version < 0:
             raise RuntimeError("the engine holds no weights yet: sync before generating")
-        with torch.inference_mode():
-            yield from self._run(prompts, seeds_P_G, sampling, stop)
+        return self._run(prompts, seeds_P_G, sampling, stop)
 
+    # a decorator, not a with-block: between two samples the consumer must not find itself in inference mode
+    @torch.inference_mode()
     def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
         waiting = deque((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds))
         if not waiting:
             return
         max_rows = min(sampling.max_batch, len(waiting))
-        cache = _Cache(self._model.cfg, max_rows, max(len(p.tokens) for p in prompts) + sampling.max_new, self._params)
+        prefixes = _Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), max(len(p.tokens) for p in prompts) - 1, self._params)
+        cache = _Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), self._params)
         rows = _Rows(max_rows, sampling, self.text, self._eos)
-        prefixes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # prompt -> keys and values by layer
         while (waiting or rows.num) and not stop():
             # a refill costs a prefill: wait until an eighth of the batch is free
             if waiting and max_rows - rows.num >= min(len(waiting), 1 + max_rows // 8):
                 taken = [waiting.popleft() for _ in range(min(len(waiting), max_rows - rows.num))]
-                self._admit(taken, prompts, cache, rows, prefixes)
-                still = {p for p, _, _ in waiting}
-                prefixes = {p: kv for p, kv in prefixes.items() if p in still}
-            logits = self._decode(cache, rows)
+                self._admit(taken, prompts, rows, prefixes)
+                families = prefixes.families(rows.owner)
+            logits = self._decode(cache, rows, families)
             logp, token = draw(logits, rows.uniforms(), sampling)
             forced = rows.forced()
             if (forced >= 0).any():
@@ -77,17 +78,20 @@ class NativeEngine:
                 yield p, g, rows.sample(row, finished[row], self.version)
             if (finished != "").any():
                 cache.move(rows.keep(np.flatnonzero(finished == "")))
+                # sequences wait in the order of their prompts: only the first one's prompt may hold a prefix already
+                prefixes.keep({p for p, _ in rows.owner} | {p for p, _, _ in list(waiting)[:1]})
+                families = prefixes.families(rows.owner)
 
-    def _admit(self, taken, prompts, cache, rows, prefixes):
-        """Give each sequence a row that holds its prefix; prefixes keeps those whose siblings are still waiting."""
-        by_prompt: dict[int, list[int]] = {}
+    def _admit(self, taken, prompts, rows, prefixes):
+        """Give each sequence a row, and each new prompt a slot that holds its prefix."""
+        fresh = {}
         for p, g, seed in taken:
-            by_prompt.setdefault(p, []).append(rows.add(p, g, seed, prompts[p].tokens))
-        fresh = [(p, prompts[p].tokens[:-1]) for p in by_prompt if p not in prefixes and len(prompts[p].tokens) > 1]
-        for batch in _batches(fresh, PREFILL_TOKENS):
+            rows.add(p, g, seed, prompts[p].tokens)
+            if p not in prefixes.slot:
+                fresh[p] = prompts[p].tokens[:-1]
+                prefixes.add(p, len(fresh[p]))
+        for batch in _batches([(p, tokens) for p, tokens in fresh.items() if tokens], PREFILL_TOKENS):
             self._prefill(batch, prefixes)
-        for p, at in by_prompt.items():
-            cache.fill(at, prefixes.get(p, ()))
 
     def _prefill(self, batch, prefixes):
         """Keys and values of all but the last prompt token; that one is the first input of decoding."""
@@ -95,32 +99,52 @@ class NativeEngine:
         cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
-        prefixes.update({p: [] for p, _ in batch})
+        cache = prefixes.cache
 
         def attend(layer, q, k, v):
             for (p, _), lo, hi in zip(batch, cu[:-1].tolist(), cu[1:].tolist(), strict=True):
-                prefixes[p].append((k[lo:hi].transpose(0, 1), v[lo:hi].transpose(0, 1)))  # (K, p-1, C)
+                cache.k[layer][prefixes.slot[p], :, : hi - lo] = k[lo:hi].transpose(0, 1)  # (K, p-1, C)
+                cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)
             return varlen_attention(q, k, v, cu.to(q.device), cu.to(q.device))
 
         no_rows = torch.empty(0, dtype=torch.long, device=self._device)
         self._model(tokens, positions, attend, rows=no_rows, head=lambda hidden, weight: hidden)
 
-    def _decode(self, cache, rows):
+    def _decode(self, cache, rows, families):
         """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
-        tokens, positions = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position))
-        num, length = rows.num, int(rows.position.max()) + 1
-        length = min(-(-length // KEY_STEP) * KEY_STEP, cache.max_len)
-        seen = (torch.arange(length, device=self._device) <= positions[:, None])[:, None, None]  # (B, 1, 1, length)
-        index = torch.arange(num, device=self._device)
+        tokens, positions, count = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position, rows.count))
+        num, num_keys = rows.num, cache.k[0].shape[1]
+        length = min(-(-(int(rows.count.max()) + 1) // KEY_STEP) * KEY_STEP, cache.max_len)
+        unseen = torch.arange(length, device=self._device) > count[:, None]
+        bias = torch.zeros(unseen.shape, dtype=cache.k[0].dtype, device=self._device).masked_fill_(unseen, NEVER)
+        bias = bias.repeat_interleave(num_keys, 0)[:, None]  # (B*K, 1, length)
+        head = torch.arange(num * num_keys, device=self._device)
+        at = head * cache.max_len + count.repeat_interleave(num_keys)  # (B*K,) where the new keys go
 
         def attend(layer, q, k, v):
-            cache.k[layer][index, :, positions] = k
-            cache.v[layer][index, :, positions] = v
-            keys, values = cache.k[layer][:num, :, :length], cache.v[layer][:num, :, :length]  # (B, K, length, C)
-            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, C): the heads of a group are queries of one key head
-            return F.scaled_dot_product_attention(q, keys, values, seen).flatten(1, 2)
+            size = q.shape[-1]
+            cache.k[layer].view(-1, size).index_copy_(0, at, k.reshape(-1, size))
+            cache.v[layer].view(-1, size).index_copy_(0, at, v.reshape(-1, size))
+            # the heads of a group are queries of one key head
+            q = (q * size**-0.5).reshape(num * num_keys, -1, size)  # (B*K, H/K, C)
+            own, own_lse = partial_attention(q, *cache.first(layer, num, length), bias)
+            if families.length:
+                out, lse = families.attention(layer, q)
+                own = own.lerp_(out, (lse - own_lse).sigmoid_())
+            return own.view(num, -1, size)
 
         return self._model(tokens, positions, attend).float()
+
+
+def partial_attention(q, k, v, bias):
+    """Attention over some of the keys, (N, m, C), and the log of its denominator, (N, m, 1), by which parts are weighed.
+
+    q (N, m, C), already scaled; k, v (N, length, C); bias (N, 1, length), finite, so that a part without keys weighs 0.
+    """
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
+    p = scores.softmax(-1)
+    # the largest probability is exp(top - lse); logsumexp would pass over all scores again
+    return torch.bmm(p, v), scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
 
 
 def draw(logits, uniforms, sampling: Sampling):
@@ -131,7 +155,7 @@ def draw(logits, uniforms, sampling: Sampling):
     logp = (logits / sampling.temperature if sampling.temperature else logits).log_softmax(-1)
     if not sampling.temperature:
         return logp, logp.argmax(-1)
-    p = logp.double().exp()
+    p = logp.exp()
     if 0 < sampling.top_k < p.shape[1]:
         p = p.masked_fill(p < p.topk(sampling.top_k).values[:, -1:], 0.0)
     if sampling.top_p < 1:
@@ -139,14 +163,14 @@ def draw(logits, uniforms, sampling: Sampling):
         # a token stays while the mass before it is below top_p of what is left
         gone = ordered.cumsum(-1) - ordered >= sampling.top_p * ordered.sum(-1, keepdim=True)
         p = p.masked_fill(torch.zeros_like(gone).scatter(1, order, gone), 0.0)
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64)  # in fp32 the sum would lose the rarest tokens of a large vocabulary
     at = torch.from_numpy(uniforms).to(cdf.device)[:, None] * cdf[:, -1:]
     # right=True: the first token whose cdf exceeds the draw, so one of probability 0 is never taken
     return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 class _Cache:
-    """Keys and values, one row per sequence: k[layer] (rows, K, max_len, C)."""
+    """Keys and values, one row per sequence or prefix: k[layer] (rows, K, max_len, C)."""
 
     def __init__(self, cfg, num_rows, max_len, params):
         like = next(iter(params.values()))
@@ -156,11 +180,9 @@ class _Cache:
         self.k = [like.new_zeros(shape) for _ in range(cfg.layers)]
         self.v = [like.new_zeros(shape) for _ in range(cfg.layers)]
 
-    def fill(self, rows, prefix):
-        """Every row starts with this prefix: (k, v) of each layer, (K, p-1, C)."""
-        for layer, (k, v) in enumerate(prefix):
-            self.k[layer][rows, :, : k.shape[1]] = k
-            self.v[layer][rows, :, : v.shape[1]] = v
+    def first(self, layer, num, length):
+        """k, v (num*K, length, C): the first positions of the first rows."""
+        return self.k[layer][:num, :, :length].flatten(0, 1), self.v[layer][:num, :, :length].flatten(0, 1)
 
     def move(self, moves: list[tuple[int, int]]):
         """Rows (from, to): the last rows fill the gaps that finished ones left."""
@@ -168,6 +190,66 @@ class _Cache:
             source, target = (list(x) for x in zip(*moves, strict=True))
             for x in (*self.k, *self.v):
                 x[target] = x[source]
+
+
+class _Prefixes:
+    """The prefixes in use, each stored once however many siblings read it."""
+
+    def __init__(self, cfg, size, max_len, params):
+        self.cache = _Cache(cfg, size, max_len, params)
+        self.slot: dict[int, int] = {}  # prompt -> row of the cache; slots 0, 1, ... are taken
+        self._length = np.zeros(size, np.int64)
+
+    def add(self, prompt, length):
+        self.slot[prompt] = len(self.slot)
+        self._length[self.slot[prompt]] = length
+
+    def keep(self, prompts: set[int]):
+        """Drop all others; the last slots fill the gaps."""
+        gone = [p for p in self.slot if p not in prompts]
+        holes = sorted(self.slot.pop(p) for p in gone)
+        holes = [h for h in holes if h < len(self.slot)]
+        last = [p for p, s in self.slot.items() if s >= len(self.slot)]
+        self.cache.move([(self.slot[p], hole) for p, hole in zip(last, holes, strict=True)])
+        for p, hole in zip(last, holes, strict=True):
+            self._length[hole] = self._length[self.slot[p]]
+            self.slot[p] = hole
+
+    def families(self, owner) -> _Families:
+        return _Families(self.cache, self._length[: len(self.slot)], np.array([self.slot[p] for p, _ in owner], np.int64))
+
+
+class _Families:
+    """Which rows read which prefix. All siblings query it at once: a matrix product instead of one row at a time."""
+
+    def __init__(self, cache, length_A, slot_B):
+        self._cache, self.length = cache, int(length_A.max(initial=0))
+        device, dtype = cache.k[0].device, cache.k[0].dtype
+        num_A = np.bincount(slot_B, minlength=len(length_A))
+        order, most = slot_B.argsort(kind="stable"), int(num_A.max(initial=0))
+        place = np.arange(len(slot_B)) - (num_A.cumsum() - num_A)[slot_B[order]]  # among its siblings
+        members = np.zeros((len(length_A), most), np.int64)  # (A, most) rows; padding repeats row 0
+        members[slot_B[order], place] = order
+        seat = np.empty_like(slot_B)  # (B,) where each row stands in members
+        seat[order] = slot_B[order] * most + place
+        num_keys = cache.k[0].shape[1]
+        head = np.arange(num_keys)[:, None]
+        # the same by key head: (A, K, most) out of (B*K,), and (B*K,) out of (A, K, most)
+        self._members = torch.from_numpy((members[:, None] * num_keys + head).reshape(-1)).to(device)
+        seats = (seat[:, None] // max(most, 1) * num_keys + head[:, 0]) * most + seat[:, None] % max(most, 1)
+        self._seats = torch.from_numpy(seats.reshape(-1)).to(device)
+        self._shape = (len(length_A) * num_keys, most)
+        unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
+        bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, NEVER)
+        self._bias = bias.repeat_interleave(num_keys, 0)[:, None]  # (A*K, 1, length)
+
+    def attention(self, layer, q):
+        """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
+        num, most = self._shape
+        m, size = q.shape[1:]
+        q = q.index_select(0, self._members).view(num, most * m, size)
+        out, lse = partial_attention(q, *self._cache.first(layer, num // self._cache.k[layer].shape[1], self.length), self._bias)
+        return out.view(-1, m, size).index_select(0, self._seats), lse.view(-1, m, 1).index_select(0, self._seats)
 
 
 class _Rows:
@@ -211,6 +293,11 @@ class _Rows:
     @property
     def position(self):
         return self._position[: self.num]
+
+    @property
+    def count(self):
+        """(B,) tokens drawn so far, and so the place of the newest one's key: the last of the prompt comes first."""
+        return self._count[: self.num]
 
     def add(self, p, g, seed, prompt_tokens) -> int:
         row = self.num

@@ -24,8 +24,9 @@ def push(model, engine, version: int, dtype: torch.dtype) -> None:
 
 
 def verify(engine, sums: dict[str, int]) -> None:
-    for name, tensor in engine.named_weights():
-        if checksum(tensor) != sums[name]:
+    held = {name: checksum(tensor) for name, tensor in engine.named_weights()}
+    for name in sums | held:
+        if held.get(name) != sums.get(name):
             raise RuntimeError(f"after sync to version {engine.version} the engine's {name} is not the trainer's")
 
 

@@ -23,14 +23,15 @@ def units(groups: list[Group], *, estimator: str, num_siblings: int, denom: floa
     dropped unless keep_dead (KL or entropy give them a gradient).
     """
     num_samples = len(groups) * num_siblings
-    num_drawn = sum(int(s.drawn.sum()) for g in groups for s in g.samples)
+    num_drawn = max(1, sum(int(s.drawn.sum()) for g in groups for s in g.samples))
     out = []
     for group in groups:
         replies = []
         for sample, a in zip(group.samples, advantages(group.rewards, estimator), strict=True):
             if math.isnan(a) or (a == 0 and not keep_dead):
                 continue
-            tokens = {"grpo": sample.drawn.sum() * num_samples, "token-mean": num_drawn}
+            # at least 1: a sample may hold forced tokens alone
+            tokens = {"grpo": max(1, sample.drawn.sum()) * num_samples, "token-mean": num_drawn}
             weight = sample.drawn / np.float64(tokens.get(estimator, num_samples * denom))
             replies.append(_reply(sample, a, weight))
         if replies:

@@ -23,8 +23,9 @@ class RunConfig:
     rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
 
     def __post_init__(self):
-        if self.steps < 0 or self.save_every < 0 or self.keep < 1:
-            raise ValueError(f"steps and save_every must be 0 or more, keep 1 or more, got {self}")
+        for name, low in (("steps", 0), ("seed", 0), ("save_every", 0), ("keep", 1), ("rollouts_every", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +92,9 @@ class RLConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig
     optim: OptimConfig
+
+    def __post_init__(self):
+        if not self.model.folder:
+            raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
+        if not self.sampling.temperature:
+            raise ValueError("sampling.temperature 0 draws the same sample each time; training needs it above 0")

@@ -30,11 +30,19 @@ class FreshConfig:
 
 
 def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks: Ranks) -> Path:
-    """An HF folder with a new tokenizer and drawn weights in Qwen3's form, decided by seed and texts. Collective."""
-    if ranks.rank == 0:
-        texts = (doc.text for doc in read_documents(cfg.tokenizer_data or data))
-        train_tokenizer(texts, cfg.vocab, folder / "tokenizer", cfg.tags)
-    ranks.barrier()
+    """An HF folder with a new tokenizer and drawn weights (Qwen3's form); decided by seed and texts. Collective.
+
+    A run that has checkpoints keeps what it began with: its text may have changed, which is for the caller to notice.
+    """
+    import torch
+
+    from thinkmid.model import weights
+    from thinkmid.model.transformer import init_weights
+    from thinkmid.text import Text
+
+    if (folder / "checkpoints").exists() and (folder / "init").exists():
+        return folder / "init"
+    ranks.agree(lambda: _train_tokenizer(cfg, data, folder / "tokenizer") if ranks.rank == 0 else None)
     text = Text.load(folder / "tokenizer")
     shape = shape_of(cfg, text.vocab_size, text.eos_ids)
     model = weights.build(shape)
@@ -43,7 +51,16 @@ def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks
     return folder / "init"
 
 
+def _train_tokenizer(cfg: FreshConfig, data: tuple[str, ...], folder: Path) -> None:
+    from thinkmid.data.source import read_documents
+    from thinkmid.text import train_tokenizer
+
+    train_tokenizer((doc.text for doc in read_documents(cfg.tokenizer_data or data)), cfg.vocab, folder, cfg.tags)
+
+
 def shape_of(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
+    from thinkmid.model.transformer import ModelConfig
+
     return ModelConfig(
         kind="qwen3",
         vocab=vocab,

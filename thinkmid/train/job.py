@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from thinkmid import checkpoint, config
 from thinkmid.errors import UserError
@@ -39,6 +41,7 @@ class Job:
     ranks: shard.Ranks
     interrupt: Interrupt
     log: Log
+    data: str  # fingerprint of what is learnt from
     saved_step: int = -1
 
     @property
@@ -52,6 +55,7 @@ class Job:
         begin = time.perf_counter()
         try:
             tensors = optim.state_tensors(self.model, self.optimizer)
+            state = {**state, "data": self.data}
             checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.run.keep)
         except checkpoint.CheckpointError as error:
             self.log.event("save_failed", step=step, why=str(error))
@@ -62,54 +66,40 @@ class Job:
 
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
-        folder = self.folder / "export"
-        weights.save(folder, self.model.cfg, weights.stream(self.model), dtype=torch.float32, extra_files=self.source)
+        folder, named = self.folder / "export", weights.stream(self.model)
+        try:
+            weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: cannot be written ({error}); the same command tries again") from error
         return folder
 
 
-def claim_folder(cfg, run: RunConfig, ranks: shard.Ranks) -> None:
-    """Refuse another run's folder, clear it if asked to, write config.toml and env.json. Collective; rank 0 writes."""
-    folder, fault = Path(run.folder), ""
-    if ranks.rank == 0:
-        try:
-            if run.fresh:
-                _clear(folder)
-            _same_config(folder, cfg)
-            folder.mkdir(parents=True, exist_ok=True)
-            env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
-            env["paths"] = {"attention": launch.attention_path(ranks.device)}
-            config.save_run(folder, cfg, env)
-        except (UserError, OSError) as error:
-            fault = str(error)
-    fault = ranks.gather_bytes(fault.encode())[0].decode()
-    if fault:
-        raise UserError(fault)
+def claim_folder(cfg, ranks: shard.Ranks) -> None:
+    """Refuse a folder that another run began, clear it if asked to. Collective."""
+    ranks.agree(lambda: _claim(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
 
 
 def open_job(
-    cfg,
-    run: RunConfig,
-    section: ModelSection,
-    opt: optim.OptimConfig,
-    ranks: shard.Ranks,
-    *,
-    num_steps: int,
-    interrupt: Interrupt,
-    source: Path | None = None,
+    cfg, source: Path, shape: ModelConfig, text: Text, *, data: str, ranks: shard.Ranks, interrupt: Interrupt
 ) -> tuple[Job, int, dict]:
-    """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {})."""
-    source = source or Path(section.folder)
-    shape, text = weights.read_config(source), Text.load(source)
+    """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {}).
+
+    Collective. data: fingerprint of what is learnt from. Nothing is written before all that may be wrong was looked at.
+    """
+    folder = Path(cfg.run.folder)
     check_vocabulary(source, shape, text)
-    model = sharded_model(source, shape, section, ranks)
-    optimizer = optim.adamw(model, opt)
-    folder = Path(run.folder)
+    model = sharded_model(source, shape, cfg.model, ranks)
+    optimizer = optim.adamw(model, cfg.optim)
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
     state = checkpoint.load(found, optim.state_tensors(model, optimizer)) if found else {}
-    start = int(found.name.split("-")[1]) if found else 0
-    log = Log(folder, ranks.rank, start, num_steps=num_steps, trackers=run.trackers, config=dataclasses.asdict(cfg))
+    same_data(state, data, cfg.run.folder)
+    start = int(found.name.rpartition("-")[2]) if found else 0
+    ranks.agree(lambda: _describe_run(folder, cfg, ranks) if ranks.rank == 0 else None)
+    options = {"num_steps": cfg.run.steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
+    log = Log(folder, ranks.rank, start, **options)
     log.event("start", step=start, world=ranks.world)
-    return Job(run, source, model, text, optimizer, ranks, interrupt, log, start if found else -1), start, state
+    saved_step = start if found else -1
+    return Job(cfg.run, source, model, text, optimizer, ranks, interrupt, log, data, saved_step), start, state
 
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
@@ -118,7 +108,7 @@ def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks
         model = Transformer(shape, checkpointing=section.checkpointing)
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     weights.materialise(model, ranks.device)
-    weights.load_into(model, source)
+    ranks.agree(lambda: weights.load_into(model, source))
     return model
 
 
@@ -146,17 +136,21 @@ def same_data(state: dict, data: str, folder: str) -> None:
         raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
 
 
-def _same_config(folder: Path, cfg) -> None:
-    path = folder / "config.toml"
-    if not path.exists() or not (folder / "checkpoints").exists():
-        return
-    import tomllib
+def _claim(folder: Path, cfg) -> None:
+    if cfg.model.folder and Path(cfg.model.folder).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"model.folder {cfg.model.folder} lies in run.folder {folder}, which the run writes to")
+    if cfg.run.fresh:
+        _clear(folder)
+    elif (folder / "config.toml").exists() and (folder / "checkpoints").exists():
+        _same_config(folder, cfg)
 
+
+def _same_config(folder: Path, cfg) -> None:
     def flat(tree, prefix=""):
         for key, value in tree.items():
             yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
-    old = dict(flat(tomllib.loads(path.read_text())))
+    old = dict(flat(tomllib.loads((folder / "config.toml").read_text())))
     new = dict(flat(tomllib.loads(config.to_toml(cfg))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key not in FREE_KEYS:
@@ -165,10 +159,15 @@ def _same_config(folder: Path, cfg) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("checkpoints", "rollouts", "export"):
+    for name in ("checkpoints", "rollouts", "export", "init", "tokenizer"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _describe_run(folder: Path, cfg, ranks: shard.Ranks) -> None:
+    env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
+    config.save_run(folder, cfg, env | {"paths": {"attention": launch.attention_path(ranks.device)}})
 
 
 def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:

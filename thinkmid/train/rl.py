@@ -40,10 +40,8 @@ def train(
     """Runs steps `step` to cfg.run.steps. Returns the exit code: 0, or EXIT when stopped on request and saved."""
     ranks, log, stop = run.ranks, run.log, lambda: run.interrupt.requested
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
-    data = job.fingerprint(p.tokens for p in prompts)
-    job.same_data(state, data, cfg.run.folder)
     while True:
-        now = {"cursor": cursor, "data": data, "skipped": skipped}
+        now = {"cursor": cursor, "skipped": skipped}
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
         if due or step == cfg.run.steps:
             run.save(step, now)

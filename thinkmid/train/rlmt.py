@@ -65,10 +65,9 @@ def main(argv: list[str]) -> int:
         return memory.dry_run_rl(cfg, shape, max_prefix)
     interrupt, ranks = Interrupt(), shard.start()
     prompts = read_prompts(cfg.data, text, max_prefix, cfg.run.seed)
-    job.claim_folder(cfg, cfg.run, ranks)
-    run, step, state = job.open_job(
-        cfg, cfg.run, cfg.model, cfg.optim, ranks, num_steps=cfg.run.steps, interrupt=interrupt
-    )
+    data = job.fingerprint(p.tokens for p in prompts)
+    job.claim_folder(cfg, ranks)
+    run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     run.log.say(f"{len(prompts)} prefixes, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}")
     reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
     engine = NativeEngine(shape, text, device=ranks.device)
@@ -87,19 +86,14 @@ def main(argv: list[str]) -> int:
 
 
 def longest_prefix(cfg: RLMTConfig, shape) -> int:
-    """Tokens a prefix may have. UserError if the context does not hold it and the new tokens, or a pack does not."""
-    room = shape.max_positions - cfg.sampling.max_new
-    if room < 2 or cfg.data.max_prefix > room:
-        raise UserError(
-            f"data.max_prefix {cfg.data.max_prefix} + sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix "
-            f"{cfg.sampling.max_suffix} exceed the context of {shape.max_positions} of {cfg.model.folder}"
-        )
-    longest = cfg.data.max_prefix or room
-    if cfg.data.max_prefix and longest + cfg.sampling.max_new > cfg.batch.pack_tokens:
-        raise UserError(
-            f"batch.pack_tokens {cfg.batch.pack_tokens} must hold prefix and reply: {longest + cfg.sampling.max_new}"
-        )
-    return min(longest, cfg.batch.pack_tokens - cfg.sampling.max_new)
+    """Tokens a prefix may have. UserError if the context or a pack does not hold it and the new tokens."""
+    s, asked = cfg.sampling, max(cfg.data.max_prefix, 2)
+    rooms = {f"the context of {cfg.model.folder}": shape.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
+    for name, room in rooms.items():
+        if asked + s.max_new > room:
+            new = f"sampling.max_think {s.max_think} + sampling.max_suffix {s.max_suffix}"
+            raise UserError(f"a prefix of {asked} tokens + {new} exceed {name}: {room}")
+    return cfg.data.max_prefix or min(rooms.values()) - s.max_new
 
 
 def read_prompts(data: DataConfig, text, max_prefix: int, seed: int) -> list:

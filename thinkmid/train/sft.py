@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
 
     from thinkmid.data.pack import plan
     from thinkmid.data.source import Order
+    from thinkmid.model import weights
+    from thinkmid.text import Text
     from thinkmid.train import fresh, job, memory, probe, shard
     from thinkmid.train.interrupt import EXIT, Interrupt
     from thinkmid.train.loss import text_loss
@@ -63,28 +66,26 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return memory.dry_run_sft(cfg)
     interrupt, ranks = Interrupt(), shard.start()
-    job.claim_folder(cfg, cfg.run, ranks)
-    source = None
+    job.claim_folder(cfg, ranks)
+    source = Path(cfg.model.folder)
     if not cfg.model.folder:
-        source = fresh.make(cfg.fresh, cfg.data.paths, job.Path(cfg.run.folder), cfg.run.seed, ranks)
-    run, step, state = job.open_job(
-        cfg, cfg.run, cfg.model, cfg.optim, ranks, num_steps=cfg.run.steps, interrupt=interrupt, source=source
-    )
-    if run.model.cfg.max_positions < cfg.data.max_len:
-        raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {run.model.cfg.max_positions}")
-    sequences = read_sequences(cfg.data.paths, run.text, cfg.data.max_len)
-    held_out = read_sequences(cfg.data.val_paths, run.text, cfg.data.max_len) if cfg.data.val_paths else []
+        source = fresh.make(cfg.fresh, cfg.data.paths, Path(cfg.run.folder), cfg.run.seed, ranks)
+    shape, text = weights.read_config(source), Text.load(source)
+    if shape.max_positions < cfg.data.max_len:
+        raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
+    sequences = read_sequences(cfg.data.paths, text, cfg.data.max_len)
+    held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     data = job.fingerprint(tokens for tokens, _ in sequences)
-    job.same_data(state, data, cfg.run.folder)
+    run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     order, cursor, skipped = Order(len(sequences), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
-    pair_cost = memory.pair_cost(run.model.cfg)
+    pair_cost = memory.pair_cost(shape)
 
     def packed(units):
         return plan(units, capacity=cfg.data.pack_tokens, ranks=ranks.world, pair_cost=pair_cost)[ranks.rank]
 
     while step < cfg.run.steps:
         if ranks.any(interrupt.requested):
-            run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
+            run.save(step, {"cursor": cursor, "skipped": skipped})
             run.log.close()
             return EXIT
         began = time.perf_counter()
@@ -110,8 +111,8 @@ def main(argv: list[str]) -> int:
             row |= probe.validation_loss(run.model, held_out, packed, ranks)
         run.log.write(step, row)
         if cfg.run.save_every and step % cfg.run.save_every == 0:
-            run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
-    run.save(step, {"cursor": cursor, "data": data, "skipped": skipped})
+            run.save(step, {"cursor": cursor, "skipped": skipped})
+    run.save(step, {"cursor": cursor, "skipped": skipped})
     folder = run.export()
     if cfg.data.probe_paths:
         probed = probe.thought_accuracy(run.model, run.text, cfg.data.probe_paths, packed, ranks)

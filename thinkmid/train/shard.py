@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from thinkmid.errors import UserError
 
 # a rank may wait for the slowest rollout of another
 TIMEOUT = timedelta(hours=2)
@@ -36,6 +39,16 @@ class Ranks:
         all_of = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
+
+    def agree(self, work: Callable[[], None]) -> None:
+        """work() on every rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
+        fault = ""
+        try:
+            work()
+        except (UserError, OSError) as error:
+            fault = str(error)
+        for answer in filter(None, self.gather_bytes(fault.encode())):
+            raise UserError(answer.decode())
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -56,7 +56,7 @@ def train_step(
             group["lr"] = lr
         optimizer.step()
     else:
-        names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().split()
+        names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().splitlines()
         stats.broken = names or ["the gradient, though every loss is finite"]
     optimizer.zero_grad(set_to_none=True)
     return stats

@@ -1,0 +1,79 @@
+"""What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
+
+import os
+
+# on tensors this small threads cost more than they bring; before torch is imported, here and in children
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from thinkmid.model.transformer import ModelConfig, Transformer  # noqa: E402
+from thinkmid.types import Group, Prompt, Sample  # noqa: E402
+
+TINY = ModelConfig(
+    kind="qwen3", vocab=37, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, ffn=19, rope_theta=500.0,
+    norm_eps=1e-6, tied=False, max_positions=128, eos_ids=(0,),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_unwritten_memory_is_nan():
+    torch.manual_seed(0)
+    # torch.empty fills with NaN in this mode
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_model(cfg=TINY, seed=0, dtype=torch.float32, **flags):
+    """A model in which every parameter, norms and biases too, is told apart by the result."""
+    model, rng = Transformer(cfg, **flags), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
+    return model.to(dtype)
+
+
+def random_groups(rewards_P_G, seed=0, *, max_prefix=9, max_reply=7, version=0):
+    """Groups with these rewards; lengths from 1 up, log-probs of an unsure model, a fifth of the tokens forced."""
+    rng = np.random.default_rng(seed)
+
+    def sample():
+        n = int(rng.integers(1, max_reply + 1))
+        return Sample(
+            tokens=rng.integers(0, TINY.vocab, n).astype(np.int32), logp=rng.normal(-4, 1, n).astype(np.float32),
+            drawn=rng.random(n) < 0.8, finish="eos", num_think=n, version=version,
+        )  # fmt: skip
+
+    groups = []
+    for p, rewards in enumerate(rewards_P_G):
+        prefix = rng.integers(0, TINY.vocab, rng.integers(1, max_prefix + 1)).tolist()
+        samples = [sample() for _ in rewards]
+        groups.append(Group(prompt=Prompt(id=f"prompt {p}", tokens=prefix), samples=samples, rewards=list(rewards)))
+    return groups
+
+
+def assert_no_worse(ours, exact, naive):
+    """Our error against fp64 is at most twice that of the honest alternative in the same dtype."""
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, naive))
+    assert error <= 2 * allowed + torch.finfo(torch.float32).tiny, f"error {error} against {allowed}"
+
+
+def assert_same(ours, exact):
+    """Two named sets of fp64 tensors are equal but for the order of sums."""
+    assert ours.keys() == exact.keys()
+    for name, want in exact.items():
+        error, scale = (ours[name] - want).abs().max().item(), want.abs().max().item()
+        assert error <= 1e-11 * max(scale, 1e-3), f"{name}: error {error}, largest value {scale}"
+
+
+def join_ranks(rank, world, folder):
+    """For a process started by torch.multiprocessing.spawn: gloo through a file, then the trainer's own start()."""
+    from thinkmid.train import shard
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    return shard.start()

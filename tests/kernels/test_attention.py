@@ -1,0 +1,210 @@
+import sys
+import types
+
+import pytest
+import torch
+from conftest import assert_no_worse, assert_same
+
+from thinkmid.kernels import attention
+from thinkmid.kernels.attention import attend_pack, varlen_attention
+from thinkmid.types import Pack
+
+# (queries, keys of a shared prefix before them): 1, primes, a rung of the ladder +- 1, one very long among short ones
+PLAIN = [(1, 0), (7, 0), (16, 0), (17, 0), (15, 0), (1, 0), (211, 0), (2, 0)]
+SHARED = [(13, 0), (1, 13), (5, 13), (33, 13), (307, 13), (2, 13), (13, 13)]
+
+
+def slow(q, k, v, cu_q, cu_k, kv_rows=None):
+    """One query and one head at a time: the last query of a segment sees the last key."""
+    if kv_rows is not None:
+        k, v = k[kv_rows], v[kv_rows]
+    out, share = [], q.shape[1] // k.shape[1]
+    for s in range(len(cu_q) - 1):
+        q0, q1, k0, k1 = (int(x) for x in (cu_q[s], cu_q[s + 1], cu_k[s], cu_k[s + 1]))
+        for i in range(q0, q1):
+            seen = slice(k0, k1 - (q1 - 1 - i))
+            rows = []
+            for h in range(q.shape[1]):
+                p = (k[seen, h // share] @ q[i, h] / q.shape[2] ** 0.5).softmax(0)
+                rows.append(p @ v[seen, h // share])
+            out.append(torch.stack(rows))
+    return torch.stack(out) if out else torch.zeros_like(q)
+
+
+def layout(segments):
+    """cu_q, cu_k, kv_rows where the first segment is the prefix of those that name one."""
+    queries = torch.tensor([n for n, _ in segments])
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), queries.cumsum(0)))
+    keys = [torch.cat((torch.arange(p), torch.arange(a, a + n))) for (n, p), a in zip(segments, starts, strict=False)]
+    cu_k = torch.cat((torch.zeros(1, dtype=torch.long), torch.tensor([len(k) for k in keys]).cumsum(0)))
+    shared = torch.cat(keys) if any(p for _, p in segments) else None
+    return starts.int(), cu_k.int(), shared
+
+
+def random_qkv(num_rows, heads=4, kv_heads=2, dtype=torch.float64):
+    shapes = ((num_rows, heads, 6), (num_rows, kv_heads, 6), (num_rows, kv_heads, 6))
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def with_gradients(fn, qkv, do):
+    out = fn(*qkv)
+    return dict(zip(("o", "dq", "dk", "dv"), (out, *torch.autograd.grad((out * do).sum(), qkv)), strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("segments", [PLAIN, SHARED, [(5, 0)], [(1, 0)]], ids=["plain", "shared", "one", "one token"])
+def test_packed_attention_is_the_loop_over_queries(segments, kv_heads):
+    cu_q, cu_k, kv_rows = layout(segments)
+    qkv = random_qkv(int(cu_q[-1]), kv_heads=kv_heads)
+    do = torch.randn_like(qkv[0])
+    ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows), qkv, do)
+    assert_same(ours, with_gradients(lambda *x: slow(*x, cu_q, cu_k, kv_rows), qkv, do))
+
+
+def test_segments_that_share_nothing_do_not_see_each_other():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    qkv = random_qkv(int(cu_q[-1]))
+    with torch.no_grad():
+        before = varlen_attention(*qkv, cu_q, cu_k, kv_rows)
+        qkv[1][cu_q[3] : cu_q[4]] += 1
+        changed = (varlen_attention(*qkv, cu_q, cu_k, kv_rows) - before).abs().amax((1, 2)) > 0
+    assert not changed[: cu_q[3]].any()
+    assert not changed[cu_q[4] :].any()
+    # the first row of the segment: of the keys that moved it sees its own alone, and those of the prefix stayed
+    assert changed[cu_q[3] : cu_q[4]].all()
+
+
+def test_segments_without_queries_take_no_part():
+    cu = torch.tensor([0, 0, 3, 3, 8], dtype=torch.int32)
+    qkv = random_qkv(8)
+    assert_same({"o": varlen_attention(*qkv, cu, cu)}, {"o": slow(*qkv, cu, cu)})
+    empty = torch.tensor([0], dtype=torch.int32)
+    assert varlen_attention(*random_qkv(0), empty, empty).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_to_buckets_costs_no_accuracy(dtype):
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    qkv = [x.detach() for x in random_qkv(int(cu_q[-1]), dtype=dtype)]
+    exact = slow(*(x.double() for x in qkv), cu_q, cu_k, kv_rows)
+    assert_no_worse(varlen_attention(*qkv, cu_q, cu_k, kv_rows), exact, slow(*qkv, cu_q, cu_k, kv_rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"q": torch.zeros(8, 3, 6)}, "H a multiple of K"),
+        ({"k": torch.zeros(8, 2, 5)}, "H a multiple of K"),
+        ({"cu_q": torch.tensor([0, 7])}, "cu_q must end at 8"),
+        ({"cu_k": torch.tensor([0, 9])}, "cu_k at 8"),
+        ({"kv_rows": torch.arange(7)}, "cu_k at 7"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(change, said):
+    q, k, v = (x.detach().float() for x in random_qkv(8))
+    cu = torch.tensor([0, 8])
+    with pytest.raises(ValueError, match=said):
+        varlen_attention(**{"q": q, "k": k, "v": v, "cu_q": cu, "cu_k": cu, **change})
+
+
+# The GPU paths, up to the call of the library: stand-ins with the libraries' signatures that check and compute.
+
+
+def checked(q, k, v, cu_q, cu_k, max_q, max_k, calls):
+    """What the kernels assume of their arguments, then the truth."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    assert type(max_q) is type(max_k) is int
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert cu_q[-1] == len(q)
+    assert cu_k[-1] == len(k) == len(v)
+    calls.append((q, k, v))
+    return slow(q, k, v, cu_q, cu_k)
+
+
+def fake_flash(calls, monkeypatch):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert causal
+        assert (dropout_p, softmax_scale, window_size, return_attn_probs) == (0.0, None, (-1, -1), False)
+        return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+def fake_torch(calls, monkeypatch):
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+        enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+    ):  # fmt: skip
+        assert window_size == (-1, 0)  # causal, aligned at the bottom right
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+
+
+def fake_old_torch(calls, monkeypatch):
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        assert window_size == (-1, 0)
+        assert query.shape[1] == key.shape[1]  # knows no grouped heads
+        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+
+
+@pytest.fixture(params=[fake_flash, fake_torch, fake_old_torch], ids=lambda f: f.__name__)
+def library(request, monkeypatch):
+    """(impl, the calls that its stand-in saw)."""
+    calls = []
+    request.param(calls, monkeypatch)
+    attention._flash_attn.cache_clear()
+    attention._torch_varlen.cache_clear()
+    yield "flash-attn" if request.param is fake_flash else "torch-varlen", calls
+    attention._flash_attn.cache_clear()
+    attention._torch_varlen.cache_clear()
+
+
+@pytest.mark.parametrize("segments", [PLAIN[:6], SHARED[:4]], ids=["plain", "shared"])
+def test_a_library_gets_gathered_keys_and_the_causal_convention(segments, library):
+    impl, calls = library
+    cu_q, cu_k, kv_rows = layout(segments)
+    qkv = random_qkv(int(cu_q[-1]), heads=6)
+    do = torch.randn_like(qkv[0])
+    ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, impl=impl), qkv, do)
+    assert len(calls) == 1
+    assert_same(ours, with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, impl="sdpa"), qkv, do))
+
+
+@pytest.mark.parametrize("segments", [PLAIN[:6], SHARED[:4]], ids=["plain", "shared"])
+def test_the_attention_of_a_pack_is_that_of_its_segments_in_every_layer(segments, library):
+    impl, calls = library
+    cu_q, cu_k, kv_rows = layout(segments)
+    zeros = torch.zeros(int(cu_q[-1]), dtype=torch.long)
+    names = ("positions", "rows", "targets", "ce_w", "pg_w", "adv", "logp_old")
+    pack = Pack(tokens=zeros, cu_q=cu_q, cu_k=cu_k, kv_rows=kv_rows, owner=[], **dict.fromkeys(names, zeros))
+    through, plain = attend_pack(pack, impl=impl), attend_pack(pack)
+    for layer in (0, 1):
+        qkv = random_qkv(len(zeros))
+        exact = {"o": slow(*qkv, cu_q, cu_k, kv_rows)}
+        assert_same({"o": through(layer, *qkv)}, exact)
+        assert_same({"o": plain(layer, *qkv)}, exact)
+    assert len(calls) == 2
+
+
+def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed(monkeypatch):
+    from thinkmid.kernels import launch
+
+    assert launch.attention_path(torch.device("cpu")) == "sdpa"
+    for installed, path in ((object(), "flash-attn"), (None, "torch-varlen")):
+        launch.attention_path.cache_clear()
+        monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name, found=installed: found)
+        assert launch.attention_path(torch.device("cuda")) == path
+    launch.attention_path.cache_clear()
