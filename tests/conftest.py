@@ -5,13 +5,13 @@ import os
 # on tensors this small threads cost more than they bring; before torch is imported, here and in children
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
 
-from thinkmid.model.transformer import ModelConfig, Transformer  # noqa: E402
-from thinkmid.types import Group, Prompt, Sample  # noqa: E402
+from thinkmid.model.transformer import ModelConfig, Transformer
+from thinkmid.types import Group, Prompt, Sample
 
 TINY = ModelConfig(
     kind="qwen3", vocab=37, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, ffn=19, rope_theta=500.0,

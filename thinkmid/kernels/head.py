@@ -32,7 +32,7 @@ class _LinearLogprob(torch.autograd.Function):
             z = _scores(h, weight, temperature)  # (c, V)
             lse = z.logsumexp(-1)
             logp = z.gather(1, y[:, None])[:, 0] - lse
-            parts.append((logp, _entropy(z, lse) if return_entropy else logp.new_zeros(0), lse))
+            parts.append((logp, _entropy(z.sub_(lse[:, None])) if return_entropy else logp.new_zeros(0), lse))
         logp, entropy, lse = (torch.cat(p) for p in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
@@ -60,13 +60,12 @@ class _LinearLogprob(torch.autograd.Function):
 
 def _dscores(h, weight, y, lse, temperature, dlogp, dentropy):
     """Gradient of the loss with respect to h @ weight.T, (c, V) in h's dtype."""
-    z = _scores(h, weight, temperature)
+    logp_all = _scores(h, weight, temperature).sub_(lse[:, None])
     # d logp_y / dz = onehot - p;  d entropy / dz = -p (log p + entropy)
     if dentropy is None:
-        dz = z.sub_(lse[:, None]).exp_().mul_(-dlogp[:, None])
+        dz = logp_all.exp_().mul_(-dlogp[:, None])
     else:
-        logp_all = z - lse[:, None]
-        scale = dentropy[:, None] * (logp_all + _entropy(z, lse)[:, None]).nan_to_num_(neginf=0.0)
+        scale = dentropy[:, None] * (logp_all + _entropy(logp_all)[:, None]).nan_to_num_(neginf=0.0)
         dz = -logp_all.exp() * (scale if dlogp is None else scale + dlogp[:, None])
     if dlogp is not None:
         dz[torch.arange(len(y), device=y.device), y] += dlogp
@@ -78,10 +77,9 @@ def _scores(h, weight, temperature):
     return z.div_(temperature) if temperature != 1 else z
 
 
-def _entropy(z, lse):
-    # a token of probability 0 adds nothing: 0 * -inf would be NaN
-    p = (z - lse[:, None]).exp_()
-    return lse - p.mul_(z).nan_to_num_(nan=0.0).sum(-1)
+def _entropy(logp_all):
+    # a token of probability 0 adds nothing: 0 * -inf would be NaN. lse - sum(p z) would cancel where logits are large
+    return -logp_all.exp().mul_(logp_all).nan_to_num_(nan=0.0).sum(-1)
 
 
 def _wide(x):

@@ -3,7 +3,7 @@
 general.jsonl          {"id", "text"}           for the base model
 sft-think.jsonl        {"id", "text", "style"}  with thoughts, for SFT
 sft-raw.jsonl          {"id", "text"}           the same documents without thoughts, then more: as many words
-rl.jsonl               {"id", "text", "style"}  with thoughts, for RLMT
+rl.jsonl               {"id", "text", "style"}  with thoughts, for RLMT; every result takes three steps or more
 heldout.jsonl          {"id", "text", "style"}  with thoughts, for validation
 questions-train.jsonl  {"id", "question", "answer", "set"}  for RLPT
 questions-<set>.jsonl  the same, for evaluation: 1-step ... 4-step, held-out-a ... held-out-c
@@ -33,6 +33,7 @@ from thinkmid.mini.annotator import MIX, annotate, sites, style_of
 PROGRAM = "thinkmid.mini.make"
 WORD = re.compile(r"</?think>|\w+|[^\w\s]")
 ENDLESS = sys.maxsize
+RL_STEPS = 3
 
 
 class Sieve:
@@ -84,6 +85,11 @@ def num_words(rows: list[dict]) -> int:
     return sum(len(WORD.findall(row.get("text") or row["question"])) for row in rows)
 
 
+def is_hard(row: dict) -> bool:
+    """Every result takes RL_STEPS or more: a first guess is seldom right, so that a worked-out thought pays."""
+    return all(len(site.chain) > RL_STEPS for site in sites(content(row)))
+
+
 def thinking(rows: list[dict], mix: tuple[float, float, float]) -> list[dict]:
     """The documents with thoughts, and in which style. The sieve has seen to it that the annotator reads them all."""
     return [{"text": annotate(row["text"], mix), "style": style_of(row["text"], mix)} for row in rows]
@@ -95,8 +101,9 @@ def tables(args: dict) -> tuple[dict[str, list[dict]], dict[str, int]]:
     out = {f"questions-{kind}": sieve.reserve(kind, f"{seed} evaluation", args["questions"]) for kind in world.SETS}
     train = world.questions("train", f"{seed} train", ENDLESS)
     out["questions-train"] = sieve.take(train, args["train_questions"])
-    for split in ("heldout", "rl"):
-        out[split] = thinking(sieve.take(world.documents(f"{seed} {split}", ENDLESS), args[split]), mix)
+    out["heldout"] = thinking(sieve.take(world.documents(f"{seed} heldout", ENDLESS), args["heldout"]), mix)
+    hard = filter(is_hard, world.documents(f"{seed} rl", ENDLESS))
+    out["rl"] = thinking(sieve.take(hard, args["rl"]), mix)
     raw = sieve.take(world.documents(f"{seed} sft", ENDLESS), args["documents"])
     out["sft-think"] = thinking(raw, mix)
     missing = num_words(out["sft-think"]) - num_words(raw)

@@ -43,7 +43,8 @@ def judge_groups(groups: list[Group], text: Text, judge: Judge, max_suffix: int)
                 verdicts_P_G[p][g] = Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
             else:
                 asked.append((p, g))
-                pairs.append((parts.suffix, reference))
+                cut = text.split_at_close(sample.tokens[: parts.num_think + max_suffix])
+                pairs.append((cut.suffix, reference))
     for (p, g), verdict in zip(asked, judge(pairs) if pairs else [], strict=True):
         verdicts_P_G[p][g] = verdict
     return verdicts_P_G

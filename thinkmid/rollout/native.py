@@ -17,7 +17,7 @@ from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
 
 PREFILL_TOKENS = 8192  # prefix tokens in one forward
-KEY_STEP = 32  # attention reads the cache in steps of so many positions
+KEY_STEP = 16  # attention reads the cache in steps of so many positions
 NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
 
 
@@ -99,12 +99,14 @@ class NativeEngine:
         cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
-        cache = prefixes.cache
+        cache, last = prefixes.cache, self._model.cfg.layers - 1
 
         def attend(layer, q, k, v):
             for (p, _), lo, hi in zip(batch, cu[:-1].tolist(), cu[1:].tolist(), strict=True):
                 cache.k[layer][prefixes.slot[p], :, : hi - lo] = k[lo:hi].transpose(0, 1)  # (K, p-1, C)
                 cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)
+            if layer == last:
+                return q  # nobody reads what comes after the last keys and values
             return varlen_attention(q, k, v, cu.to(q.device), cu.to(q.device))
 
         no_rows = torch.empty(0, dtype=torch.long, device=self._device)
