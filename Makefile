@@ -7,7 +7,6 @@
 
 PYTHON ?= python3
 RANKS ?= 1
-SEED ?= 0
 THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
 
 PY := .venv/bin/python
@@ -16,19 +15,22 @@ READY := .venv/.ready
 
 .PHONY: rlmt test lint setup clean
 
-rlmt: runs/mini-sft/export/thinkmid.json
-	$(RUN) thinkmid.train.rlmt configs/mini-rlmt.toml --run.seed $(SEED)
+rlmt: runs/mini-rlmt/export/thinkmid.json
+
+# A run that was interrupted is resumed; one that is complete but older than what it was made from starts over.
+AGAIN = $(if $(wildcard $@),--run.fresh true)
+
+runs/mini-rlmt/export/thinkmid.json: runs/mini-sft/export/thinkmid.json configs/mini-rlmt.toml
+	$(RUN) thinkmid.train.rlmt configs/mini-rlmt.toml $(AGAIN)
 
 runs/mini-sft/export/thinkmid.json: runs/mini-base/export/thinkmid.json configs/mini-sft.toml
-	$(RUN) thinkmid.train.sft configs/mini-sft.toml --run.seed $(SEED)
-	@touch $@
+	$(RUN) thinkmid.train.sft configs/mini-sft.toml $(AGAIN)
 
 runs/mini-base/export/thinkmid.json: runs/mini-data/manifest.json configs/mini-base.toml
-	$(RUN) thinkmid.train.sft configs/mini-base.toml --run.seed $(SEED)
-	@touch $@
+	$(RUN) thinkmid.train.sft configs/mini-base.toml $(AGAIN)
 
 runs/mini-data/manifest.json: $(READY)
-	$(PY) -m thinkmid.mini.make runs/mini-data --seed $(SEED)
+	$(PY) -m thinkmid.mini.make runs/mini-data
 	@touch $@
 
 test: $(READY)

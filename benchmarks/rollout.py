@@ -28,7 +28,7 @@ def main() -> int:
     parser = common.options(__doc__)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--siblings", type=int, default=16)
-    parser.add_argument("--prefix", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--prefix", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens drawn for each sequence")
     args = parser.parse_args()
     cfg = common.shape(args.layers, args.width)

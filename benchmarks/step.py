@@ -58,9 +58,8 @@ def main() -> int:
     if not np.allclose(
         [ours.grad_norm, ours.sums["loss"]], [theirs.grad_norm, theirs.sums["loss"]], rtol=1e-4, atol=1e-6
     ):
-        return common.refuse(
-            f"shared {ours.grad_norm}, {ours.sums['loss']}; unshared {theirs.grad_norm}, {theirs.sums['loss']}"
-        )
+        numbers = [f"{x.grad_norm} {x.sums['loss']}" for x in (ours, theirs)]
+        return common.refuse(f"gradient norm and loss are {numbers[0]} shared, {numbers[1]} unshared")
 
     seconds = common.interleave(
         {

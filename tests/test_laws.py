@@ -412,5 +412,3 @@ def test_log_probs_of_half_precision_inputs_are_fp32_sums(dtype, monkeypatch):
     assert ours[0].dtype == torch.float32
     for a, exact, b in zip(ours, run(naive, torch.float64), run(naive, dtype), strict=True):
         assert_no_worse(a, exact, b)
-
-

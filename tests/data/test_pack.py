@@ -135,9 +135,7 @@ def slow_pack(units):
 def as_lists(got):
     kv_rows = torch.arange(len(got.tokens)) if got.kv_rows is None else got.kv_rows
     q, k = got.cu_q.tolist(), got.cu_k.tolist()
-    segments = [
-        (list(range(q[i], q[i + 1])), kv_rows[k[i] : k[i + 1]].tolist()) for i in range(len(q) - 1)
-    ]
+    segments = [(list(range(q[i], q[i + 1])), kv_rows[k[i] : k[i + 1]].tolist()) for i in range(len(q) - 1)]
     streams = (got.rows, got.targets, got.ce_w, got.pg_w, got.adv, got.logp_old)
     losses = list(zip(*(s.tolist() for s in streams), strict=True))
     return got.tokens.tolist(), got.positions.tolist(), segments, losses

@@ -80,9 +80,7 @@ def test_a_token_that_cannot_be_drawn_spoils_nothing():
     targets[targets == 4] = 5
     assert (hidden @ weight.T)[:, 4].eq(-torch.inf).all()
     ones = torch.ones(19)
-    ours = with_gradients(
-        lambda h, w: linear_logprob(h, w, targets, return_entropy=True), hidden, weight, ones, ones
-    )
+    ours = with_gradients(lambda h, w: linear_logprob(h, w, targets, return_entropy=True), hidden, weight, ones, ones)
     keep = torch.arange(11) != 4  # as if the token were not in the vocabulary
     among = torch.where(targets > 4, targets - 1, targets)
     exact = with_gradients(

@@ -13,7 +13,7 @@ from thinkmid.text import CLOSE, Text, train_tokenizer
 from thinkmid.train.loss import logprobs
 from thinkmid.types import Prompt
 
-SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples, and Tom has 5.", "<think> 12 - 5 = 7 </think> So 7 remain."]
+SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples.", "<think> 12 - 5 = 7 </think> So 7 remain."]
 LENGTHS = (1, 2, 7, 31, 33, 64)  # of prompts: no prefix at all, and around the steps of the cache
 
 
@@ -91,7 +91,8 @@ def tag_end(text, tokens):
 def test_greedy_tokens_are_those_of_the_full_forward_loop(endless, max_batch):
     engine, model = make_engine(endless)
     prompts = make_prompts(endless.vocab_size)
-    groups = collect(engine, prompts, seeds(len(prompts), 2), Sampling(temperature=0, max_think=40, max_batch=max_batch))
+    sampling = Sampling(temperature=0, max_think=40, max_batch=max_batch)
+    groups = collect(engine, prompts, seeds(len(prompts), 2), sampling)
     for prompt, samples in zip(prompts, tokens_P_G(groups), strict=True):
         sequence = list(prompt.tokens)
         with torch.no_grad():
@@ -104,7 +105,8 @@ def test_greedy_tokens_are_those_of_the_full_forward_loop(endless, max_batch):
 def test_reported_logprobs_are_the_trainers(endless, temperature):
     engine, model = make_engine(endless)
     prompts = make_prompts(endless.vocab_size)
-    groups = collect(engine, prompts, seeds(len(prompts), 3), Sampling(temperature=temperature, max_think=37, max_batch=5))
+    sampling = Sampling(temperature=temperature, max_think=37, max_batch=5)
+    groups = collect(engine, prompts, seeds(len(prompts), 3), sampling)
     units = [
         Unit(name=g.prompt.id, prefix=np.array(g.prompt.tokens), replies=[Reply.text(s.tokens, 1.0) for s in g.samples])
         for g in groups
@@ -144,7 +146,8 @@ def test_siblings_differ_by_their_seeds_and_by_nothing_else(endless):
 def test_first_tokens_are_drawn_as_often_as_the_softmax_says(endless, temperature):
     engine, model = make_engine(endless)
     (prompt,) = make_prompts(endless.vocab_size, [9])
-    (group,) = collect(engine, [prompt], [list(range(4000))], Sampling(temperature=temperature, max_think=1, max_batch=4000))
+    sampling = Sampling(temperature=temperature, max_think=1, max_batch=4000)
+    (group,) = collect(engine, [prompt], [list(range(4000))], sampling)
     with torch.no_grad():
         p = (model.logits(torch.tensor(prompt.tokens))[-1].double() / temperature).softmax(-1).numpy()
     seen = np.bincount([int(s.tokens[0]) for s in group.samples], minlength=len(p))
@@ -325,7 +328,7 @@ def test_a_sync_that_brings_too_little_is_an_error(endless):
     model = make_model(endless.vocab_size)
     engine = NativeEngine(model.cfg, endless)
     some = [(name, t) for name, t in weights.stream(model) if not name.endswith("layers.1.mlp.up_proj.weight")]
-    with pytest.raises(RuntimeError, match="model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj"):
         engine.load_weights(some, 0)
     with pytest.raises(RuntimeError, match="no weights"):  # half a sync is none
         next(engine.generate([Prompt(id="", tokens=[1])], [[0]], Sampling()))

@@ -111,7 +111,9 @@ REWARD = st.one_of(st.just(math.nan), st.floats(allow_nan=False, allow_infinity=
 
 
 def as_sample(rows, finish, num_think, version):
-    tokens, logp, drawn = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.int32, np.float32, bool)))
+    tokens, logp, drawn = (
+        np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.int32, np.float32, bool))
+    )
     return Sample(tokens=tokens, logp=logp, drawn=drawn, finish=finish, num_think=num_think, version=version)
 
 

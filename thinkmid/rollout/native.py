@@ -56,7 +56,9 @@ class NativeEngine:
         if not waiting:
             return
         max_rows = min(sampling.max_batch, len(waiting))
-        prefixes = _Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), max(len(p.tokens) for p in prompts) - 1, self._params)
+        longest = max(len(p.tokens) for p in prompts) - 1
+        # one more prefix than rows: the next sequence may be a sibling of one that has just ended
+        prefixes = _Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, self._params)
         cache = _Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), self._params)
         rows = _Rows(max_rows, sampling, self.text, self._eos)
         while (waiting or rows.num) and not stop():
@@ -114,12 +116,12 @@ class NativeEngine:
 
     def _decode(self, cache, rows, families):
         """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
-        tokens, positions, count = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position, rows.count))
+        host = rows.newest, rows.position, rows.count
+        tokens, positions, count = (torch.from_numpy(x).to(self._device) for x in host)
         num, num_keys = rows.num, cache.k[0].shape[1]
         length = min(-(-(int(rows.count.max()) + 1) // KEY_STEP) * KEY_STEP, cache.max_len)
         unseen = torch.arange(length, device=self._device) > count[:, None]
-        bias = torch.zeros(unseen.shape, dtype=cache.k[0].dtype, device=self._device).masked_fill_(unseen, NEVER)
-        bias = bias.repeat_interleave(num_keys, 0)[:, None]  # (B*K, 1, length)
+        bias = bias_of(unseen, num_keys, cache.k[0].dtype)
         head = torch.arange(num * num_keys, device=self._device)
         at = head * cache.max_len + count.repeat_interleave(num_keys)  # (B*K,) where the new keys go
 
@@ -132,21 +134,23 @@ class NativeEngine:
             own, own_lse = partial_attention(q, *cache.first(layer, num, length), bias)
             if families.length:
                 out, lse = families.attention(layer, q)
-                own = own.lerp_(out, (lse - own_lse).sigmoid_())
+                own = own.lerp_(out, (lse - own_lse).sigmoid_().to(own.dtype))
             return own.view(num, -1, size)
 
         return self._model(tokens, positions, attend).float()
 
 
 def partial_attention(q, k, v, bias):
-    """Attention over some of the keys, (N, m, C), and the log of its denominator, (N, m, 1), by which parts are weighed.
+    """Attention over some of the keys, and the log of its denominator, (N, m, 1) fp32, by which parts are weighed.
 
-    q (N, m, C), already scaled; k, v (N, length, C); bias (N, 1, length), finite, so that a part without keys weighs 0.
+    q (N, m, C), already scaled; k, v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite, so that a part
+    without keys weighs 0; None: all keys are seen.
     """
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
+    k = k.transpose(1, 2)
+    scores = (torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)).float()
     p = scores.softmax(-1)
-    # the largest probability is exp(top - lse); logsumexp would pass over all scores again
-    return torch.bmm(p, v), scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+    lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()  # logsumexp would take another pass
+    return torch.bmm(p.to(v.dtype), v), lse
 
 
 def draw(logits, uniforms, sampling: Sampling):
@@ -169,6 +173,12 @@ def draw(logits, uniforms, sampling: Sampling):
     at = torch.from_numpy(uniforms).to(cdf.device)[:, None] * cdf[:, -1:]
     # right=True: the first token whose cdf exceeds the draw, so one of probability 0 is never taken
     return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
+
+
+def bias_of(unseen, num_keys, dtype):
+    """(N*K, 1, length) what to add to the scores: NEVER where unseen (N, length), else 0."""
+    bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, NEVER)
+    return bias.repeat_interleave(num_keys, 0)[:, None]
 
 
 class _Cache:
@@ -218,7 +228,8 @@ class _Prefixes:
             self.slot[p] = hole
 
     def families(self, owner) -> _Families:
-        return _Families(self.cache, self._length[: len(self.slot)], np.array([self.slot[p] for p, _ in owner], np.int64))
+        slots = np.array([self.slot[p] for p, _ in owner], np.int64)
+        return _Families(self.cache, self._length[: len(self.slot)], slots)
 
 
 class _Families:
@@ -226,32 +237,31 @@ class _Families:
 
     def __init__(self, cache, length_A, slot_B):
         self._cache, self.length = cache, int(length_A.max(initial=0))
-        device, dtype = cache.k[0].device, cache.k[0].dtype
+        device, dtype, num_keys = cache.k[0].device, cache.k[0].dtype, cache.k[0].shape[1]
         num_A = np.bincount(slot_B, minlength=len(length_A))
         order, most = slot_B.argsort(kind="stable"), int(num_A.max(initial=0))
-        place = np.arange(len(slot_B)) - (num_A.cumsum() - num_A)[slot_B[order]]  # among its siblings
-        members = np.zeros((len(length_A), most), np.int64)  # (A, most) rows; padding repeats row 0
-        members[slot_B[order], place] = order
-        seat = np.empty_like(slot_B)  # (B,) where each row stands in members
-        seat[order] = slot_B[order] * most + place
-        num_keys = cache.k[0].shape[1]
-        head = np.arange(num_keys)[:, None]
-        # the same by key head: (A, K, most) out of (B*K,), and (B*K,) out of (A, K, most)
-        self._members = torch.from_numpy((members[:, None] * num_keys + head).reshape(-1)).to(device)
-        seats = (seat[:, None] // max(most, 1) * num_keys + head[:, 0]) * most + seat[:, None] % max(most, 1)
-        self._seats = torch.from_numpy(seats.reshape(-1)).to(device)
-        self._shape = (len(length_A) * num_keys, most)
-        unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
-        bias = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, NEVER)
-        self._bias = bias.repeat_interleave(num_keys, 0)[:, None]  # (A*K, 1, length)
+        place_B = np.empty_like(slot_B)  # of each row among its siblings
+        place_B[order] = np.arange(len(slot_B)) - (num_A.cumsum() - num_A)[slot_B[order]]
+        members = np.zeros((len(length_A), most), np.int64)  # rows; padding repeats row 0
+        members[slot_B, place_B] = np.arange(len(slot_B))
+        # queries come as (B*K,); they are read as (A, K, most), and what they find is put back
+        head = np.arange(num_keys)
+        read = members[:, None] * num_keys + head[:, None]  # (A, K, most)
+        put = (slot_B[:, None] * num_keys + head) * most + place_B[:, None]  # (B, K)
+        self._read, self._put = (torch.from_numpy(x.reshape(-1)).to(device) for x in (read, put))
+        self._shape = (len(length_A), num_keys, most)
+        self._bias = None
+        if (length_A < self.length).any():
+            unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
+            self._bias = bias_of(unseen, num_keys, dtype)
 
     def attention(self, layer, q):
         """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
-        num, most = self._shape
+        num, num_keys, most = self._shape
         m, size = q.shape[1:]
-        q = q.index_select(0, self._members).view(num, most * m, size)
-        out, lse = partial_attention(q, *self._cache.first(layer, num // self._cache.k[layer].shape[1], self.length), self._bias)
-        return out.view(-1, m, size).index_select(0, self._seats), lse.view(-1, m, 1).index_select(0, self._seats)
+        q = q.index_select(0, self._read).view(num * num_keys, most * m, size)
+        out, lse = partial_attention(q, *self._cache.first(layer, num, self.length), self._bias)
+        return out.view(-1, m, size).index_select(0, self._put), lse.view(-1, m, 1).index_select(0, self._put)
 
 
 class _Rows:
