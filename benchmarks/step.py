@@ -80,7 +80,8 @@ def main() -> int:
         f"  floor of shared (matrix products)  {floor:8.3f} s",
         f"  sharing prefixes: {sharing['median']:.2f} times ({sharing['low']:.2f} to {sharing['high']:.2f}); target 2; "
         f"rows {rows['unshared']} / {rows['shared']} = {rows['unshared'] / rows['shared']:.2f}",
-        f"  skipping dead groups: {skipping['median']:.2f} times more ({skipping['low']:.2f} to {skipping['high']:.2f}); target 2.5",
+        f"  skipping dead groups: {skipping['median']:.2f} times more "
+        f"({skipping['low']:.2f} to {skipping['high']:.2f}); target 2.5",
     ]
     title = (
         f"step  L={cfg.layers} D={cfg.width} V={cfg.vocab} fp32  {args.groups} groups, prefix {args.prefix}, "

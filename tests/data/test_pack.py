@@ -60,6 +60,11 @@ def test_a_plan_fits_keeps_every_reply_and_gives_ranks_the_same_number_of_steps(
     assert all(len(make_pack(batch).tokens) <= capacity for batch in batches)
     seen = sorted((u.name, tuple(u.prefix), tuple(r.tokens)) for batch in batches for u in batch for r in u.replies)
     assert seen == sorted((u.name, tuple(u.prefix), tuple(r.tokens)) for u in units for r in u.replies)
+    # packs that run at the same time are neighbours in cost
+    costs = [
+        [sum(u.length + pair_cost * u.pairs for u in batch) for batch in step] for step in zip(*planned, strict=True)
+    ]
+    assert all(min(now) >= max(later) for now, later in zip(costs[:-1], costs[1:], strict=True))
     # a rank idles only where the number of packs does not divide by the ranks
     assert sum(not batch for batch in batches) < ranks or not units
 
