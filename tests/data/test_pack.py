@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
