@@ -65,7 +65,7 @@ def test_a_plan_fits_keeps_every_reply_and_gives_ranks_the_same_number_of_steps(
     costs = [
         [sum(u.length + pair_cost * u.pairs for u in batch) for batch in step] for step in zip(*planned, strict=True)
     ]
-    assert all(min(now) >= max(later) for now, later in zip(costs[:-1], costs[1:], strict=True))
+    assert all(min(now) >= max(later) for now, later in pairwise(costs))
     # a rank idles only where the number of packs does not divide by the ranks
     assert sum(not batch for batch in batches) < ranks or not units
 
