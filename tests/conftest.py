@@ -28,6 +28,14 @@ def _seeded_and_unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_group_outlives_its_module():
+    yield
+    # a child forked by a later module would wait for gloo's threads, which a fork does not copy
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def random_model(cfg=TINY, seed=0, dtype=torch.float32, **flags):
     """A model in which every parameter, norms and biases too, is told apart by the result."""
     model, rng = Transformer(cfg, **flags), torch.Generator().manual_seed(seed)

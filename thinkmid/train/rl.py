@@ -246,9 +246,10 @@ def summary(folder) -> str:
         return float(np.mean([row[name] for row in part if row[name] is not None]))
 
     first, last = rows[:tenth], rows[-tenth:]
-    gain = mean(last, "reward") / max(mean(first, "reward"), 1e-9)
+    before, after = mean(first, "reward"), mean(last, "reward")
+    times = f" ({after / before:.2f} times)" if before else ""
     return (
-        f"reward {mean(first, 'reward'):.3f} -> {mean(last, 'reward'):.3f} ({gain:.2f} times), thinking "
+        f"reward {before:.3f} -> {after:.3f}{times}, thinking "
         f"{mean(first, 'thinking_tokens'):.1f} -> {mean(last, 'thinking_tokens'):.1f} tokens "
         f"(means of the first and last {tenth} of {len(rows)} steps)"
     )
