@@ -81,6 +81,8 @@ class Log:
         if not self.on:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
+            left.unlink(missing_ok=True)  # of a write_whole that was killed
         self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
         self.metrics = _resume(self.folder / "metrics.jsonl", lambda row: row.get("step", 0) <= start_step)
         self.events = _resume(self.folder / "events.jsonl", lambda row: True)

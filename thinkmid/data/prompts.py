@@ -21,7 +21,7 @@ def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -
     The reference is the text after it without thoughts. UserError names a document whose prefix is too long.
     """
     for doc in documents:
-        pieces = _split(doc)
+        pieces = split(doc)
         for k, (is_thought, _) in enumerate(pieces):
             rest = "".join(piece for thought, piece in pieces[k:] if not thought)
             if is_thought and rest.strip():
@@ -53,7 +53,8 @@ def _draw_cut(chunk: str, key: str) -> int:
     return ends[int.from_bytes(draw, "little") % len(ends)] if ends else 0
 
 
-def _split(doc: Document):
+def split(doc: Document) -> list[tuple[bool, str]]:
+    """(is thought, text) pieces of an annotated document. UserError names its file and line for a stray tag."""
     try:
         return weave.split(doc.text)
     except UserError as error:

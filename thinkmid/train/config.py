@@ -19,7 +19,7 @@ class RunConfig:
     save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
     keep: int = 2  # checkpoints kept
     fresh: bool = False  # start over: forget what the folder holds
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # who else is told the metrics
     rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
 
     def __post_init__(self):

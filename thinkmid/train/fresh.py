@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from thinkmid.errors import UserError
+
 if TYPE_CHECKING:
     from thinkmid.model.transformer import ModelConfig
     from thinkmid.train.shard import Ranks
@@ -59,20 +61,12 @@ def _train_tokenizer(cfg: FreshConfig, data: tuple[str, ...], folder: Path) -> N
 
 
 def shape_of(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
+    """UserError where the numbers make no model."""
     from thinkmid.model.transformer import ModelConfig
 
-    return ModelConfig(
-        kind="qwen3",
-        vocab=vocab,
-        width=cfg.width,
-        layers=cfg.layers,
-        heads=cfg.heads,
-        kv_heads=cfg.kv_heads,
-        head_dim=cfg.head_dim,
-        ffn=cfg.ffn,
-        rope_theta=cfg.rope_theta,
-        norm_eps=1e-6,
-        tied=cfg.tied,
-        max_positions=cfg.max_positions,
-        eos_ids=eos_ids,
-    )
+    same = ("width", "layers", "heads", "kv_heads", "head_dim", "ffn", "rope_theta", "tied", "max_positions")
+    try:
+        numbers = {name: getattr(cfg, name) for name in same}
+        return ModelConfig(kind="qwen3", vocab=vocab, norm_eps=1e-6, eos_ids=eos_ids, **numbers)
+    except ValueError as error:
+        raise UserError(f"fresh: {error}") from None

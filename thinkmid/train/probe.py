@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from thinkmid.augment import weave
 from thinkmid.data.pack import Reply, Unit, make_pack
+from thinkmid.data.prompts import split
 from thinkmid.data.source import read_documents
 from thinkmid.kernels.attention import attend_pack
 from thinkmid.train.loss import logprobs
@@ -47,9 +47,12 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
 
 
 @torch.no_grad()
-def thought_accuracy(model, text, paths, packed, ranks) -> dict[str, float]:
-    """Share of labels, operands and results in these documents' thoughts that the model puts first, teacher-forced."""
-    units = [unit for doc in read_documents(paths) if (unit := _marked(doc, text)) is not None]
+def thought_accuracy(model, text, paths, max_len, packed, ranks) -> dict[str, float]:
+    """Share of labels, operands and results in these documents' thoughts that the model puts first, teacher-forced.
+
+    Of a document the first max_len tokens count. A part that no thought has is left out.
+    """
+    units = [unit for doc in read_documents(paths) if (unit := _marked(doc, text, max_len)) is not None]
     sums = {f"{kind}_{part}": torch.zeros((), dtype=torch.float64) for kind in ("hits", "num") for part in PARTS}
     for batch in packed(units):
         pack = make_pack(batch, ranks.device)
@@ -65,16 +68,18 @@ def thought_accuracy(model, text, paths, packed, ranks) -> dict[str, float]:
 
 def advice(probed: dict[str, float]) -> str:
     line = "probe, teacher-forced accuracy in thoughts: " + ", ".join(f"{k} {v:.2f}" for k, v in probed.items())
+    if not probed:
+        return "probe: no thought in these documents has labels, operands or results"
     weak = [k for k in ("label", "operand") if probed.get(k, 1.0) < ENOUGH]
     if weak:
         return f"{line}. {' and '.join(weak)} below {ENOUGH}: RLMT would learn slowly from here; train longer first"
     return f"{line}. RLMT is worth starting"
 
 
-def _marked(doc, text) -> Unit | None:
+def _marked(doc, text, max_len) -> Unit | None:
     """The document with the part of each token in the stream pg_w: 1, 2, 3 for PARTS, 0 elsewhere."""
     tokens, marks = [], []
-    for is_thought, piece in weave.split(doc.text):
+    for is_thought, piece in split(doc):
         ids, _ = text.encode_woven([(is_thought, piece)])
         mark = np.zeros(len(ids), np.float32)
         if is_thought:
@@ -88,5 +93,5 @@ def _marked(doc, text) -> Unit | None:
         marks.append(mark)
     if len(tokens) < 2:
         return None
-    reply = Reply.text(tokens[1:], 1.0)
-    return Unit(name=doc.id, prefix=np.array(tokens[:1]), replies=[replace(reply, pg_w=np.concatenate(marks)[1:])])
+    reply = replace(Reply.text(tokens[1:max_len], 1.0), pg_w=np.concatenate(marks)[1:max_len])
+    return Unit(name=doc.id, prefix=np.array(tokens[:1]), replies=[reply])

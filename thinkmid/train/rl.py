@@ -240,10 +240,13 @@ def rollout_rows(groups: list[Group], text):
 def summary(folder) -> str:
     """Reward and thinking length of the first and last tenth of the steps."""
     rows = read_rows(folder / "metrics.jsonl")
+    if not rows:
+        return "no step was taken"
     tenth = max(1, len(rows) // 10)
 
     def mean(part, name):
-        return float(np.mean([row[name] for row in part if row[name] is not None]))
+        known = [row[name] for row in part if row[name] is not None]
+        return float(np.mean(known)) if known else float("nan")
 
     first, last = rows[:tenth], rows[-tenth:]
     before, after = mean(first, "reward"), mean(last, "reward")

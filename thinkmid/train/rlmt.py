@@ -24,6 +24,8 @@ class DataConfig:
     max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
 
     def __post_init__(self):
+        if not self.paths:
+            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
         if self.max_prefix < 0:
             raise ValueError(f"max_prefix must be 0 or more, got {self.max_prefix}")
 

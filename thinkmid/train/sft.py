@@ -31,9 +31,11 @@ class DataConfig:
     max_len: int = 512  # longer documents are cut into sequences of this many tokens
 
     def __post_init__(self):
-        for name in ("batch_tokens", "pack_tokens", "max_len", "val_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.paths:
+            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
+        for name, low in (("batch_tokens", 2), ("pack_tokens", 2), ("max_len", 2), ("val_every", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.max_len > min(self.batch_tokens, self.pack_tokens):
             raise ValueError(
                 f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
@@ -115,7 +117,7 @@ def main(argv: list[str]) -> int:
     run.save(step, {"cursor": cursor, "skipped": skipped})
     folder = run.export()
     if cfg.data.probe_paths:
-        probed = probe.thought_accuracy(run.model, run.text, cfg.data.probe_paths, packed, ranks)
+        probed = probe.thought_accuracy(run.model, run.text, cfg.data.probe_paths, cfg.data.max_len, packed, ranks)
         run.log.event("probe", **probed)
         run.log.say(probe.advice(probed))
     run.log.say(f"{folder} holds the model")
@@ -126,15 +128,10 @@ def main(argv: list[str]) -> int:
 
 def read_sequences(paths, text, max_len) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, is thought) of every document, begin and end tokens added, cut into pieces of at most max_len."""
-    from thinkmid.augment import weave
+    from thinkmid.data.prompts import split
     from thinkmid.data.source import read_documents
 
-    pieces = []
-    for doc in read_documents(paths):
-        try:
-            pieces.append(weave.split(doc.text))
-        except UserError as error:
-            raise UserError(f"{doc.where}: {error}") from None
+    pieces = [split(doc) for doc in read_documents(paths)]
     begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
     out = []
     for tokens, thought in text.encode_woven_many(pieces):
