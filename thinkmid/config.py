@@ -100,8 +100,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        print(f"error (rank {os.environ['RANK']}):" if many else "error:", _one_line(error), file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        sys.stderr.write(f"error{rank}: {_one_line(error)}\n")  # one write: ranks share the terminal
         code = 2
     except KeyboardInterrupt:
         code = 130

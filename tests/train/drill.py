@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -153,6 +154,17 @@ def fewer_ranks(rlmt) -> dict:
     return {"codes": [*codes], "steps": steps, "same_before": early, "same_prompts_after": prompts[0] == prompts[1]}
 
 
+def damaged_model(rlmt) -> dict:
+    """A bit flipped in a file whose hash one of two ranks compares."""
+    shutil.copytree("base/export", "flipped")
+    content = bytearray(Path("flipped/model.safetensors").read_bytes())
+    content[-3] ^= 64
+    Path("flipped/model.safetensors").write_bytes(content)
+    codes = finish(launch(rlmt, ["rlmt.toml", "--model.folder=flipped", "--run.folder=refused"], 2))
+    said = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")]
+    return {"codes": [*codes], "said": sorted(said), "wrote": Path("refused").exists()}
+
+
 def _rollouts(folder: str, step: int) -> list[dict]:
     return [json.loads(line) for line in Path(folder, f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
 
@@ -174,7 +186,7 @@ def main() -> None:
     write_world(Path())
     assert finish(launch(sft.main, ["base.toml"])) == {0}
     results = {"killed": killed_run(rlmt.main, args.kills, args.seed), "stopped": stopped_run(rlmt.main)}
-    results["fewer"] = fewer_ranks(rlmt.main)
+    results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):
         print(f"kill {number:2d} {row['after_s']:5.2f} s, {row['steps']:2d} steps logged, {' '.join(row['saved'])}")

@@ -38,3 +38,10 @@ def test_a_run_of_two_ranks_goes_on_with_one(drill):
     assert fewer["steps"] == list(range(1, 9))
     assert fewer["same_before"]
     assert fewer["same_prompts_after"]
+
+
+def test_what_one_rank_finds_wrong_every_rank_says_and_none_waits(drill):
+    damaged = drill["damaged"]
+    assert (damaged["codes"], damaged["wrote"]) == ([2], False)
+    line = "flipped/model.safetensors: does not match its sha256 in thinkmid.json"
+    assert [said.partition(";")[0] for said in damaged["said"]] == [f"error (rank {r}): {line}" for r in (0, 1)]

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
     source = Path(cfg.model.folder)
     shape, text = weights.read_config(source), Text.load(source)
-    max_prefix = longest_prefix(cfg, shape)
+    max_prefix = longest_prefix(cfg, shape, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix)
     interrupt, ranks = Interrupt(), shard.start()
@@ -87,9 +87,11 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def longest_prefix(cfg: RLMTConfig, shape) -> int:
+def longest_prefix(cfg: RLMTConfig, shape, num_close: int) -> int:
     """Tokens a prefix may have. UserError if the context or a pack does not hold it and the new tokens."""
     s, asked = cfg.sampling, max(cfg.data.max_prefix, 2)
+    if s.force_close and s.max_think < num_close:
+        raise UserError(f"sampling.force_close: max_think {s.max_think} cannot hold the {num_close} tokens of </think>")
     rooms = {f"the context of {cfg.model.folder}": shape.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
     for name, room in rooms.items():
         if asked + s.max_new > room:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,7 +90,14 @@ def start() -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         where = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=TIMEOUT, **where)
+        atexit.register(_leave)
     return Ranks(rank, world, device, init_device_mesh(device.type, (world,)))
+
+
+def _leave() -> None:
+    """At an orderly exit: gloo's threads, left alive, now and then abort the process, and its exit code is lost."""
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
