@@ -1,8 +1,9 @@
 """Builds csrc/ with pybind11: C++17, OpenMP, no torch headers. Without a compiler the Python twins do its work."""
 
 import sys
+from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 
@@ -12,8 +13,8 @@ class BuildOrSaySo(build_ext):
             super().run()
         except Exception as error:  # any compiler trouble: the package is complete without its extension
             print(
-                f"thinkmid: csrc was not built ({type(error).__name__}: {error}). Packing will run in Python, slower; "
-                "install a C++17 compiler and reinstall to change that.",
+                f"thinkmid: csrc was not built ({type(error).__name__}: {error}). Packing and kernels run in "
+                "Python, slower; install a C++17 compiler and reinstall to change that.",
                 file=sys.stderr,
             )
 
@@ -27,12 +28,14 @@ class BuildOrSaySo(build_ext):
             return
 
 
+ParallelCompile().install()  # one compiler per core
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "thinkmid._csrc",
-            ["csrc/bindings.cpp", "csrc/pack.cpp"],
-            depends=["csrc/pack.hpp"],
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.hpp") + glob("csrc/*.inl")),
             cxx_std=17,
             extra_compile_args=["-O3", "-fopenmp"],
             extra_link_args=["-fopenmp"],

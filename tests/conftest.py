@@ -1,13 +1,20 @@
 """What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
 
 import os
+import sys
 
 # on tensors this small threads cost more than they bring; before torch is imported, here and in children
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter stands in for a GPU. It wraps kernels as they are defined, so it is chosen before
+    assert "triton" not in sys.modules, "imported before it was told to interpret"
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from thinkmid.model.transformer import ModelConfig, Transformer

@@ -299,15 +299,13 @@ def test_tokens_that_were_forced_change_nothing_but_what_follows_sees():
 def test_importance_weights_are_truncated_and_detached():
     logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     sampler = torch.tensor([-1.5, -1.0, -3.0], requires_grad=True)
-    loss, sums = dr_grpo_loss(
-        logp, torch.tensor([1.0, -2.0, 0.5]), torch.full((3,), 0.1), sampler_logp=sampler, is_cap=2.0
-    )
+    loss, metrics = dr_grpo_loss(logp, torch.tensor([1.0, -2.0, 0.5]), denom=10, sampler_logp=sampler, is_cap=2.0)
     loss.backward()
     # -0.1 * min(exp(0.5), 2) * 1;  -0.1 * exp(-1) * -2;  -0.1 * min(exp(2.5), 2) * 0.5
     torch.testing.assert_close(logp.grad, torch.tensor([-0.16487213, 0.07357589, -0.1]))
     torch.testing.assert_close(loss.item(), -0.16487213 + 0.07357589 - 0.1)
     assert sampler.grad is None
-    assert sums["capped"] == 1
+    assert metrics.capped == 1
 
 
 def test_the_first_update_has_a_ratio_of_exactly_one_and_clips_nothing():
@@ -322,7 +320,7 @@ def test_the_first_update_has_a_ratio_of_exactly_one_and_clips_nothing():
 
 def test_without_a_cap_there_is_no_importance_weight():
     model, pack = random_model(dtype=torch.float64), make_pack(as_units(GROUPS))
-    agreed = replace(pack, logp_old=logprobs(model, pack)[0].detach())  # every weight is 1
+    agreed = replace(pack, logp_old=logprobs(model, pack).detach())  # every weight is 1
     grads = []
     for cfg, some in ((LossConfig(denom=DENOM, is_cap=0), pack), (LOSS, agreed), (LOSS, pack)):
         model.zero_grad()
@@ -408,7 +406,7 @@ def test_log_probs_of_half_precision_inputs_are_fp32_sums(dtype, monkeypatch):
     def naive(h, w):
         return (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1)[torch.arange(1003), targets]
 
-    ours = run(lambda h, w: linear_logprob(h, w, targets)[0], dtype)
+    ours = run(lambda h, w: linear_logprob(h, w, targets), dtype)
     assert ours[0].dtype == torch.float32
     for a, exact, b in zip(ours, run(naive, torch.float64), run(naive, dtype), strict=True):
         assert_no_worse(a, exact, b)

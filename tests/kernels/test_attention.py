@@ -199,6 +199,60 @@ def test_the_attention_of_a_pack_is_that_of_its_segments_in_every_layer(segments
     assert len(calls) == 2
 
 
+def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
+    impl, _ = library
+    saved = []
+
+    class Save(torch.autograd.Function):
+        """What a library does: its backward starts from the keys and values it saved."""
+
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v)
+            return q * 1
+
+        @staticmethod
+        def backward(ctx, do):
+            saved.append(ctx.saved_tensors)
+            return do, *(torch.ones_like(x) for x in ctx.saved_tensors[1:])
+
+    monkeypatch.setattr(attention, "_flash_attn", lambda: lambda q, k, v, *_: Save.apply(q, k, v))
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: lambda q, k, v, *_: Save.apply(q, k, v))
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    q, k, v = random_qkv(int(cu_q[-1]))
+    packed = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(
+        torch.autograd.graph, "saved_tensors_hooks",
+        lambda pack, unpack: hooks(lambda x: (packed.append(pack(x)), packed[-1])[1], unpack),
+    )  # fmt: skip
+    out = varlen_attention(q, k, v, cu_q, cu_k, kv_rows, impl=impl)
+    monkeypatch.undo()
+    kept = [x for x in packed if isinstance(x, tuple)]
+    assert [x[0].data_ptr() for x in kept] == [k.data_ptr(), v.data_ptr()]
+    dk = torch.autograd.grad(out.sum(), k)[0]
+    assert torch.equal(saved[0][1], k[kv_rows])
+    assert torch.equal(saved[0][2], v[kv_rows])
+    assert torch.equal(dk[:, 0, 0], kv_rows.bincount(minlength=len(k)).double())
+
+
+def test_activation_checkpointing_still_keeps_nothing():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    qkv = random_qkv(int(cu_q[-1]))
+    saved = []
+
+    def run(*qkv):
+        return varlen_attention(*qkv, cu_q, cu_k, kv_rows)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        out = run(*qkv)
+    assert saved  # the hooks on top are asked, ours do not hide the tensors from them
+    plain = torch.autograd.grad(out.square().sum(), qkv)
+    again = torch.utils.checkpoint.checkpoint(run, *qkv, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), qkv), plain, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed(monkeypatch):
     from thinkmid.kernels import launch
 

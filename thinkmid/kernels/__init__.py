@@ -1,8 +1,30 @@
 """The loss library and the model's ops: plain tensors in, no trainer types."""
 
 from thinkmid.kernels.attention import varlen_attention
-from thinkmid.kernels.head import linear_logprob
-from thinkmid.kernels.policy import dr_grpo_loss
-from thinkmid.kernels.ref import apply_rope, rms_norm, swiglu
+from thinkmid.kernels.head import (
+    FusedLoss,
+    fused_linear_dr_grpo,
+    gather_weight,
+    linear_cross_entropy,
+    linear_logprob,
+)
+from thinkmid.kernels.policy import LiveRows, Metrics, dr_grpo_loss, plan_rows
+from thinkmid.kernels.rmsnorm import rms_norm
+from thinkmid.kernels.rope import apply_rope
+from thinkmid.kernels.swiglu import swiglu
 
-__all__ = ["apply_rope", "dr_grpo_loss", "linear_logprob", "rms_norm", "swiglu", "varlen_attention"]
+__all__ = [
+    "FusedLoss",
+    "LiveRows",
+    "Metrics",
+    "apply_rope",
+    "dr_grpo_loss",
+    "fused_linear_dr_grpo",
+    "gather_weight",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "plan_rows",
+    "rms_norm",
+    "swiglu",
+    "varlen_attention",
+]

@@ -1,15 +1,18 @@
 """Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
 
 Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, and grouped
-scaled_dot_product_attention calls on CPU.
+scaled_dot_product_attention calls on CPU. Where segments share keys, autograd keeps those keys once, not once for each
+segment, and adds up their gradients in a fixed order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +50,7 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
     impl = launch.attention_path(q.device) if impl == "auto" else impl
     if impl == "sdpa":
         return _sdpa(q, k, v, _plan(cu_q, cu_k, kv_rows, q.device))
-    return _varlen(impl, q, k, v, cu_q, cu_k, kv_rows, _longest(cu_q), _longest(cu_k))
+    return _varlen(impl, q, k, v, cu_q, cu_k, _shared(kv_rows, len(k)), _longest(cu_q), _longest(cu_k))
 
 
 def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
@@ -59,7 +62,8 @@ def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
         return lambda layer, q, k, v: _sdpa(q, k, v, plan)
     cu_q, cu_k = pack.cu_q.to(device), pack.cu_k.to(device)
     max_q, max_k = _longest(pack.cu_q), _longest(pack.cu_k)
-    return lambda layer, q, k, v: _varlen(impl, q, k, v, cu_q, cu_k, pack.kv_rows, max_q, max_k)
+    shared = _shared(pack.kv_rows, len(pack.tokens))
+    return lambda layer, q, k, v: _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k)
 
 
 def _check(q, k, v, cu_q, cu_k, kv_rows):
@@ -76,11 +80,67 @@ def _longest(cu):
     return int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
 
 
-def _varlen(impl, q, k, v, cu_q, cu_k, kv_rows, max_q, max_k):
-    if kv_rows is not None:
-        k, v = k[kv_rows], v[kv_rows]
+def _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k):
     call = _flash_attn() if impl == "flash-attn" else _torch_varlen()
-    return call(q, k, v, cu_q, cu_k, max_q, max_k)
+    if shared is None:
+        return call(q, k, v, cu_q, cu_k, max_q, max_k)
+    all_k, all_v = (_Gather.apply(x, *shared) for x in (k, v))
+    with _kept_once({all_k: (k, shared.rows), all_v: (v, shared.rows)}):
+        return call(q, all_k, all_v, cu_q, cu_k, max_q, max_k)
+
+
+class _Shared(NamedTuple):
+    """Which rows of the keys stand where, and who reads each of them."""
+
+    rows: torch.Tensor  # (Tk',)
+    order: torch.Tensor  # (Tk',) places in rows, sorted by the row that stands there
+    num_readers: torch.Tensor  # (Tk,)
+
+
+def _shared(kv_rows, num_rows) -> _Shared | None:
+    if kv_rows is None:
+        return None
+    return _Shared(kv_rows, kv_rows.argsort(stable=True), kv_rows.bincount(minlength=num_rows))
+
+
+class _Gather(torch.autograd.Function):
+    """x[rows]. Its gradient sums a row's readers in their order and in fp32; index_add_ on a GPU would use atomics."""
+
+    @staticmethod
+    def forward(ctx, x, rows, order, num_readers):
+        ctx.save_for_backward(order, num_readers)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dout):
+        order, num_readers = ctx.saved_tensors
+        wide = torch.promote_types(dout.dtype, torch.float32)
+        dx = torch.segment_reduce(dout[order].to(wide), "sum", lengths=num_readers, axis=0, initial=0)
+        return dx.to(dout.dtype), None, None, None
+
+
+@contextmanager
+def _kept_once(gathered: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]):
+    """What autograd saves of gathered tensors inside is their source and its rows; the backward gathers again."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        yield  # activation checkpointing saves nothing at all here, but only as long as its own hooks are on top
+        return
+    sources = {x.data_ptr(): (x.dtype, x.numel(), *source) for x, source in gathered.items()}
+
+    def pack(x):
+        dtype, numel, source, rows = sources.get(x.data_ptr(), (None, 0, None, None))
+        if (x.dtype, x.numel()) != (dtype, numel) or not numel:
+            return x
+        return source.detach(), rows, x.shape, x.stride()
+
+    def unpack(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        source, rows, shape, stride = kept
+        return source.index_select(0, rows.flatten()).as_strided(shape, stride)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 @cache
@@ -113,7 +173,8 @@ def _sdpa(q, k, v, plan):
     outs = []
     for b in plan.buckets:
         q_b, k_b, v_b = _rows(q, b.q_rows), _rows(k, b.k_rows), _rows(v, b.k_rows)  # (B, H or K, m, C)
-        o_b = F.scaled_dot_product_attention(q_b, k_b, v_b, b.mask, is_causal=b.mask is None, enable_gqa=True)
+        with _kept_once({q_b: (q, b.q_rows), k_b: (k, b.k_rows), v_b: (v, b.k_rows)}):
+            o_b = F.scaled_dot_product_attention(q_b, k_b, v_b, b.mask, is_causal=b.mask is None, enable_gqa=True)
         outs.append(o_b.transpose(1, 2).flatten(0, 1).index_select(0, b.real))  # (rows of this bucket, H, C)
     return torch.cat(outs).index_select(0, plan.order) if outs else torch.empty_like(q)
 

@@ -1,92 +1,428 @@
-"""Log-prob and entropy of a linear head, in chunks of rows: logits never exist for more than one chunk."""
+"""A linear head and its loss in chunks of rows: logits never exist for more than one chunk."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-# bytes of fp32 logits alive at a time: on CPU a chunk should stay in the last cache level
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+from thinkmid.kernels.policy import Metrics, Policy, make_policy, plan_rows, policy_rows
+from thinkmid.kernels.rows import Scores, Stats, row_grad, row_policy, row_stats
+
+# bytes of fp32 logits alive at a time. CUDA: 4096 rows of 128k keep the fp32 sums of dweight at a quarter of their
+# product's time. CPU: a chunk stays near the last cache level
+CHUNK_BYTES = {"cpu": 20 << 20, "cuda": 2 << 30}
+SLAB = 2048  # vocabulary rows of half-precision weight that the CPU holds in fp32 at a time
 
 
-def linear_logprob(hidden, weight, targets, *, temperature: float = 1.0, return_entropy: bool = False):
-    """Log-prob of targets, and entropy. Same as log_softmax(hidden @ weight.T / temperature)[arange(R), targets].
+class FusedLoss(NamedTuple):
+    """What fused_linear_dr_grpo returns; all but loss is detached. Rows that are not live have logp and entropy 0."""
 
-    hidden (R, D), weight (V, D) of one dtype; targets (R,) int64 in [0, V). Returns logp (R,), and entropy (R,) in nats
-    if asked for, else (0,); fp32 (fp64 for fp64 inputs), both differentiable with respect to hidden and weight. The
-    backward pass forms the logits again, chunk by chunk.
+    loss: Tensor  # 0-d, differentiable
+    metrics: Metrics  # of the live rows
+    logp: Tensor  # (R,)
+    entropy: Tensor | None  # (R,) nats; None unless asked for, or part of the loss
+
+
+def linear_logprob(
+    hidden,
+    weight,
+    targets,
+    *,
+    temperature=1.0,
+    bias=None,
+    softcap=None,
+    ignore_index=-100,
+    return_entropy=False,
+    chunk="auto",
+):
+    """Log-prob of targets: logp (R,), or (logp, entropy) with return_entropy, entropy (R,) in nats.
+
+    hidden (R, D), weight (V, D) and bias (V,), if there is one, of one dtype (fp32, bf16, fp16; fp64 for gradient
+    checks); targets (R,) int64 in [0, V), or ignore_index: such rows return 0 and have no gradient. temperature: a
+    number, or (R,). softcap bounds the scores: softcap * tanh(score / softcap). chunk: rows of logits alive at a time.
+    Statistics and results are fp32 (fp64 for fp64), also where hidden is not. Differentiable in hidden, weight and
+    bias, through the entropy too; the backward forms the logits again (8 R D V FLOP in all).
+
+    Same as log_softmax(hidden @ weight.T / temperature, -1)[arange(R), targets], without the (R, V) tensor. ValueError,
+    with both values, for shapes, dtypes, devices, targets or options that do not fit.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden (R, D), weight (V, D), targets (R,); got {hidden.shape=} {weight.shape=} {targets.shape=}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    return _LinearLogprob.apply(hidden, weight, targets, temperature, return_entropy)
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)
+    return (logp, entropy) if return_entropy else logp
+
+
+def fused_linear_dr_grpo(
+    hidden,
+    weight,
+    targets,
+    advantages,
+    *,
+    denom,
+    temperature=1.0,
+    bias=None,
+    softcap=None,
+    ignore_index=-100,
+    chunk="auto",
+    old_logp=None,
+    sampler_logp=None,
+    is_cap=None,
+    ref_logp=None,
+    beta=0.0,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    entropy_coef=0.0,
+    mask=None,
+    return_entropy=False,
+    skip_zero_advantage=True,
+    weight_grad_into=None,
+) -> FusedLoss:
+    """linear_logprob and dr_grpo_loss in one pass over the logits: loss, metrics, logp and, if asked for, entropy.
+
+    A row's coefficient needs only its own log-prob, so the gradients of hidden and weight are formed while a chunk of
+    logits is alive: 6 R D V FLOP, against 8 for a log-prob op with a loss behind it. Inputs, options and errors as
+    there; every tensor of rows (R,). Rows with mask 0, target ignore_index or, unless KL or entropy count, advantage 0
+    are left out before any product (skip_zero_advantage). The gradient of the weight is summed in fp32.
+
+    weight_grad_into: fp32 (V, D), to which the weight's gradient is added during this call, as in Megatron's main_grad;
+    the loss must then be the root of backward, unscaled, and weight.grad is left alone.
+    """
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    if weight_grad_into is not None:
+        _expect("weight_grad_into", weight_grad_into, weight.shape, job.wide, weight.device)
+    policy = make_policy(
+        torch.empty(len(targets), dtype=job.wide, device=hidden.device),
+        advantages,
+        denom=denom,
+        old_logp=old_logp,
+        sampler_logp=sampler_logp,
+        is_cap=is_cap,
+        ref_logp=ref_logp,
+        beta=beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        mask=_and(mask, job.valid),
+    )
+    index = None
+    if skip_zero_advantage or policy.mask is not None:
+        index = plan_rows(policy.mask, policy.adv, *((beta, entropy_coef) if skip_zero_advantage else (1, 1))).index
+    asked = return_entropy or entropy_coef != 0
+    loss, sums, logp, entropy = _OnePass.apply(
+        hidden, weight, bias, job, policy, index, asked, weight_grad_into, _policy_loss, torch.is_grad_enabled()
+    )
+    return FusedLoss(loss, Metrics(*sums.unbind()), logp, entropy)
+
+
+def linear_cross_entropy(
+    hidden,
+    weight,
+    targets,
+    *,
+    row_weights=None,
+    denom=None,
+    temperature=1.0,
+    bias=None,
+    softcap=None,
+    ignore_index=-100,
+    chunk="auto",
+):
+    """Next-token loss in one pass: (loss, logp), logp (R,) detached.
+
+    loss = -sum(row_weights * logp) / denom. row_weights (R,), None: 1. denom None: the number of targets that are not
+    ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). Everything else as in linear_logprob.
+    """
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    mask = _and(row_weights, job.valid)
+    if denom is None:
+        denom = max(1, len(targets) if job.valid is None else int(job.valid.sum()))
+    # DrGRPO's first update with advantage 1: the coefficient of a row is its weight
+    ones = torch.ones(len(targets), dtype=job.wide, device=hidden.device)
+    policy = make_policy(ones, ones, denom=denom, mask=mask)
+    index = None if mask is None else plan_rows(policy.mask, ones).index
+    loss, _, logp, _ = _OnePass.apply(
+        hidden, weight, bias, job, policy, index, False, None, _cross_entropy, torch.is_grad_enabled()
+    )
+    return loss, logp
+
+
+def gather_weight(weight):
+    """A DTensor's whole value, gathered once: what the functions here take where FSDP2 holds the head in shards.
+
+    Differentiable: the ranks' gradients are summed and land in the shards. Any other tensor is returned as it is.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, return_entropy):
-        parts = []
-        for h, y in _chunks(hidden, targets, weight):
-            z = _scores(h, weight, temperature)  # (c, V)
-            lse = z.logsumexp(-1)
-            logp = z.gather(1, y[:, None])[:, 0] - lse
-            parts.append((logp, _entropy(z.sub_(lse[:, None])) if return_entropy else logp.new_zeros(0), lse))
-        logp, entropy, lse = (torch.cat(p) for p in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature = temperature
+    def forward(ctx, hidden, weight, bias, job, want_entropy):
+        index = None if job.valid is None else job.valid.nonzero()[:, 0]
+        stats = _forward_only(hidden, weight, job, index, want_entropy)
+        ctx.save_for_backward(hidden, weight, bias, *stats, index)
+        ctx.job = job
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        logp, entropy, _ = stats
+        return _spread(logp, index, job), None if entropy is None else _spread(entropy, index, job)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dlogp, dentropy):
         if dlogp is None and dentropy is None:
             return (None,) * 5
-        hidden, weight, targets, lse = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=_wide(weight))
-        start = 0
-        for h, y in _chunks(hidden, targets, weight):
-            at = slice(start, start + len(y))
-            dz = _dscores(
-                h, weight, y, lse[at], ctx.temperature, *(None if d is None else d[at] for d in (dlogp, dentropy))
-            )
-            dhidden[at] = dz @ weight
-            dweight += dz.T @ h
-            start += len(y)
-        return dhidden, dweight.to(weight.dtype), None, None, None
+        hidden, weight, bias, *stats, index = ctx.saved_tensors
+        job, stats = ctx.job, Stats(*stats)
+        dlogp, dentropy = (None if d is None else d if index is None else d[index] for d in (dlogp, dentropy))
+        grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job)
+        for at, rows, h, z in _chunks(hidden, weight, job, index):
+            part = Stats(*(None if x is None else x[at] for x in stats))
+            given = (None if d is None else d[at] for d in (dlogp, dentropy))
+            dz = grads.like_scores(z)
+            row_grad(z, job.targets[rows], part, *given, job.scores.at(rows), dz)
+            grads.add(dz, rows, h, weight)
+        return *grads.result(), None, None
 
 
-def _dscores(h, weight, y, lse, temperature, dlogp, dentropy):
-    """Gradient of the loss with respect to h @ weight.T, (c, V) in h's dtype."""
-    logp_all = _scores(h, weight, temperature).sub_(lse[:, None])
-    # d logp_y / dz = onehot - p;  d entropy / dz = -p (log p + entropy)
-    if dentropy is None:
-        dz = logp_all.exp_().mul_(-dlogp[:, None])
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job, policy, index, want_entropy, weight_grad_into, loss_of, want_grads):
+        # under no_grad the inputs still say that they require gradients
+        if want_grads and any(ctx.needs_input_grad):
+            grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job, weight_grad_into)
+            stats = _with_grads(hidden, weight, job, policy, index, want_entropy, grads)
+            # not save_for_backward: a saved gradient would be copied into weight.grad instead of becoming it
+            ctx.grads = grads.result()
+        else:
+            stats = _forward_only(hidden, weight, job, index, want_entropy)
+        ctx.fixed = weight_grad_into is not None
+        live = policy if index is None else policy.at(index)
+        loss, sums = loss_of(stats, live)
+        logp, entropy = _spread(stats.logp, index, job), _spread(stats.entropy, index, job)
+        ctx.mark_non_differentiable(*(x for x in (sums, logp, entropy) if x is not None))
+        return loss, sums, logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("backward ran twice through a fused loss, whose gradients are handed out once")
+        grads, ctx.grads = ctx.grads, None
+        if (scale := dloss.item()) != 1:
+            if ctx.fixed:
+                raise RuntimeError(
+                    f"weight_grad_into took the gradient of the loss itself; backward now scales it by {scale}"
+                )
+            grads = tuple(None if g is None else g.mul_(scale) for g in grads)
+        return *grads, *(None,) * 7
+
+
+def _forward_only(hidden, weight, job, index, want_entropy) -> Stats:
+    """Of the live rows, in order."""
+    parts = []
+    for _, rows, _, z in _chunks(hidden, weight, job, index):
+        parts.append(row_stats(z, job.targets[rows], job.scores.at(rows), want_entropy))
+    return _joined(parts, job, hidden.device)
+
+
+def _with_grads(hidden, weight, job, policy, index, want_entropy, grads) -> Stats:
+    """The same, and the gradients of the policy's loss on the way."""
+    parts = []
+    for _, rows, h, z in _chunks(hidden, weight, job, index):
+        dz = grads.like_scores(z)
+        parts.append(row_policy(z, job.targets[rows], policy.at(rows), job.scores.at(rows), want_entropy, dz))
+        grads.add(dz, rows, h, weight)
+    return _joined(parts, job, hidden.device)
+
+
+def _policy_loss(stats, policy: Policy):
+    term, _, sums = policy_rows(stats.logp, policy, stats.entropy)
+    return term.sum(), sums
+
+
+def _cross_entropy(stats, policy: Policy):
+    logp = stats.logp if policy.mask is None else stats.logp * policy.mask
+    return -logp.sum() / policy.denom, logp.new_empty(0)
+
+
+class _Job(NamedTuple):
+    """What was checked."""
+
+    targets: Tensor  # (R,) int64, 0 where ignored
+    valid: Tensor | None  # (R,) bool; None: all are
+    scores: Scores
+    chunk: int
+    wide: torch.dtype  # of statistics
+
+
+class _Grads:
+    """Gradients being summed over the chunks: of the hidden rows, the weight, the bias."""
+
+    def __init__(self, hidden, weight, bias, needs, index, job, weight_grad_into=None):
+        self._dhidden = None
+        if needs[0]:
+            self._dhidden = torch.empty_like(hidden) if index is None else torch.zeros_like(hidden)
+        self._given, self._dweight = weight_grad_into is not None, weight_grad_into
+        self._first = not self._given  # the first chunk writes, nothing is filled with zeros before
+        if needs[1] and not self._given:
+            self._dweight = torch.empty(weight.shape, dtype=job.wide, device=weight.device)
+        self._dbias = weight.new_zeros(weight.shape[0], dtype=job.wide) if bias is not None and needs[2] else None
+        self._dtypes = (hidden.dtype, weight.dtype)
+        self._dz = None
+
+    def like_scores(self, z):
+        """Where the row kernel writes: over the scores; for half precision on a GPU, whose products read it, apart."""
+        if not z.is_cuda or self._dtypes[0] == z.dtype:
+            return z
+        if self._dz is None:
+            self._dz = torch.empty_like(z, dtype=self._dtypes[0])
+        return self._dz[: len(z)]
+
+    def add(self, dz, rows, h, weight):
+        if self._dbias is not None:
+            self._dbias += dz.sum(0, dtype=self._dbias.dtype)
+        if self._dhidden is not None:
+            self._dhidden[rows] = _times_weight(dz, weight).to(self._dtypes[0])
+        if self._dweight is not None:
+            _add_product(self._dweight, dz, h, self._first)
+        self._first = False
+
+    def result(self):
+        if self._first and self._dweight is not None:
+            self._dweight.zero_()
+        dweight = None if self._given or self._dweight is None else self._dweight.to(self._dtypes[1])
+        return self._dhidden, dweight, None if self._dbias is None else self._dbias.to(self._dtypes[1])
+
+
+def _chunks(hidden, weight, job, index):
+    """Places among the live rows, rows (slice or index), hidden rows, their scores (c, V) in one buffer; by chunk."""
+    num = len(hidden) if index is None else len(index)
+    parts = -(-num // job.chunk)
+    size = -(-num // max(1, parts))  # the last chunk is about as large as the others
+    z = torch.empty(size, weight.shape[0], dtype=job.wide, device=weight.device)
+    for start in range(0, num, max(1, size)):
+        at = slice(start, min(start + size, num))
+        rows = at if index is None else index[at]
+        h = hidden[rows]
+        yield at, rows, h, _scores(h, weight, z[: len(h)])
+
+
+# The three products. Half precision: on a GPU with fp32 sums and results, on the CPU slab by slab in fp32, since its
+# half-precision products would round the logits.
+
+
+def _scores(h, weight, out):
+    """h @ weight.T in out's dtype, (c, V)."""
+    if h.dtype == out.dtype:
+        return torch.mm(h, weight.T, out=out)
+    if h.is_cuda:
+        return torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
+    h = h.to(out.dtype)
+    for at, slab in _slabs(weight, out.dtype):
+        out[:, at] = h @ slab.T
+    return out
+
+
+def _times_weight(dz, weight):
+    """dz @ weight, (c, D)."""
+    if dz.dtype == weight.dtype:
+        return dz @ weight
+    return sum(dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype))
+
+
+def _add_product(dweight, dz, h, first):
+    """dweight (V, D) += dz.T @ h; = where first."""
+    if h.is_cuda and h.dtype != dweight.dtype:
+        kind = {"out_dtype": dweight.dtype, "out": dweight}
+        torch.mm(dz.T, h, **kind) if first else torch.addmm(dweight, dz.T, h, **kind)
     else:
-        scale = dentropy[:, None] * (logp_all + _entropy(logp_all)[:, None]).nan_to_num_(neginf=0.0)
-        dz = -logp_all.exp() * (scale if dlogp is None else scale + dlogp[:, None])
-    if dlogp is not None:
-        dz[torch.arange(len(y), device=y.device), y] += dlogp
-    return dz.div_(temperature).to(h.dtype) if temperature != 1 else dz.to(h.dtype)
+        h = h.to(dweight.dtype)
+        torch.mm(dz.T, h, out=dweight) if first else dweight.addmm_(dz.T, h)
 
 
-def _scores(h, weight, temperature):
-    z = (h @ weight.T).to(_wide(h))
-    return z.div_(temperature) if temperature != 1 else z
+def _slabs(weight, dtype):
+    for start in range(0, weight.shape[0], SLAB):
+        at = slice(start, start + SLAB)
+        yield at, weight[at].to(dtype)
 
 
-def _entropy(logp_all):
-    # a token of probability 0 adds nothing: 0 * -inf would be NaN. lse - sum(p z) would cancel where logits are large
-    return -logp_all.exp().mul_(logp_all).nan_to_num_(nan=0.0).sum(-1)
+def _spread(live, index, job):
+    """The live rows' values among all rows, 0 elsewhere."""
+    return live if index is None or live is None else live.new_zeros(len(job.targets)).index_copy_(0, index, live)
 
 
-def _wide(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _joined(parts: list[Stats], job, device) -> Stats:
+    columns = zip(*parts, strict=True) if parts else [()] * 3
+    empty = torch.empty(0, dtype=job.wide, device=device)
+    return Stats(*(None if any(x is None for x in c) else torch.cat([empty, *c]) for c in columns))
 
 
-def _chunks(hidden, targets, weight):
-    budget = CHUNK_BYTES.get(hidden.device.type, 1 << 30)
-    size = max(16, budget // (4 * weight.shape[0]))
-    return list(zip(hidden.split(size), targets.split(size), strict=True)) or [(hidden, targets)]
+def _and(mask, valid):
+    if mask is None or valid is None:
+        return valid if mask is None else mask
+    return torch.where(valid, mask, torch.zeros_like(mask))
+
+
+def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk) -> _Job:
+    if hasattr(weight, "full_tensor"):
+        raise ValueError("weight is a DTensor; pass gather_weight(weight), or call from the module that FSDP2 gathers")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
+        raise ValueError(
+            f"hidden must be (R, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; both must be one floating dtype")
+    if hidden.device != weight.device:
+        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    _expect("targets", targets, hidden.shape[:1], torch.int64, hidden.device)
+    if isinstance(temperature, Tensor):
+        _expect("temperature", temperature, hidden.shape[:1], wide, hidden.device)
+        temperature = temperature.detach().contiguous()
+    elif not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    else:
+        whole = {"dtype": wide, "device": hidden.device}
+        temperature = None if temperature == 1 else torch.full(targets.shape, float(temperature), **whole)
+    if bias is not None:
+        _expect("bias", bias, weight.shape[:1], weight.dtype, weight.device)
+        bias = bias.detach().to(wide).contiguous()
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if chunk == "auto":
+        chunk = max(16, CHUNK_BYTES.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
+    elif not (isinstance(chunk, int) and chunk > 0):
+        raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')
+    targets, valid = _valid(targets.contiguous(), weight.shape[0], ignore_index)
+    return _Job(targets, valid, Scores(temperature, bias, softcap), chunk, wide)
+
+
+def _valid(targets, vocab, ignore_index):
+    """Targets with 0 where ignored, and which are not (None: all). Waits for the device once."""
+    if not len(targets):
+        return targets, None
+    low, high = torch.stack(targets.aminmax()).tolist()
+    if low >= 0 and high < vocab:
+        # an ignore_index inside the vocabulary is possible, if odd
+        valid = None if not low <= ignore_index <= high else targets != ignore_index
+        return targets, valid
+    valid = targets != ignore_index
+    kept = targets.where(valid, 0)
+    low, high = torch.stack(kept.aminmax()).tolist()
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"targets must lie in [0, {vocab}) or be ignore_index {ignore_index}, got {low if low < 0 else high}"
+        )
+    return kept, valid
+
+
+def _expect(name, x, shape, dtype, device):
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
+        want, got = (tuple(shape), dtype, device), (tuple(x.shape), x.dtype, x.device)
+        raise ValueError(f"{name} must be {' '.join(map(str, want))}, got {' '.join(map(str, got))}")

@@ -1,4 +1,4 @@
-"""The slow truth of every op: plain PyTorch, statistics in fp32, any device."""
+"""The slow truth of the model's ops: plain PyTorch, statistics in fp32, any device. Autograd finds the gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last axis, in fp32, rounded once. x (..., D), weight (D,)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """x / sqrt(mean(x**2) + eps) * weight over the last axis, in fp32, rounded once. x (..., D), weight (D,).
+
+    With a residual: of h = x + residual, and h is returned too.
+    """
+    h = x if residual is None else x + residual
     # F.rms_norm computes in fp32 inside: equal to the formula bit for bit in fp32, one rounding instead of two in bf16
-    return F.rms_norm(x, weight.shape, weight, eps)
+    y = F.rms_norm(h, weight.shape, weight, eps)
+    return y if residual is None else (y, h)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def _clear(folder: Path) -> None:
 
 def _describe_run(folder: Path, cfg, ranks: shard.Ranks) -> None:
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
-    config.save_run(folder, cfg, env | {"paths": {"attention": launch.attention_path(ranks.device)}})
+    config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
 
 def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:

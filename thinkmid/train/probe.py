@@ -33,7 +33,7 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ("all", "num", "thought", "num_thought")}
     for batch in packed(units):
         pack = make_pack(batch, ranks.device)
-        nll = -logprobs(model, pack)[0].double()
+        nll = -logprobs(model, pack).double()
         sums["all"] += nll.sum().cpu()
         sums["num"] += len(nll)
         sums["thought"] += (nll * pack.pg_w).sum().cpu()  # here the stream marks the tokens of thoughts

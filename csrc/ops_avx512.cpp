@@ -1,0 +1,7 @@
+#include "isa.hpp"
+
+#if defined(THINKMID_X86)
+#define THINKMID_ISA avx512
+#define THINKMID_LANES 16
+#include "ops.inl"
+#endif

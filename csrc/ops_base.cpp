@@ -1,0 +1,3 @@
+#define THINKMID_ISA base
+#define THINKMID_LANES 4
+#include "ops.inl"

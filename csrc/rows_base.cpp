@@ -1,0 +1,6 @@
+#include <algorithm>
+#include <limits>
+
+#define THINKMID_ISA base
+#define THINKMID_LANES 4
+#include "rows.inl"
