@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "decode.hpp"
 #include "isa.hpp"
 #include "ops.hpp"
 #include "pack.hpp"
@@ -65,6 +66,12 @@ void swiglu_backward(int64_t size, uintptr_t gate, uintptr_t up, uintptr_t dout,
   thinkmid::swiglu({at<float>(gate), at<float>(up), at<float>(dout), nullptr, at<float>(dgate), at<float>(dup)}, size);
 }
 
+void decode_attention(const std::vector<int64_t>& n, const std::vector<uintptr_t>& p) {
+  thinkmid::decode_attention({n[0], n[1], n[2], n[3], n[4], n[5], at<float>(p[0]), at<float>(p[1]), at<float>(p[2]),
+                              at<float>(p[3]), at<float>(p[4]), at<float>(p[5]), at<float>(p[6]), at<int64_t>(p[7]),
+                              at<int64_t>(p[8]), at<int64_t>(p[9]), at<float>(p[10])});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
@@ -80,6 +87,7 @@ PYBIND11_MODULE(_csrc, m) {
   m.def("rope", &rope, py::call_guard<py::gil_scoped_release>());
   m.def("swiglu", &swiglu, py::call_guard<py::gil_scoped_release>());
   m.def("swiglu_backward", &swiglu_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("decode_attention", &decode_attention, py::call_guard<py::gil_scoped_release>());
   m.def("isa", &thinkmid::isa_name, "The instruction set that runs: base, avx2 or avx512.");
   m.def("isas", &thinkmid::isas, "All that this CPU can run.");
   m.def("use_isa", &thinkmid::use_isa, py::arg("name"), "For tests: run this one from now on.");

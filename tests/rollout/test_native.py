@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
+from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine import Sampling, collect
@@ -27,6 +28,13 @@ def endless(tmp_path_factory):
     """A vocabulary without an end: every sequence gets its full thought budget."""
     text = make_text(tmp_path_factory.mktemp("tokenizer"), "added")
     return replace(text, eos_ids=(), pieces=[b"."] * text.vocab_size)
+
+
+@pytest.fixture(params=["csrc", "torch"])
+def path(request, monkeypatch):
+    """Decoding by csrc, and by the torch twin that a GPU runs."""
+    if request.param == "torch":
+        monkeypatch.setattr(launch, "has_cpp", lambda: False)
 
 
 def make_text(folder, tags):
@@ -88,7 +96,7 @@ def tag_end(text, tokens):
 
 
 @pytest.mark.parametrize("max_batch", [4, 64])
-def test_greedy_tokens_are_those_of_the_full_forward_loop(endless, max_batch):
+def test_greedy_tokens_are_those_of_the_full_forward_loop(endless, path, max_batch):
     engine, model = make_engine(endless)
     prompts = make_prompts(endless.vocab_size)
     sampling = Sampling(temperature=0, max_think=40, max_batch=max_batch)
@@ -102,7 +110,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_loop(endless, max_batch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_reported_logprobs_are_the_trainers(endless, temperature):
+def test_reported_logprobs_are_the_trainers(endless, path, temperature):
     # one token in twelve is an end: rows finish at different times, and others take their places
     ragged = replace(endless, eos_ids=tuple(range(0, endless.vocab_size, 12)))
     engine, model = make_engine(ragged)

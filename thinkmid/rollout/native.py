@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from thinkmid.kernels.attention import varlen_attention
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.cache import Cache, Prefixes, attention
 from thinkmid.rollout.engine import Sampling
 from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
 
 PREFILL_TOKENS = 8192  # prefix tokens in one forward
-KEY_STEP = 16  # attention reads the cache in steps of so many positions
-NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
 
 
 class NativeEngine:
@@ -58,8 +57,9 @@ class NativeEngine:
         max_rows = min(sampling.max_batch, len(waiting))
         longest = max(len(p.tokens) for p in prompts) - 1
         # one more prefix than rows: the next sequence may be a sibling of one that has just ended
-        prefixes = _Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, self._params)
-        cache = _Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), self._params)
+        like = next(iter(self._params.values()))
+        prefixes = Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, like)
+        cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), like)
         rows = _Rows(max_rows, sampling, self.text, self._eos)
         while (waiting or rows.num) and not stop():
             # a refill costs a prefill: wait until an eighth of the batch is free
@@ -105,8 +105,8 @@ class NativeEngine:
 
         def attend(layer, q, k, v):
             for (p, _), lo, hi in zip(batch, cu[:-1].tolist(), cu[1:].tolist(), strict=True):
-                cache.k[layer][prefixes.slot[p], :, : hi - lo] = k[lo:hi].transpose(0, 1)  # (K, p-1, C)
-                cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)
+                cache.k[layer][prefixes.slot[p], :, :, : hi - lo] = k[lo:hi].permute(1, 2, 0)  # (K, C, p-1)
+                cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)  # (K, p-1, C)
             if layer == last:
                 return q  # nobody reads what comes after the last keys and values
             return varlen_attention(q, k, v, cu.to(q.device), cu.to(q.device))
@@ -116,41 +116,8 @@ class NativeEngine:
 
     def _decode(self, cache, rows, families):
         """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
-        host = rows.newest, rows.position, rows.count
-        tokens, positions, count = (torch.from_numpy(x).to(self._device) for x in host)
-        num, num_keys = rows.num, cache.k[0].shape[1]
-        length = min(-(-(int(rows.count.max()) + 1) // KEY_STEP) * KEY_STEP, cache.max_len)
-        unseen = torch.arange(length, device=self._device) > count[:, None]
-        bias = bias_of(unseen, num_keys, cache.k[0].dtype)
-        head = torch.arange(num * num_keys, device=self._device)
-        at = head * cache.max_len + count.repeat_interleave(num_keys)  # (B*K,) where the new keys go
-
-        def attend(layer, q, k, v):
-            size = q.shape[-1]
-            cache.k[layer].view(-1, size).index_copy_(0, at, k.reshape(-1, size))
-            cache.v[layer].view(-1, size).index_copy_(0, at, v.reshape(-1, size))
-            # the heads of a group are queries of one key head
-            q = (q * size**-0.5).reshape(num * num_keys, -1, size)  # (B*K, H/K, C)
-            own, own_lse = partial_attention(q, *cache.first(layer, num, length), bias)
-            if families.length:
-                out, lse = families.attention(layer, q)
-                own = own.lerp_(out, (lse - own_lse).sigmoid_().to(own.dtype))
-            return own.view(num, -1, size)
-
-        return self._model(tokens, positions, attend).float()
-
-
-def partial_attention(q, k, v, bias):
-    """Attention over some of the keys, and the log of its denominator, (N, m, 1) fp32, by which parts are weighed.
-
-    q (N, m, C), already scaled; k, v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite, so that a part
-    without keys weighs 0; None: all keys are seen.
-    """
-    k = k.transpose(1, 2)
-    scores = (torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)).float()
-    p = scores.softmax(-1)
-    lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()  # logsumexp would take another pass
-    return torch.bmm(p.to(v.dtype), v), lse
+        tokens, positions = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position))
+        return self._model(tokens, positions, attention(cache, families, rows.count)).float()
 
 
 def draw(logits, uniforms, sampling: Sampling):
@@ -173,95 +140,6 @@ def draw(logits, uniforms, sampling: Sampling):
     at = torch.from_numpy(uniforms).to(cdf.device)[:, None] * cdf[:, -1:]
     # right=True: the first token whose cdf exceeds the draw, so one of probability 0 is never taken
     return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
-
-
-def bias_of(unseen, num_keys, dtype):
-    """(N*K, 1, length) what to add to the scores: NEVER where unseen (N, length), else 0."""
-    bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, NEVER)
-    return bias.repeat_interleave(num_keys, 0)[:, None]
-
-
-class _Cache:
-    """Keys and values, one row per sequence or prefix: k[layer] (rows, K, max_len, C)."""
-
-    def __init__(self, cfg, num_rows, max_len, params):
-        like = next(iter(params.values()))
-        self.max_len = -(-max_len // KEY_STEP) * KEY_STEP
-        shape = (num_rows, cfg.kv_heads, self.max_len, cfg.head_dim)
-        # zeros: masked keys still meet a multiplication, and 0 * NaN is NaN
-        self.k = [like.new_zeros(shape) for _ in range(cfg.layers)]
-        self.v = [like.new_zeros(shape) for _ in range(cfg.layers)]
-
-    def first(self, layer, num, length):
-        """k, v (num*K, length, C): the first positions of the first rows."""
-        return self.k[layer][:num, :, :length].flatten(0, 1), self.v[layer][:num, :, :length].flatten(0, 1)
-
-    def move(self, moves: list[tuple[int, int]]):
-        """Rows (from, to): the last rows fill the gaps that finished ones left."""
-        if moves:
-            source, target = (list(x) for x in zip(*moves, strict=True))
-            for x in (*self.k, *self.v):
-                x[target] = x[source]
-
-
-class _Prefixes:
-    """The prefixes in use, each stored once however many siblings read it."""
-
-    def __init__(self, cfg, size, max_len, params):
-        self.cache = _Cache(cfg, size, max_len, params)
-        self.slot: dict[int, int] = {}  # prompt -> row of the cache; slots 0, 1, ... are taken
-        self._length = np.zeros(size, np.int64)
-
-    def add(self, prompt, length):
-        self.slot[prompt] = len(self.slot)
-        self._length[self.slot[prompt]] = length
-
-    def keep(self, prompts: set[int]):
-        """Drop all others; the last slots fill the gaps."""
-        gone = [p for p in self.slot if p not in prompts]
-        holes = sorted(self.slot.pop(p) for p in gone)
-        holes = [h for h in holes if h < len(self.slot)]
-        last = [p for p, s in self.slot.items() if s >= len(self.slot)]
-        self.cache.move([(self.slot[p], hole) for p, hole in zip(last, holes, strict=True)])
-        for p, hole in zip(last, holes, strict=True):
-            self._length[hole] = self._length[self.slot[p]]
-            self.slot[p] = hole
-
-    def families(self, owner) -> _Families:
-        slots = np.array([self.slot[p] for p, _ in owner], np.int64)
-        return _Families(self.cache, self._length[: len(self.slot)], slots)
-
-
-class _Families:
-    """Which rows read which prefix. All siblings query it at once: a matrix product instead of one row at a time."""
-
-    def __init__(self, cache, length_A, slot_B):
-        self._cache, self.length = cache, int(length_A.max(initial=0))
-        device, dtype, num_keys = cache.k[0].device, cache.k[0].dtype, cache.k[0].shape[1]
-        num_A = np.bincount(slot_B, minlength=len(length_A))
-        order, most = slot_B.argsort(kind="stable"), int(num_A.max(initial=0))
-        place_B = np.empty_like(slot_B)  # of each row among its siblings
-        place_B[order] = np.arange(len(slot_B)) - (num_A.cumsum() - num_A)[slot_B[order]]
-        members = np.zeros((len(length_A), most), np.int64)  # rows; padding repeats row 0
-        members[slot_B, place_B] = np.arange(len(slot_B))
-        # queries come as (B*K,); they are read as (A, K, most), and what they find is put back
-        head = np.arange(num_keys)
-        read = members[:, None] * num_keys + head[:, None]  # (A, K, most)
-        put = (slot_B[:, None] * num_keys + head) * most + place_B[:, None]  # (B, K)
-        self._read, self._put = (torch.from_numpy(x.reshape(-1)).to(device) for x in (read, put))
-        self._shape = (len(length_A), num_keys, most)
-        self._bias = None
-        if (length_A < self.length).any():
-            unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
-            self._bias = bias_of(unseen, num_keys, dtype)
-
-    def attention(self, layer, q):
-        """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
-        num, num_keys, most = self._shape
-        m, size = q.shape[1:]
-        q = q.index_select(0, self._read).view(num * num_keys, most * m, size)
-        out, lse = partial_attention(q, *self._cache.first(layer, num, self.length), self._bias)
-        return out.view(-1, m, size).index_select(0, self._put), lse.view(-1, m, 1).index_select(0, self._put)
 
 
 class _Rows:

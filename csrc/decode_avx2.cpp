@@ -1,0 +1,11 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "isa.hpp"
+
+#if defined(THINKMID_X86)
+#define THINKMID_ISA avx2
+#define THINKMID_LANES 8
+#include "decode.inl"
+#endif

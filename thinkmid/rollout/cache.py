@@ -1,0 +1,164 @@
+"""Keys and values of sequences being decoded, each prefix stored once, and the newest tokens' attention over both."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from thinkmid.kernels import launch
+
+KEY_STEP = 16  # positions are read in steps of so many
+NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
+
+
+def attention(cache: Cache, families: Families, count):
+    """attend(layer, q, k, v) of one token per sequence: its key and value enter the cache, at position count (B,)."""
+    at = torch.from_numpy(count).to(cache.k[0].device)
+    if launch.row_path(cache.k[0]) == "cpp":
+        return lambda layer, q, k, v: _cpp(cache, families, at, layer, q, k, v)
+    return _torch(cache, families, at, int(count.max()) + 1)
+
+
+def _cpp(cache, families, count, layer, q, k, v):
+    from thinkmid import _csrc
+
+    prefix, num_keys = families.cache, k.shape[1]
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out = torch.empty_like(q)
+    stored = (cache.k[layer], cache.v[layer], prefix.k[layer], prefix.v[layer])
+    tensors = (q, k, v, *stored, count, families.slot, families.lengths, out)
+    sizes = [len(q), num_keys, q.shape[1] // num_keys, q.shape[2], cache.max_len, prefix.max_len]
+    _csrc.decode_attention(sizes, [launch.address(x) for x in tensors])
+    return out
+
+
+def _torch(cache, families, count, longest):
+    num, num_keys = len(count), cache.k[0].shape[1]
+    length = min(-(-longest // KEY_STEP) * KEY_STEP, cache.max_len)
+    unseen = torch.arange(length, device=count.device) > count[:, None]
+    bias, rows = bias_of(unseen, num_keys, cache.k[0].dtype), torch.arange(num, device=count.device)
+
+    def attend(layer, q, k, v):
+        size = q.shape[-1]
+        cache.k[layer][rows, :, :, count] = k
+        cache.v[layer][rows, :, count] = v
+        # the heads of a group are queries of one key head
+        q = (q * size**-0.5).reshape(num * num_keys, -1, size)  # (B*K, H/K, C)
+        own, own_lse = partial_attention(q, *cache.first(layer, num, length), bias)
+        if families.length:
+            out, lse = families.attention(layer, q)
+            own = own.lerp_(out, (lse - own_lse).sigmoid_().to(own.dtype))
+        return own.view(num, -1, size)
+
+    return attend
+
+
+def partial_attention(q, k, v, bias):
+    """Attention over some of the keys, and the log of its denominator, (N, m, 1) fp32, by which parts are weighed.
+
+    q (N, m, C), already scaled; k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite,
+    so that a part without keys weighs 0; None: all keys are seen.
+    """
+    scores = (torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)).float()
+    p = scores.softmax(-1)
+    lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()  # logsumexp would take another pass
+    return torch.bmm(p.to(v.dtype), v), lse
+
+
+def bias_of(unseen, num_keys, dtype):
+    """(N*K, 1, length) what to add to the scores: NEVER where unseen (N, length), else 0."""
+    bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, NEVER)
+    return bias.repeat_interleave(num_keys, 0)[:, None]
+
+
+class Cache:
+    """Keys and values, one row per sequence or prefix: k[layer] (rows, K, C, max_len), v[layer] (rows, K, max_len, C).
+
+    Keys lie transposed: the scores of neighbouring positions are neighbours.
+    """
+
+    def __init__(self, cfg, num_rows, max_len, like):
+        self.max_len = -(-max_len // KEY_STEP) * KEY_STEP
+        num_keys, size = cfg.kv_heads, cfg.head_dim
+        # zeros: masked keys still meet a multiplication, and 0 * NaN is NaN
+        self.k = [like.new_zeros(num_rows, num_keys, size, self.max_len) for _ in range(cfg.layers)]
+        self.v = [like.new_zeros(num_rows, num_keys, self.max_len, size) for _ in range(cfg.layers)]
+
+    def first(self, layer, num, length):
+        """k (num*K, C, length), v (num*K, length, C): the first positions of the first rows."""
+        return self.k[layer][:num, ..., :length].flatten(0, 1), self.v[layer][:num, :, :length].flatten(0, 1)
+
+    def move(self, moves: list[tuple[int, int]]):
+        """Rows (from, to): the last rows fill the gaps that finished ones left."""
+        if moves:
+            source, target = (list(x) for x in zip(*moves, strict=True))
+            for x in (*self.k, *self.v):
+                x[target] = x[source]
+
+
+class Prefixes:
+    """The prefixes in use, each stored once however many siblings read it."""
+
+    def __init__(self, cfg, size, max_len, like):
+        self.cache = Cache(cfg, size, max_len, like)
+        self.slot: dict[int, int] = {}  # prompt -> row of the cache; slots 0, 1, ... are taken
+        self._length = np.zeros(size, np.int64)
+
+    def add(self, prompt, length):
+        self.slot[prompt] = len(self.slot)
+        self._length[self.slot[prompt]] = length
+
+    def keep(self, prompts: set[int]):
+        """Drop all others; the last slots fill the gaps."""
+        gone = [p for p in self.slot if p not in prompts]
+        holes = sorted(self.slot.pop(p) for p in gone)
+        holes = [h for h in holes if h < len(self.slot)]
+        last = [p for p, s in self.slot.items() if s >= len(self.slot)]
+        self.cache.move([(self.slot[p], hole) for p, hole in zip(last, holes, strict=True)])
+        for p, hole in zip(last, holes, strict=True):
+            self._length[hole] = self._length[self.slot[p]]
+            self.slot[p] = hole
+
+    def families(self, owner) -> Families:
+        slots = np.array([self.slot[p] for p, _ in owner], np.int64)
+        return Families(self.cache, self._length[: len(self.slot)], slots)
+
+
+class Families:
+    """Which rows read which prefix, for as long as no sequence comes or goes."""
+
+    def __init__(self, cache, length_A, slot_B):
+        self.cache, self.length = cache, int(length_A.max(initial=0))
+        device = cache.k[0].device
+        self.slot, self.lengths = (torch.from_numpy(x).to(device) for x in (slot_B, length_A[slot_B]))
+        if launch.row_path(cache.k[0]) != "cpp":
+            self._group(length_A, slot_B)
+
+    def _group(self, length_A, slot_B):
+        """All siblings query their prefix at once: a matrix product instead of one row at a time."""
+        cache = self.cache
+        device, dtype, num_keys = cache.k[0].device, cache.k[0].dtype, cache.k[0].shape[1]
+        num_A = np.bincount(slot_B, minlength=len(length_A))
+        order, most = slot_B.argsort(kind="stable"), int(num_A.max(initial=0))
+        place_B = np.empty_like(slot_B)  # of each row among its siblings
+        place_B[order] = np.arange(len(slot_B)) - (num_A.cumsum() - num_A)[slot_B[order]]
+        members = np.zeros((len(length_A), most), np.int64)  # rows; padding repeats row 0
+        members[slot_B, place_B] = np.arange(len(slot_B))
+        # queries come as (B*K,); they are read as (A, K, most), and what they find is put back
+        head = np.arange(num_keys)
+        read = members[:, None] * num_keys + head[:, None]  # (A, K, most)
+        put = (slot_B[:, None] * num_keys + head) * most + place_B[:, None]  # (B, K)
+        self._read, self._put = (torch.from_numpy(x.reshape(-1)).to(device) for x in (read, put))
+        self._shape = (len(length_A), num_keys, most)
+        self._bias = None
+        if (length_A < self.length).any():
+            unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
+            self._bias = bias_of(unseen, num_keys, dtype)
+
+    def attention(self, layer, q):
+        """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
+        num, num_keys, most = self._shape
+        m, size = q.shape[1:]
+        q = q.index_select(0, self._read).view(num * num_keys, most * m, size)
+        out, lse = partial_attention(q, *self.cache.first(layer, num, self.length), self._bias)
+        return out.view(-1, m, size).index_select(0, self._put), lse.view(-1, m, 1).index_select(0, self._put)
