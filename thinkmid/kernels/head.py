@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thinkmid.kernels import launch
 from thinkmid.kernels.policy import Metrics, Policy, make_policy, plan_rows, policy_rows
 from thinkmid.kernels.rows import Scores, Stats, row_grad, row_policy, row_stats
 
 # bytes of fp32 logits alive at a time. CUDA: 4096 rows of 128k keep the fp32 sums of dweight at a quarter of their
 # product's time. CPU: a chunk stays near the last cache level
-CHUNK_BYTES = {"cpu": 20 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 18 << 20, "cuda": 2 << 30}
 SLAB = 2048  # vocabulary rows of half-precision weight that the CPU holds in fp32 at a time
 
 
@@ -41,14 +42,17 @@ def linear_logprob(
 
     hidden (R, D), weight (V, D) and bias (V,), if there is one, of one dtype (fp32, bf16, fp16; fp64 for gradient
     checks); targets (R,) int64 in [0, V), or ignore_index: such rows return 0 and have no gradient. temperature: a
-    number, or (R,). softcap bounds the scores: softcap * tanh(score / softcap). chunk: rows of logits alive at a time.
-    Statistics and results are fp32 (fp64 for fp64), also where hidden is not. Differentiable in hidden, weight and
+    number, or (R,). softcap bounds the scores: softcap * tanh(score / softcap). chunk: rows of logits alive at a time;
+    "tiles", for scoring without gradients on a GPU that is short of memory: none, they stay in registers. Statistics
+    and results are fp32 (fp64 for fp64), also where hidden is not. Differentiable in hidden, weight and
     bias, through the entropy too; the backward forms the logits again (8 R D V FLOP in all).
 
     Same as log_softmax(hidden @ weight.T / temperature, -1)[arange(R), targets], without the (R, V) tensor. ValueError,
     with both values, for shapes, dtypes, devices, targets or options that do not fit.
     """
     job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    if chunk == "tiles":
+        return _from_tiles(hidden, weight, bias, job, return_entropy)
     logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)
     return (logp, entropy) if return_entropy else logp
 
@@ -159,6 +163,22 @@ def gather_weight(weight):
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+
+def _from_tiles(hidden, weight, bias, job, want_entropy):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        raise ValueError('chunk="tiles" is for scoring: it has no gradient, and these inputs require one')
+    path = launch.row_path(torch.empty(0, dtype=job.wide, device=hidden.device))
+    if path != "triton":
+        raise ValueError(f'chunk="tiles" is a kernel for GPUs, got tensors on {hidden.device}')
+    from thinkmid.kernels.gpu.logprob import linear_logprob_forward
+
+    index = None if job.valid is None else job.valid.nonzero()[:, 0]
+    rows = slice(None) if index is None else index
+    options = {**job.scores.at(rows)._asdict(), "want_entropy": want_entropy}
+    logp, entropy, _ = linear_logprob_forward(hidden[rows], weight, job.targets[rows], **options)
+    logp, entropy = _spread(logp, index, job), _spread(entropy, index, job)
+    return (logp, entropy) if want_entropy else logp
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -395,7 +415,7 @@ def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, ch
         bias = bias.detach().to(wide).contiguous()
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if chunk == "auto":
+    if chunk in ("auto", "tiles"):
         chunk = max(16, CHUNK_BYTES.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
     elif not (isinstance(chunk, int) and chunk > 0):
         raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')

@@ -17,7 +17,7 @@ TILES = {
     (9, 2): (128, 256, 64, 8, 3),  # wgmma m64n256k16; 147 KB shared, 128 registers of sums per thread
     (8, 2): (128, 128, 32, 8, 3),
     (9, 4): (64, 64, 32, 8, 3),
-    (8, 4): (64, 64, 32, 8, 3),
+    (8, 4): (64, 64, 16, 8, 3),
 }
 SOFTCAP_COLUMNS = 128  # at most: tanh over 256 columns spills 200 bytes per thread
 BLOCK_R = 256  # rows of a program that merges
