@@ -32,7 +32,12 @@ def row_path(x: Tensor) -> str:
 
 def paths(device: torch.device) -> dict[str, str]:
     """What runs on a device, for the record."""
-    return {"attention": attention_path(device), "rows": row_path(torch.empty(0, device=device))}
+    rows = row_path(torch.empty(0, device=device))
+    if rows == "cpp":
+        from thinkmid import _csrc
+
+        rows = f"cpp, {_csrc.isa()}"
+    return {"attention": attention_path(device), "rows": rows}
 
 
 def address(x: Tensor | None) -> int:
