@@ -1,6 +1,7 @@
 // One row of the row kernel, for the instruction set of the file that includes this. See simd.hpp.
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "rows.hpp"
 #include "simd.hpp"
@@ -42,25 +43,32 @@ void to_logits(const Rows& k, float* z, float inv_temperature) {
   });
 }
 
-template <bool kEntropy>
-Sums sweep(const float* s, int64_t vocab) {
+// With kKeep, exp(s - maximum so far) is left in kept, and that maximum in block_max for each block: then the second
+// sweep is a multiplication.
+template <bool kEntropy, bool kKeep>
+Sums sweep(const float* s, int64_t vocab, float* kept, float* block_max) {
   Sums sums;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, vocab);
     vf most = splat(-kInf);
     for_each(s, begin, end, [&](vf v, int64_t, int64_t) { most = vmax(v, most); });
-    const float block_max = hmax(most);
-    if (block_max == -kInf) continue;  // nothing but -inf, from which no difference may be formed
-    if (!(block_max <= sums.max)) {    // also for NaN, which stays
-      const double down = double(sums.max) - block_max, shrink = std::exp(down);
+    const float here = hmax(most);
+    if (here == -kInf && sums.max == -kInf) {  // nothing but -inf so far, from which no difference may be formed
+      if (kKeep) std::fill(kept + begin, kept + end, 0.0f), block_max[begin / kBlock] = 0;
+      continue;
+    }
+    if (!(here <= sums.max)) {  // also for NaN, which stays
+      const double down = double(sums.max) - here, shrink = std::exp(down);
       if (sums.of_exp > 0) sums.of_product = shrink * (sums.of_product + sums.of_exp * down);
       sums.of_exp *= shrink;
-      sums.max = block_max;
+      sums.max = here;
     }
+    if (kKeep) block_max[begin / kBlock] = sums.max;
     vf of_exp = splat(0), of_product = splat(0);
     const float max = sums.max;
-    for_each(s, begin, end, [&](vf v, int64_t, int64_t) {
-      const vf d = v - max, e = vexp(d);
+    for_each(s, begin, end, [&](vf v, int64_t i, int64_t n) {
+      const vf d = v - max, e = vexp_down(d);
+      if (kKeep) put(kept + i, e, n);
       of_exp += e;
       // -inf has no part in the entropy, and 0 * -inf would be NaN
       if (kEntropy) of_product += select(e == 0, splat(0), e * d);
@@ -91,6 +99,15 @@ void gradient(const float* s, float* out, int64_t vocab, const Slope& k) {
   });
 }
 
+// The gradient from what sweep kept: e times a factor of its block.
+void gradient_of_kept(float* out, int64_t vocab, const float* block_max, const Sums& sums, double factor) {
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, vocab);
+    const float f = factor * std::exp(double(block_max[begin / kBlock]) - sums.max) / sums.of_exp;
+    for_each(out, begin, end, [&](vf e, int64_t i, int64_t n) { put(out + i, e * f, n); });
+  }
+}
+
 }  // namespace
 
 void row(const Rows& k, int64_t r) {
@@ -99,6 +116,9 @@ void row(const Rows& k, int64_t r) {
   if (k.bias || k.softcap > 0 || inv_temperature != 1) to_logits(k, z, inv_temperature);
   const float at_target = z[k.targets[r]];
   double logp, entropy = 0;
+  const bool keeps = k.mode == Mode::kPolicy && k.softcap == 0 && k.policy.entropy_coef == 0;
+  std::vector<float> block_max(keeps ? (k.vocab + kBlock - 1) / kBlock : 0);
+  Sums sums;
   Slope slope{0, 0, 0, 1, 0, 0, inv_temperature, k.softcap > 0 ? 1 / (inv_temperature * k.softcap) : 0};
   if (k.mode == Mode::kGrad) {
     logp = k.logp[r];
@@ -106,7 +126,9 @@ void row(const Rows& k, int64_t r) {
     if (k.dentropy) slope.e = k.dentropy[r], entropy = k.entropy[r];
     slope.shift = slope.lse = k.lse[r];
   } else {
-    const Sums sums = k.entropy ? sweep<true>(z, k.vocab) : sweep<false>(z, k.vocab);
+    auto* first = keeps ? (k.entropy ? sweep<true, true> : sweep<false, true>)
+                        : (k.entropy ? sweep<true, false> : sweep<false, false>);
+    sums = first(z, k.vocab, out, block_max.data());
     const double lse = sums.max + std::log(sums.of_exp);
     logp = at_target - lse;
     entropy = k.entropy ? std::log(sums.of_exp) - sums.of_product / sums.of_exp : 0;
@@ -123,8 +145,11 @@ void row(const Rows& k, int64_t r) {
     return;
   }
   const bool bent = slope.e != 0;
-  (k.softcap > 0 ? (bent ? gradient<true, true> : gradient<false, true>)
-                 : (bent ? gradient<true, false> : gradient<false, false>))(z, out, k.vocab, slope);
+  if (keeps)
+    gradient_of_kept(out, k.vocab, block_max.data(), sums, -double(slope.g) * inv_temperature);
+  else
+    (k.softcap > 0 ? (bent ? gradient<true, true> : gradient<false, true>)
+                   : (bent ? gradient<true, false> : gradient<false, false>))(z, out, k.vocab, slope);
   // of the target, 1 - p is formed from its log-prob: near 1 the difference would lose what is left of it
   double d = -slope.g * std::expm1(logp);
   if (bent) d -= slope.e * std::exp(logp) * (logp + entropy);

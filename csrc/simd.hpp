@@ -96,12 +96,10 @@ THINKMID_INLINE float hmax(vf v) {
   return v[0];
 }
 
-// e^x within 1 ulp. inf above 88.72, 0 below -86.99 (where e^x < 1.7e-38), NaN stays NaN.
-THINKMID_INLINE vf vexp(vf x) {
-  // both comparisons are false for NaN, which passes
-  const vf top = splat(89.0f), bottom = splat(-87.5f);
-  x = top < x ? top : x;
-  x = bottom > x ? bottom : x;
+// e^x of x <= 0 within 1 ulp. 0 below -86.99 (where e^x < 1.7e-38), NaN stays NaN.
+THINKMID_INLINE vf vexp_down(vf x) {
+  const vf bottom = splat(-87.5f);
+  x = bottom > x ? bottom : x;  // false for NaN, which passes
   // adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits
   const vf shifted = x * 1.44269504f + 12582912.0f;
   const vf n = shifted - 12582912.0f;
@@ -116,6 +114,12 @@ THINKMID_INLINE vf vexp(vf x) {
   p = (p * r) * r + (r + r) + 2.0f;
   // 2^(n-1) by its exponent: the factor 2 above keeps n = 128 in range, n = -126 gives 0
   return p * (vf)(((vu)shifted << 23) + (126u << 23));
+}
+
+// The same of any x; inf above 88.72.
+THINKMID_INLINE vf vexp(vf x) {
+  const vf top = splat(89.0f);
+  return vexp_down(top < x ? top : x);
 }
 
 // tanh within 2 ulp, NaN stays NaN.

@@ -117,6 +117,27 @@ def test_no_rows_give_zero_gradients():
     assert torch.equal(dweight, torch.zeros(11, 7, dtype=DOUBLE))
 
 
+@pytest.mark.parametrize("rows", [1, 33, 150])
+def test_a_weight_larger_than_the_cache_is_no_worse(rows):
+    hidden, weight, targets = inputs(rows, 9001, width=600, dtype=FLOAT)
+    with torch.no_grad():
+        weight *= 0.1
+    assert weight.nbytes > head.CACHE_BYTES
+    dlogp, zero = torch.randn(rows), torch.zeros(rows)
+    ours, plain = (
+        with_gradients(fn, hidden, weight, dlogp, zero)
+        for fn in (
+            lambda h, w: linear_logprob(h, w, targets, return_entropy=True, chunk=48),
+            lambda h, w: naive(h, w, targets),
+        )
+    )
+    double = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = with_gradients(lambda h, w: naive(h, w, targets), *double, dlogp.double(), zero.double())
+    for name in ("dhidden", "dweight"):
+        assert_no_worse(ours[name], exact[name], plain[name])
+    assert (ours["logp"] - exact["logp"]).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["flat", "peaked"])
 def test_values_and_gradients_are_no_worse_than_log_softmax(dtype, scale, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,12 @@ from thinkmid.kernels.rows import Scores, Stats, row_grad, row_policy, row_stats
 
 # bytes of fp32 logits alive at a time. CUDA: 4096 rows of 128k keep the fp32 sums of dweight at a quarter of their
 # product's time. CPU: a chunk stays near the last cache level
-CHUNK_BYTES = {"cpu": 18 << 20, "cuda": 2 << 30}
-SLAB = 2048  # vocabulary rows of half-precision weight that the CPU holds in fp32 at a time
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}
+SLAB = 1024  # vocabulary rows that the CPU works on at a time; half-precision ones it holds in fp32 meanwhile
+# fp32 products that oneDNN adds up one after the other: with 256 gradients' errors against fp64 are 1.2 times MKL's,
+# with 1024 up to 2.6
+CHAIN = 256
+CACHE_BYTES = 16 << 20  # a weight of that size gains nothing from oneDNN
 
 
 class FusedLoss(NamedTuple):
@@ -201,12 +206,11 @@ class _LinearLogprob(torch.autograd.Function):
         job, stats = ctx.job, Stats(*stats)
         dlogp, dentropy = (None if d is None else d if index is None else d[index] for d in (dlogp, dentropy))
         grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job)
-        for at, rows, h, z in _chunks(hidden, weight, job, index):
+        for at, rows in _chunks(hidden, job, index):
             part = Stats(*(None if x is None else x[at] for x in stats))
-            given = (None if d is None else d[at] for d in (dlogp, dentropy))
-            dz = grads.like_scores(z)
-            row_grad(z, job.targets[rows], part, *given, job.scores.at(rows), dz)
-            grads.add(dz, rows, h, weight)
+            given = [None if d is None else d[at] for d in (dlogp, dentropy)]
+            kernel = partial(row_grad, targets=job.targets[rows], stats=part, dlogp=given[0], dentropy=given[1])
+            grads.add_chunk(hidden[rows], weight, rows, partial(kernel, scores=job.scores.at(rows)))
         return *grads.result(), None, None
 
 
@@ -246,18 +250,18 @@ class _OnePass(torch.autograd.Function):
 def _forward_only(hidden, weight, job, index, want_entropy) -> Stats:
     """Of the live rows, in order."""
     parts = []
-    for _, rows, _, z in _chunks(hidden, weight, job, index):
-        parts.append(row_stats(z, job.targets[rows], job.scores.at(rows), want_entropy))
+    for _, rows in _chunks(hidden, job, index):
+        given = job.targets[rows], job.scores.at(rows), want_entropy
+        parts.append(row_stats(_scores(hidden[rows], weight, job.wide), *given))
     return _joined(parts, job, hidden.device)
 
 
 def _with_grads(hidden, weight, job, policy, index, want_entropy, grads) -> Stats:
     """The same, and the gradients of the policy's loss on the way."""
     parts = []
-    for _, rows, h, z in _chunks(hidden, weight, job, index):
-        dz = grads.like_scores(z)
-        parts.append(row_policy(z, job.targets[rows], policy.at(rows), job.scores.at(rows), want_entropy, dz))
-        grads.add(dz, rows, h, weight)
+    for _, rows in _chunks(hidden, job, index):
+        kernel = partial(row_policy, targets=job.targets[rows], policy=policy.at(rows), want_entropy=want_entropy)
+        parts.append(grads.add_chunk(hidden[rows], weight, rows, partial(kernel, scores=job.scores.at(rows))))
     return _joined(parts, job, hidden.device)
 
 
@@ -293,18 +297,14 @@ class _Grads:
         if needs[1] and not self._given:
             self._dweight = torch.empty(weight.shape, dtype=job.wide, device=weight.device)
         self._dbias = weight.new_zeros(weight.shape[0], dtype=job.wide) if bias is not None and needs[2] else None
-        self._dtypes = (hidden.dtype, weight.dtype)
-        self._dz = None
+        self._wide, self._dtypes = job.wide, (hidden.dtype, weight.dtype)
 
-    def like_scores(self, z):
-        """Where the row kernel writes: over the scores; for half precision on a GPU, whose products read it, apart."""
-        if not z.is_cuda or self._dtypes[0] == z.dtype:
-            return z
-        if self._dz is None:
-            self._dz = torch.empty_like(z, dtype=self._dtypes[0])
-        return self._dz[: len(z)]
-
-    def add(self, dz, rows, h, weight):
+    def add_chunk(self, h, weight, rows, row_kernel):
+        """row_kernel(z, out=dz) on the scores of some rows, and the products of dz; what the kernel returns."""
+        z = _scores(h, weight, self._wide)
+        # over the scores; apart where a GPU's products read half precision
+        dz = torch.empty_like(z, dtype=h.dtype) if z.is_cuda and h.dtype != z.dtype else z
+        result = row_kernel(z, out=dz)
         if self._dbias is not None:
             self._dbias += dz.sum(0, dtype=self._dbias.dtype)
         if self._dhidden is not None:
@@ -312,6 +312,7 @@ class _Grads:
         if self._dweight is not None:
             _add_product(self._dweight, dz, h, self._first)
         self._first = False
+        return result
 
     def result(self):
         if self._first and self._dweight is not None:
@@ -320,40 +321,61 @@ class _Grads:
         return self._dhidden, dweight, None if self._dbias is None else self._dbias.to(self._dtypes[1])
 
 
-def _chunks(hidden, weight, job, index):
-    """Places among the live rows, rows (slice or index), hidden rows, their scores (c, V) in one buffer; by chunk."""
+def _chunks(hidden, job, index):
+    """Places among the live rows, and which rows they are (slice or index), by chunk."""
     num = len(hidden) if index is None else len(index)
     parts = -(-num // job.chunk)
     size = -(-num // max(1, parts))  # the last chunk is about as large as the others
-    z = torch.empty(size, weight.shape[0], dtype=job.wide, device=weight.device)
+    size = min(-(-size // 16) * 16, job.chunk)  # in whole tiles of the matrix products
     for start in range(0, num, max(1, size)):
         at = slice(start, min(start + size, num))
-        rows = at if index is None else index[at]
-        h = hidden[rows]
-        yield at, rows, h, _scores(h, weight, z[: len(h)])
+        yield at, at if index is None else index[at]
 
 
-# The three products. Half precision: on a GPU with fp32 sums and results, on the CPU slab by slab in fp32, since its
+# The three products. Half precision: on a GPU with fp32 sums and results; on the CPU slab by slab in fp32, since its
 # half-precision products would round the logits.
 
 
-def _scores(h, weight, out):
-    """h @ weight.T in out's dtype, (c, V)."""
-    if h.dtype == out.dtype:
-        return torch.mm(h, weight.T, out=out)
+def _scores(h, weight, dtype):
+    """h @ weight.T in that dtype, (c, V)."""
     if h.is_cuda:
-        return torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
-    h = h.to(out.dtype)
-    for at, slab in _slabs(weight, out.dtype):
-        out[:, at] = h @ slab.T
+        return h @ weight.T if h.dtype == dtype else torch.mm(h, weight.T, out_dtype=dtype)
+    h = h.to(dtype)
+    if weight.shape[1] <= CHAIN and _suits_onednn(weight, dtype):
+        return _onednn(h.contiguous(), weight)
+    out = torch.empty(len(h), len(weight), dtype=dtype)
+    for at, slab in _slabs(weight, dtype, SLAB):
+        torch.mm(h, slab.T, out=out[:, at])
     return out
 
 
 def _times_weight(dz, weight):
     """dz @ weight, (c, D)."""
-    if dz.dtype == weight.dtype:
+    if dz.is_cuda:
         return dz @ weight
-    return sum(dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype))
+    if _suits_onednn(weight, dz.dtype):
+        return sum(_onednn(dz[:, at], slab.T) for at, slab in _slabs(weight, dz.dtype, CHAIN))
+    return sum(dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype, SLAB))
+
+
+# MKL, which torch's fp32 products on the CPU run on, first copies the larger matrix: for a hundred rows a third of the
+# time, a tenth where slabs of it are copied inside the cache. oneDNN copies nothing. But it adds up in one chain where
+# MKL forms sums of sums, so it gets short ones; and on strided matrices it is a thousand times slower.
+
+
+def _suits_onednn(weight, dtype):
+    large = weight.nbytes > CACHE_BYTES
+    return (
+        large
+        and weight.dtype == dtype == torch.float32
+        and weight.is_contiguous()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _onednn(x, y):
+    """x @ y.T"""
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
 
 
 def _add_product(dweight, dz, h, first):
@@ -366,9 +388,9 @@ def _add_product(dweight, dz, h, first):
         torch.mm(dz.T, h, out=dweight) if first else dweight.addmm_(dz.T, h)
 
 
-def _slabs(weight, dtype):
-    for start in range(0, weight.shape[0], SLAB):
-        at = slice(start, start + SLAB)
+def _slabs(weight, dtype, size):
+    for start in range(0, weight.shape[0], size):
+        at = slice(start, start + size)
         yield at, weight[at].to(dtype)
 
 

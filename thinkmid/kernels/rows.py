@@ -86,6 +86,8 @@ def row_policy(z, targets, policy: Policy, scores: Scores, want_entropy: bool, o
 def _cpp(z, targets, scores, want_entropy, out, *, stats=None, dlogp=None, dentropy=None, policy=None) -> Stats:
     from thinkmid import _csrc
 
+    # csrc sees addresses only
+    assert all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (z, out)), f"{z.dtype} {out.dtype}"
     got = stats or Stats(z.new_empty(len(z)), z.new_empty(len(z)) if want_entropy else None, z.new_empty(len(z)))
     mode = "grad" if stats else "policy" if policy else "stats"
     held = (None,) * 5 if policy is None else tuple(policy.tensors().values())
