@@ -1,5 +1,6 @@
 """What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
 
+import multiprocessing.util
 import os
 import sys
 
@@ -91,4 +92,6 @@ def join_ranks(rank, world, folder):
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    # gloo's threads, alive at the end, now and then abort the process; a spawned one runs no atexit, but these
+    multiprocessing.util.Finalize(None, dist.destroy_process_group, exitpriority=0)
     return shard.start()
