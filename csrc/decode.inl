@@ -48,7 +48,7 @@ THINKMID_INLINE void mix(const float* p, int64_t stride, const float* values, in
                          int64_t n, vf* out) {
   for (int64_t j = 0; j < length; ++j) {
     const float* at = values + j * width + c;
-    const vf value = n == kLanes ? load(at) : load_part(at, n);
+    const vf value = get(at, n);
     for (int g = 0; g < kGroup; ++g) out[g] += p[g * stride + j] * value;
   }
 }
@@ -73,10 +73,7 @@ void heads(const Decode& k, int64_t row, int64_t head, int64_t first, float* sco
     for (int g = 0; g < kGroup; ++g) out[g] = splat(0);
     mix<kGroup>(scores, stride, prefix_v, width, before, c, n, out);
     mix<kGroup>(scores + own_start, stride, own_v, width, own, c, n, out);
-    for (int g = 0; g < kGroup; ++g) {
-      float* to = k.out + at + g * width + c;
-      n == kLanes ? store(to, out[g] * inverse[g]) : store_part(to, out[g] * inverse[g], n);
-    }
+    for (int g = 0; g < kGroup; ++g) put(k.out + at + g * width + c, out[g] * inverse[g], n);
   }
 }
 

@@ -11,15 +11,6 @@ namespace {
 // numbers summed in fp32 before the sum goes into a double
 constexpr int64_t kBlock = 1024;
 
-THINKMID_INLINE vf get(const float* p, int64_t n) { return n == kLanes ? load(p) : load_part(p, n); }
-
-THINKMID_INLINE void put(float* p, vf v, int64_t n) {
-  if (n == kLanes)
-    store(p, v);
-  else
-    store_part(p, v, n);
-}
-
 // Each op works on a copy of its arguments: through a reference every store might change them.
 
 // Calls f(offset, n) for the vectors of [begin, end), the last of which may hold n < kLanes numbers.

@@ -20,13 +20,6 @@ THINKMID_INLINE void for_each(const float* p, int64_t begin, int64_t end, F f) {
   if (i < end) f(load_part(p + i, end - i, -kInf), i, end - i);
 }
 
-THINKMID_INLINE void put(float* p, vf v, int64_t n) {
-  if (n == kLanes)
-    store(p, v);
-  else
-    store_part(p, v, n);
-}
-
 // exp(s - max) summed, and its product with s - max: what log-sum-exp and entropy are made of.
 struct Sums {
   float max = -kInf;
@@ -37,7 +30,7 @@ struct Sums {
 void to_logits(const Rows& k, float* z, float inv_temperature) {
   const float cap = k.softcap, inv_cap = cap > 0 ? 1 / cap : 0;
   for_each(z, 0, k.vocab, [&](vf s, int64_t i, int64_t n) {
-    if (k.bias) s += n == kLanes ? load(k.bias + i) : load_part(k.bias + i, n);
+    if (k.bias) s += get(k.bias + i, n);
     if (cap > 0) s = cap * vtanh(s * inv_cap);
     put(z + i, s * inv_temperature, n);
   });

@@ -51,6 +51,16 @@ THINKMID_INLINE void store_part(float* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// Of a vector, or of the n < kLanes numbers that are left of one.
+THINKMID_INLINE vf get(const float* p, int64_t n) { return n == kLanes ? load(p) : load_part(p, n); }
+
+THINKMID_INLINE void put(float* p, vf v, int64_t n) {
+  if (n == kLanes)
+    store(p, v);
+  else
+    store_part(p, v, n);
+}
+
 // a where mask is -1, b where it is 0.
 THINKMID_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 

@@ -246,7 +246,8 @@ def test_activation_checkpointing_still_keeps_nothing():
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
         out = run(*qkv)
-    assert saved  # the hooks on top are asked, ours do not hide the tensors from them
+    # the batches that attention itself saves, (B, heads, m, C): ours do not hide them from the hooks on top
+    assert any(x.ndim == 4 and x.is_floating_point() for x in saved)
     plain = torch.autograd.grad(out.square().sum(), qkv)
     again = torch.utils.checkpoint.checkpoint(run, *qkv, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(again.square().sum(), qkv), plain, strict=True):

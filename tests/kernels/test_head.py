@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_no_worse, assert_same
 
+from benchmarks.head import with_peak
 from thinkmid.kernels import (
     dr_grpo_loss,
     fused_linear_dr_grpo,
@@ -372,6 +373,10 @@ def test_logits_of_one_chunk_are_all_that_is_alive():
         peaks.append(max(allocated))
         assert loss.requires_grad
     assert max(peaks) <= 16 * 2000 * 4 + 1024
+    call = lambda: [fused_linear_dr_grpo(hidden, weight, targets, adv, denom=7, chunk=16).loss]  # noqa: E731
+    chunk, gradients = 16 * 2000 * 4, weight.nbytes + hidden.nbytes
+    # all 32 chunks' logits, had they stayed, would be 4 MB
+    assert with_peak(call, hidden.device)[1] <= gradients + 1.5 * chunk
 
 
 # linear_cross_entropy

@@ -55,8 +55,9 @@ def linear_logprob(
     Same as log_softmax(hidden @ weight.T / temperature, -1)[arange(R), targets], without the (R, V) tensor. ValueError,
     with both values, for shapes, dtypes, devices, targets or options that do not fit.
     """
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
-    if chunk == "tiles":
+    tiles = chunk == "tiles"
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, "auto" if tiles else chunk)
+    if tiles:
         return _from_tiles(hidden, weight, bias, job, return_entropy)
     logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)
     return (logp, entropy) if return_entropy else logp
@@ -173,12 +174,11 @@ def gather_weight(weight):
 def _from_tiles(hidden, weight, bias, job, want_entropy):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         raise ValueError('chunk="tiles" is for scoring: it has no gradient, and these inputs require one')
-    path = launch.row_path(torch.empty(0, dtype=job.wide, device=hidden.device))
-    if path != "triton":
+    if launch.row_path(hidden) != "triton":
         raise ValueError(f'chunk="tiles" is a kernel for GPUs, got tensors on {hidden.device}')
     from thinkmid.kernels.gpu.logprob import linear_logprob_forward
 
-    index = None if job.valid is None else job.valid.nonzero()[:, 0]
+    index = job.valid_rows()
     rows = slice(None) if index is None else index
     options = {**job.scores.at(rows)._asdict(), "want_entropy": want_entropy}
     logp, entropy, _ = linear_logprob_forward(hidden[rows], weight, job.targets[rows], **options)
@@ -189,13 +189,13 @@ def _from_tiles(hidden, weight, bias, job, want_entropy):
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, job, want_entropy):
-        index = None if job.valid is None else job.valid.nonzero()[:, 0]
+        index = job.valid_rows()
         stats = _forward_only(hidden, weight, job, index, want_entropy)
         ctx.save_for_backward(hidden, weight, bias, *stats, index)
         ctx.job = job
         ctx.set_materialize_grads(False)
         logp, entropy, _ = stats
-        return _spread(logp, index, job), None if entropy is None else _spread(entropy, index, job)
+        return _spread(logp, index, job), _spread(entropy, index, job)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -283,6 +283,10 @@ class _Job(NamedTuple):
     scores: Scores
     chunk: int
     wide: torch.dtype  # of statistics
+
+    def valid_rows(self) -> Tensor | None:
+        """Their index; None: all of them."""
+        return None if self.valid is None else self.valid.nonzero()[:, 0]
 
 
 class _Grads:
@@ -437,7 +441,7 @@ def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, ch
         bias = bias.detach().to(wide).contiguous()
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if chunk in ("auto", "tiles"):
+    if chunk == "auto":
         chunk = max(16, CHUNK_BYTES.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
     elif not (isinstance(chunk, int) and chunk > 0):
         raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')

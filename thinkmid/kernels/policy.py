@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,13 @@ class Policy:
 
     def for_device(self) -> DevicePolicy:
         """What the Triton kernels take: numbers travel in a tensor, for no kernel is compiled for each value."""
-        scalars = torch.tensor(self.scalars, dtype=torch.float32, device=self.adv.device)
-        return DevicePolicy(*self.tensors().values(), scalars, bool(self.entropy_coef))
+        return DevicePolicy(*self.tensors().values(), _on(self.adv.device, *self.scalars), bool(self.entropy_coef))
+
+
+@lru_cache(maxsize=16)
+def _on(device, *scalars) -> Tensor:
+    # kept: a copy to the device for each chunk of each step would wait for it
+    return torch.tensor(scalars, dtype=torch.float32, device=device)
 
 
 class DevicePolicy(NamedTuple):
@@ -217,7 +223,7 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, logp, entropy, policy):
         term, dlogp, sums = policy_rows(logp.detach().contiguous(), policy, entropy)
         ctx.save_for_backward(dlogp, policy.mask)
-        ctx.like, ctx.dentropy = logp, -policy.entropy_coef / policy.denom
+        ctx.dentropy = -policy.entropy_coef / policy.denom
         ctx.mark_non_differentiable(sums)
         return term.sum(), sums
 

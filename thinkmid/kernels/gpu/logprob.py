@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from thinkmid.kernels.gpu.policy import on_device_of
-from thinkmid.kernels.gpu.rows import LOG2E, LOWEST, finish, inverse_of, rescaled, tanh
+from thinkmid.kernels.gpu.rows import LOG2E, LOWEST, absorbed, finish, inverse_of, rescaled, tanh
 
 # (rows, columns, inner), warps, stages by (compute capability, bytes of an element); capability 9 stands for all above.
 # fp32 goes without tensor cores, whose tf32 has 10 bits: small tiles, because operands and sums share the registers
@@ -61,14 +61,7 @@ def _tiles_kernel(
         x_y += tl.sum(tl.where(cols[None, :] == y[:, None], x, 0.0), 1)
         # columns beyond V hold zeros, which are scores like any other
         x = tl.where(cols[None, :] < V, x, LOWEST)
-        m_new = tl.maximum(m, tl.max(x, 1))
-        u = (x - m_new[:, None]) * scale[:, None]
-        e = tl.exp2(u)
-        s1, s2 = rescaled(s1, s2, m, m_new, scale)
-        s1 += tl.sum(e, 1)
-        if WITH_ENTROPY:
-            s2 += tl.sum(tl.where(e == 0.0, 0.0, e * u), 1)
-        m = m_new
+        m, s1, s2 = absorbed(x, m, s1, s2, scale, scale[:, None], WITH_ENTROPY)
     at = part.to(tl.int64) * N + rows
     tl.store(m_ptr + at, m, mask=live)
     tl.store(s1_ptr + at, s1, mask=live)

@@ -66,6 +66,20 @@ def rescaled(s1, s2, m, m_new, scale):
 
 
 @triton.jit
+def absorbed(x, m, s1, s2, scale, scale_x, WITH_ENTROPY: tl.constexpr):
+    """m, S1 and S2 with one more block of scores x (.., columns); scale_x is the scale as it multiplies x."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    u = (x - m_new[:, None]) * scale_x
+    e = tl.exp2(u)
+    s1, s2 = rescaled(s1, s2, m, m_new, scale)
+    s1 += tl.sum(e, 1)
+    if WITH_ENTROPY:
+        # 2^u = 0 adds 0, though u may be -inf; NaN is not 0 and stays
+        s2 += tl.sum(tl.where(e == 0.0, 0.0, e * u), 1)
+    return m_new, s1, s2
+
+
+@triton.jit
 def _statistics(z_ptr, bias_ptr, y, scale, V, SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
     """(largest score m, S1 = sum 2^u, S2 = sum u 2^u, u of the target) with u = (x - m) * scale.
 
@@ -78,15 +92,7 @@ def _statistics(z_ptr, bias_ptr, y, scale, V, SOFTCAP: tl.constexpr, WITH_ENTROP
     for start in range(0, V, BLOCK_V):
         cols, live = _lanes(start, V, BLOCK_V)
         x = _scores(z_ptr, bias_ptr, cols, live, SOFTCAP)
-        m_new = tl.maximum(m, tl.max(x, 1))
-        u = (x - m_new[:, None]) * scale
-        e = tl.exp2(u)
-        s1, s2 = rescaled(s1, s2, m, m_new, scale)
-        s1 += tl.sum(e, 1)
-        if WITH_ENTROPY:
-            # 2^u = 0 adds 0, though u may be -inf; NaN is not 0 and stays
-            s2 += tl.sum(tl.where(e == 0.0, 0.0, e * u), 1)
-        m = m_new
+        m, s1, s2 = absorbed(x, m, s1, s2, scale, scale, WITH_ENTROPY)
     m_row = tl.max(m, 0)
     s1, s2 = rescaled(s1, s2, m, m_row, scale)
     # the same sums and products as in the sweep, so that the target is never above the maximum and logp never above 0
