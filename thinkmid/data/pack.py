@@ -121,7 +121,7 @@ def make_pack(units: list[Unit], device: torch.device | str = "cpu") -> Pack:
 class _Builder:
     def __init__(self):
         self.length = 0
-        self.tokens, self.positions, self.kv, self.rows, self.replies = [], [], [], [], []
+        self.tokens, self.positions, self.kv, self.rows, self.reply, self.replies = [], [], [], [], [], []
         self.cu_q, self.cu_k = [0], [0]
 
     def segment(self, tokens, position, keys):
@@ -152,6 +152,7 @@ class _Builder:
     def _loss(self, reply, rows):
         live = (reply.ce_w != 0) | (reply.pg_w != 0)
         self.rows.append(rows[live])
+        self.reply.append(np.full(live.sum(), len(self.reply)))
         self.replies.append([a[live] for a in (reply.tokens, reply.ce_w, reply.pg_w, reply.adv, reply.logp_old)])
 
     def finish(self, owner, device) -> Pack:
@@ -173,6 +174,7 @@ class _Builder:
                 name: tensor(x, torch.float32)
                 for name, x in zip(("ce_w", "pg_w", "adv", "logp_old"), streams, strict=True)
             },
+            reply=tensor(_cat(self.reply), torch.int64),
             owner=owner,
         )
 

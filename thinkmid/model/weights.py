@@ -95,6 +95,19 @@ def load_into(model: Transformer, folder: str | Path) -> None:
             raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
 
 
+def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Transformer(read_config(folder))
+    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
+    sources = _open_all(folder)
+    twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
+    _compare(folder, parameters | twin, sources)
+    for name, p in parameters.items():
+        yield name, _rows(*sources[name], name, 0, len(p)).to(_dtype(dtype))
+
+
 def _open_all(folder: Path) -> dict[str, tuple[Path, Any]]:
     """Tensor name -> file that holds it, open. Every file holds exactly what the index says."""
     sources: dict[str, tuple[Path, Any]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from thinkmid.types import Group, Prompt, Sample
 
@@ -39,8 +39,47 @@ class Sampling:
         return self.max_think + self.max_suffix
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Who draws the samples."""
+
+    kind: Literal["native", "vllm"] = "native"  # native: embedded, CPU or one GPU; vllm: in process, beside the trainer
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and KV cache; a vllm head stays fp32
+    max_len: int = 0  # vllm: tokens of the longest sequence; 0: longest prefix + new tokens, judge prompts included
+    kv_gb: float = 1.0  # vllm: GB of KV cache on each rank
+    sleep: bool = True  # vllm on a GPU: weights and cache leave its memory while the trainer works
+    compile: bool = True  # vllm: compiled model and CUDA graphs; off starts faster
+    tensor_parallel: int = 1  # vllm: ranks that share one engine, within a node
+    check_every: int = 10  # steps between proofs that engine and trainer agree: weights read back, samples re-scored
+    check_samples: int = 8  # samples of a rank that are re-scored
+    max_gap: float = 0.05  # nats: mean |trainer - engine| log-prob of re-scored tokens above which the run stops
+
+    def __post_init__(self):
+        for name, low in (("max_len", 0), ("tensor_parallel", 1), ("check_every", 0), ("check_samples", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("kv_gb", "max_gap"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.kind == "native" and self.tensor_parallel > 1:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs kind 'vllm'")
+
+
+@dataclass
+class Answer:
+    """A question in the engine's queue. Calling it waits for what the engine says."""
+
+    drain: Callable[[], None]
+    p: float | None = None  # probability of the first choice against the second
+
+    def __call__(self) -> float:
+        if self.p is None:
+            self.drain()
+        return self.p
+
+
 class Engine(Protocol):
-    """Draws samples. Everything it reports is in tokens; prompts' meta is opaque to it."""
+    """Draws samples and answers questions, all in tokens; prompts' meta is opaque to it. phases.py: who calls when."""
 
     version: int  # of the weights it holds
 
@@ -48,6 +87,24 @@ class Engine(Protocol):
         self, prompts: list[Prompt], seeds_P_G: list[list[int]], sampling: Sampling, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, int, Sample]]:
         """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true."""
+
+    def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
+        """Queue a question: which of two tokens comes next? Answered while others are generated, or by drain()."""
+
+    def drain(self) -> None:
+        """Answer all questions in the queue."""
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the trainer, as far as there is something to give."""
+
+    def wake_weights(self) -> None:
+        """Room for weights, to be loaded."""
+
+    def wake_cache(self) -> None:
+        """Room for the KV cache."""
+
+    def reset_cache(self) -> None:
+        """Forget the keys and values of prefixes."""
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replaces every weight in place; names are Hugging Face's, a tied head appears once."""
@@ -62,11 +119,12 @@ def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def collect(engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False) -> list[Group] | None:
-    """All groups in prompt order, or None if stop() ended the generation early."""
+def collect(engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False, each=lambda p, g, sample: None):
+    """All groups in prompt order, or None if stop() ended the generation early. each(p, g, sample) sees them finish."""
     samples_P_G = [[None] * len(seeds) for seeds in seeds_P_G]
     for p, g, sample in engine.generate(prompts, seeds_P_G, sampling, stop):
         samples_P_G[p][g] = sample
+        each(p, g, sample)
     if any(s is None for samples in samples_P_G for s in samples):
         return None
     return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples_P_G, strict=True)]

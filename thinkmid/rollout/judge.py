@@ -1,85 +1,157 @@
-"""Verdicts on continuations: 1, 0 or failed, each with its reason."""
+"""Rewards of continuations: a judge is asked at once and answers later with 1, 0 or failed."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import hashlib
+import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from decimal import Decimal
+from functools import cache, lru_cache
+from typing import Literal
 
+from thinkmid.rollout.guard import Verdict, decide
+from thinkmid.rollout.templates import nonce, render
 from thinkmid.text import Text
-from thinkmid.types import Group
+from thinkmid.types import Prompt, Sample
 
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
+Pending = Callable[[], Verdict]  # asked now, answered later: calling it may wait or drive an engine
+Judge = Callable[[str, str], Pending]  # of candidate and reference; a judge sees neither prefix nor thought
+Ask = Callable[[str], Callable[[], float]]  # of a whole judge prompt; what it returns gives P(yes) or raises JudgeError
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge says of one continuation."""
-
-    value: int | None  # 1, 0, or None: the judge failed, which is never a 0
-    why: str
-
-    @property
-    def reward(self) -> float:
-        return float("nan") if self.value is None else float(self.value)
+Look = Callable[[int], dict[str, float]]
 
 
-# (candidate, reference) pairs in, verdicts in the same order out; a judge sees neither prefix nor thought
-Judge = Callable[[list[tuple[str, str]]], list[Verdict]]
+class JudgeError(Exception):
+    """No answer, or none that can be read. One line says why."""
 
 
-def judge_groups(groups: list[Group], text: Text, judge: Judge, max_suffix: int) -> list[list[Verdict]]:
-    """Verdicts (P, G). Both texts are cut to max_suffix tokens; not exactly one closing tag is 0 unasked."""
-    verdicts_P_G: list[list[Verdict | None]] = [[None] * len(g.samples) for g in groups]
-    asked, pairs = [], []
-    for p, group in enumerate(groups):
-        reference = text.decode(text.encode(group.prompt.meta["reference"])[:max_suffix])
-        for g, sample in enumerate(group.samples):
-            parts = text.split_at_close(sample.tokens)
-            if parts.num_tags != 1:
-                verdicts_P_G[p][g] = Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
-            else:
-                asked.append((p, g))
-                cut = text.split_at_close(sample.tokens[: parts.num_think + max_suffix])
-                pairs.append((cut.suffix, reference))
-    for (p, g), verdict in zip(asked, judge(pairs) if pairs else [], strict=True):
-        verdicts_P_G[p][g] = verdict
-    return verdicts_P_G
+class ContinuationReward:
+    """The reward of RLMT: does what follows the thought match what really follows?"""
+
+    def __init__(self, text: Text, judge: Judge, *, max_suffix: int, look: Look | None = None):
+        """look(step): metrics of an examination of the judge itself; UserError if it cannot be trusted."""
+        self._text, self._judge, self._max_suffix, self._look = text, judge, max_suffix, look
+        # siblings share their reference; those of the prompts under way fit
+        self._reference = lru_cache(maxsize=256)(lambda whole: text.decode(text.encode(whole)[:max_suffix]))
+
+    def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
+        """Both texts are cut to max_suffix tokens; not exactly one closing tag is 0 unasked."""
+        parts = self._text.split_at_close(sample.tokens)
+        if parts.num_tags != 1:
+            verdict = Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
+            return lambda: verdict
+        cut = self._text.split_at_close(sample.tokens[: parts.num_think + self._max_suffix])
+        return self._judge(cut.suffix, self._reference(prompt.meta["reference"]))
+
+    def finish(self, step: int) -> dict[str, float]:
+        """After the last verdict of a step: the judge's metrics since then, none for a judge by rule."""
+        row = self._judge.row() if hasattr(self._judge, "row") else {}
+        return row | (self._look(step) if self._look else {})
 
 
-def match(pairs: list[tuple[str, str]], *, overlap: float = 0.6) -> list[Verdict]:
-    """By rule: first sentences agree in their numbers; where neither has one, in at least `overlap` of words (F1)."""
-    return [_match(candidate, reference, overlap) for candidate, reference in pairs]
+class ModelJudge:
+    """A judge that asks a model, and only where rules do not decide. For one thread; ask may use many.
+
+    A verdict depends on candidate, reference, template, seed and votes alone: not on order, cache or retries.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        *,
+        template: str,
+        seed: int,
+        votes: int = 1,
+        combine: Literal["mean", "majority"] = "mean",
+        retries: int = 1,
+        cache_size: int = 100_000,
+    ):
+        for name, value, low in (("votes", votes, 1), ("retries", retries, 0), ("cache_size", cache_size, 0)):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if combine not in ("mean", "majority"):
+            raise ValueError(f"combine must be 'mean' or 'majority', got {combine!r}")
+        render(template, "", "", nonce(seed, "", 0))  # an unknown template is noticed now
+        self._ask, self._template, self._seed = ask, template, seed
+        self._votes, self._combine, self._retries = votes, combine, retries
+        self._cache_size = cache_size
+        self._verdicts: dict[bytes, Verdict] = {}  # by digest, as is what waits
+        self._asked: dict[bytes, Pending] = {}
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def __call__(self, candidate: str, reference: str) -> Pending:
+        verdict = decide(candidate, reference)
+        if verdict is not None:
+            self._sums["decided"] += 1
+            return lambda: verdict
+        key = digest(self._template, reference, candidate)
+        if key in self._verdicts or key in self._asked:
+            self._sums["cached"] += 1
+            known = self._verdicts.get(key)
+            return (lambda: known) if known else self._asked[key]
+        self._sums["asked"] += 1
+        self._asked[key] = self._start(key, candidate, reference)
+        return self._asked[key]
+
+    def row(self) -> dict[str, float]:
+        """Counts of verdicts since the last call; seconds from asking to reading the answer; mean P(yes)."""
+        sums, self._sums = self._sums, defaultdict(float)
+        row = {f"judge_{name}": sums[name] for name in ("asked", "decided", "cached", "failed")}
+        row["judge_wait_s"] = sums["wait_s"] / max(1, sums["read"])
+        answered = sums["read"] - sums["failed"]
+        row["judge_p_yes"] = sums["p_yes"] / answered if answered else float("nan")
+        return row
+
+    def _start(self, key, candidate, reference) -> Pending:
+        began, votes = time.perf_counter(), range(self._votes)
+        prompts = [render(self._template, candidate, reference, nonce(self._seed, reference, v)) for v in votes]
+        answers = [self._ask(prompt) for prompt in prompts]
+
+        @cache  # duplicates share it
+        def pending() -> Verdict:
+            try:
+                verdict = self._combined([self._vote(*vote) for vote in zip(prompts, answers, strict=True)])
+                self._remember(key, verdict)
+            except JudgeError as error:  # this sample leaves its group's baseline; the run goes on
+                verdict = Verdict(None, f"judge failed: {error}")
+                self._sums["failed"] += 1
+            del self._asked[key]
+            self._sums["read"] += 1
+            self._sums["wait_s"] += time.perf_counter() - began
+            self._sums["p_yes"] += verdict.p_yes or 0.0
+            return verdict
+
+        return pending
+
+    def _vote(self, prompt, answer) -> float:
+        """P(yes) in [0, 1]. The same prompt again after a failure: another one could turn the verdict."""
+        for left in range(self._retries, -1, -1):
+            try:
+                p = answer()
+                if 0 <= p <= 1:
+                    return p
+                raise JudgeError(f"P(yes) = {p}")
+            except JudgeError:
+                if not left:
+                    raise
+                answer = self._ask(prompt)
+        raise AssertionError("unreachable")
+
+    def _combined(self, ps: list[float]) -> Verdict:
+        mean = sum(ps) / len(ps)
+        share = mean if self._combine == "mean" else sum(p > 0.5 for p in ps) / len(ps)
+        shown = " ".join(f"{p:.2f}" for p in ps)
+        return Verdict(int(share > 0.5), f"P(yes) {shown}", mean)
+
+    def _remember(self, key, verdict) -> None:
+        self._verdicts[key] = verdict
+        if len(self._verdicts) > self._cache_size:
+            del self._verdicts[next(iter(self._verdicts))]
 
 
-def _match(candidate, reference, overlap):
-    ours, theirs = first_sentence(candidate), first_sentence(reference)
-    if not ours:
-        return Verdict(0, "empty")
-    numbers, wanted = _numbers(ours), _numbers(theirs)
-    if numbers or wanted:
-        say = " ".join(map(str, numbers)) or "no number"
-        want = " ".join(map(str, wanted)) or "no number"
-        return Verdict(int(numbers == wanted), f"numbers: {say} for {want}")
-    score = _f1(_words(ours), _words(theirs))
-    return Verdict(int(score >= overlap), f"word overlap {score:.2f}")
-
-
-def first_sentence(text: str) -> str:
-    return SENTENCE_END.split(text.strip(), maxsplit=1)[0]
-
-
-def _numbers(text):
-    return [Decimal(n.replace(",", "")).normalize() for n in NUMBER.findall(text)]
-
-
-def _words(text):
-    return Counter(re.findall(r"\w+", text.casefold()))
-
-
-def _f1(a: Counter, b: Counter) -> float:
-    common = (a & b).total()
-    return 2 * common / (a.total() + b.total()) if common else 0.0
+def digest(*texts: str) -> bytes:
+    """16 bytes for these texts in this order."""
+    state = hashlib.blake2b(digest_size=16)
+    for data in (text.encode("utf-8", errors="surrogatepass") for text in texts):
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.digest()

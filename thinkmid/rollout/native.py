@@ -13,7 +13,9 @@ from thinkmid.kernels.attention import varlen_attention
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.cache import Cache, Prefixes, attention
-from thinkmid.rollout.engine import Sampling
+from thinkmid.rollout.engine import Answer, Sampling
+from thinkmid.rollout.phases import Phases
+from thinkmid.rollout.rows import Rows
 from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
 
@@ -29,23 +31,37 @@ class NativeEngine:
         self._model = weights.build(cfg, dtype=dtype, device=device).requires_grad_(False)
         self._params = dict(weights.stream(self._model))
         self._device = torch.device(device)
-        self._eos = np.array(sorted(text.eos_ids), np.int64)
+        self._phases = Phases()
+        self._asked: list[tuple[list[int], tuple[int, int], Answer]] = []
+
+    # its weights stay where they are between steps, the cache lives for one call: there is nothing to give back
+    def sleep(self):
+        self._phases.enter("sleep")
+
+    def wake_weights(self):
+        self._phases.enter("wake_weights")
+
+    def wake_cache(self):
+        self._phases.enter("wake_cache")
+
+    def reset_cache(self):
+        """Nothing: a prefix is kept for one call."""
 
     def load_weights(self, named, version):
+        self._phases.enter("load_weights")
         missing = set(self._params)
         for name, tensor in named:
             self._params[name].copy_(tensor)
             missing.discard(name)
         if missing:
             raise RuntimeError(f"sync brought no {sorted(missing)[0]} and {len(missing) - 1} more")
-        self.version = version
+        self.version, self._phases.loaded = version, True
 
     def named_weights(self):
         return iter(self._params.items())
 
     def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
-        if self.version < 0:
-            raise RuntimeError("the engine holds no weights yet: sync before generating")
+        self._phases.enter("generate")
         return self._run(prompts, seeds_P_G, sampling, stop)
 
     # a decorator, not a with-block: between two samples the consumer must not find itself in inference mode
@@ -60,7 +76,7 @@ class NativeEngine:
         like = next(iter(self._params.values()))
         prefixes = Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, like)
         cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), like)
-        rows = _Rows(max_rows, sampling, self.text, self._eos)
+        rows = Rows(max_rows, sampling, self.text)
         while (waiting or rows.num) and not stop():
             # a refill costs a prefill: wait until an eighth of the batch is free
             if waiting and max_rows - rows.num >= min(len(waiting), 1 + max_rows // 8):
@@ -68,13 +84,13 @@ class NativeEngine:
                 self._admit(taken, prompts, rows, prefixes)
                 families = prefixes.families(rows.owner)
             logits = self._decode(cache, rows, families)
-            logp, token = draw(logits, rows.uniforms(), sampling)
+            logp, token = draw(logits, uniforms(rows.seed, rows.count), sampling)
             forced = rows.forced()
             if (forced >= 0).any():
                 tag = torch.from_numpy(forced).to(token.device)
                 token = torch.where(tag >= 0, tag, token)
             chosen = logp.gather(1, token[:, None])[:, 0]
-            finished = rows.append(token.cpu().numpy(), chosen.cpu().numpy(), forced)
+            finished = rows.append(np.arange(rows.num), token.cpu().numpy(), chosen.cpu().numpy(), forced < 0)
             for row in np.flatnonzero(finished != ""):
                 p, g = rows.owner[row]
                 yield p, g, rows.sample(row, finished[row], self.version)
@@ -83,6 +99,31 @@ class NativeEngine:
                 # sequences wait in the order of their prompts: only the first one's prompt may hold a prefix already
                 prefixes.keep({p for p, _ in rows.owner} | {p for p, _, _ in list(waiting)[:1]})
                 families = prefixes.families(rows.owner)
+
+    def ask(self, tokens, choices):
+        self._phases.enter("ask")
+        self._asked.append((tokens, choices, answer := Answer(self.drain)))
+        return answer
+
+    @torch.inference_mode()
+    def drain(self):
+        while self._asked:
+            room, batch = PREFILL_TOKENS, []
+            while self._asked and (not batch or len(self._asked[0][0]) <= room):
+                batch.append(self._asked.pop(0))
+                room -= len(batch[-1][0])
+            for (_, (yes, no), answer), row in zip(batch, self._last_logits([t for t, _, _ in batch]), strict=True):
+                answer.p = torch.sigmoid(row[yes] - row[no]).item()
+
+    def _last_logits(self, sequences):
+        """Logits (S, V) fp32 after the last token of each of S sequences."""
+        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(self._device)
+        tokens = torch.tensor([t for tokens in sequences for t in tokens], device=self._device)
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
+        rows = (lengths.cumsum(0) - 1).to(self._device)
+        attend = lambda layer, q, k, v: varlen_attention(q, k, v, cu, cu)  # noqa: E731
+        return self._model(tokens, positions, attend, rows=rows).float()
 
     def _admit(self, taken, prompts, rows, prefixes):
         """Give each sequence a row, and each new prompt a slot that holds its prefix."""
@@ -120,6 +161,16 @@ class NativeEngine:
         return self._model(tokens, positions, attention(cache, families, rows.count)).float()
 
 
+def uniforms(seed, count):
+    """(B,) float64 in [0, 1): a hash of the sequence's seed and the number of the draw (splitmix64's finaliser)."""
+    with np.errstate(over="ignore"):
+        z = seed + (count.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def draw(logits, uniforms, sampling: Sampling):
     """One token per row by inverse transform. Returns log-probs (B, V) at the temperature, unfiltered, and tokens (B,).
 
@@ -140,127 +191,6 @@ def draw(logits, uniforms, sampling: Sampling):
     at = torch.from_numpy(uniforms).to(cdf.device)[:, None] * cdf[:, -1:]
     # right=True: the first token whose cdf exceeds the draw, so one of probability 0 is never taken
     return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
-
-
-class _Rows:
-    """Host state of the sequences being decoded, row by row as in the cache; numpy, so that a step is few calls."""
-
-    def __init__(self, size, sampling: Sampling, text: Text, eos):
-        self.num = 0
-        self.owner: list[tuple[int, int]] = []
-        self._sampling, self._matcher, self._eos = sampling, text.matcher, eos
-        self._close = np.array(text.close_ids, np.int64)
-        max_new = sampling.max_new + len(self._close)
-        self._tokens = np.zeros((size, max_new), np.int32)
-        self._logp = np.zeros((size, max_new), np.float32)
-        self._drawn = np.zeros((size, max_new), bool)
-        self._seed = np.zeros(size, np.uint64)
-        self._newest = np.zeros(size, np.int64)
-        self._position = np.zeros(size, np.int64)  # of the newest token
-        self._count = np.zeros(size, np.int64)  # generated
-        self._state = np.zeros(size, np.int64)  # of the closing tag's matcher
-        self._hits = np.zeros(size, np.int64)  # closing tags seen
-        self._think = np.zeros(size, np.int64)  # tokens up to the first closing tag, 0 before it comes
-        self._forced = np.zeros(size, np.int64)  # tokens of a forced closing tag written so far
-        self._columns = (
-            self._tokens,
-            self._logp,
-            self._drawn,
-            self._seed,
-            self._newest,
-            self._position,
-            self._count,
-            self._state,
-            self._hits,
-            self._think,
-            self._forced,
-        )
-
-    @property
-    def newest(self):
-        return self._newest[: self.num]
-
-    @property
-    def position(self):
-        return self._position[: self.num]
-
-    @property
-    def count(self):
-        """(B,) tokens drawn so far, and so the place of the newest one's key: the last of the prompt comes first."""
-        return self._count[: self.num]
-
-    def add(self, p, g, seed, prompt_tokens) -> int:
-        row = self.num
-        self.num += 1
-        self.owner.append((p, g))
-        for state in (self._count, self._state, self._hits, self._think, self._forced):
-            state[row] = 0
-        self._seed[row], self._newest[row], self._position[row] = seed, prompt_tokens[-1], len(prompt_tokens) - 1
-        return row
-
-    def uniforms(self):
-        """(B,) float64 in [0, 1): a hash of the sequence's seed and the number of the draw (splitmix64's finaliser)."""
-        with np.errstate(over="ignore"):
-            draws = self._count[: self.num].astype(np.uint64) + np.uint64(1)
-            z = self._seed[: self.num] + draws * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-        return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-    def forced(self):
-        """(B,) the token that must come next where the thought budget is spent, else -1."""
-        forced = np.full(self.num, -1, np.int64)
-        if self._sampling.force_close:
-            spent = (self._think[: self.num] == 0) & (
-                self._count[: self.num] >= self._sampling.max_think - len(self._close)
-            )
-            at = np.minimum(self._forced[: self.num], len(self._close) - 1)
-            forced[spent] = self._close[at[spent]]
-            self._forced[: self.num][spent] += 1
-        return forced
-
-    def append(self, token, logp, forced):
-        """Store one token per row. Returns (B,) why each row ended, "" where it goes on."""
-        n, at = self.num, np.arange(self.num)
-        count = self._count[:n]
-        self._tokens[at, count], self._logp[at, count], self._drawn[at, count] = token, logp, forced < 0
-        self._newest[:n] = token
-        self._position[:n] += 1
-        count += 1
-        self._state[:n], hits = self._matcher.step(self._state[:n], token)
-        self._hits[:n] += hits
-        think = self._think[:n]
-        think[(think == 0) & (hits > 0)] = count[(think == 0) & (hits > 0)]
-        ended = np.full(n, "", dtype="<U8")
-        ended[(think == 0) & (count >= self._sampling.max_think)] = "unclosed"
-        ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
-        ended[np.isin(token, self._eos)] = "eos"
-        ended[self._hits[:n] > 1] = "reclosed"
-        return ended
-
-    def sample(self, row, finish, version) -> Sample:
-        n, think = int(self._count[row]), int(self._think[row])
-        return Sample(
-            tokens=self._tokens[row, :n].copy(),
-            logp=self._logp[row, :n].copy(),
-            drawn=self._drawn[row, :n].copy(),
-            finish=str(finish),
-            num_think=think or n,
-            version=version,
-        )
-
-    def keep(self, rows) -> list[tuple[int, int]]:
-        """Drop all other rows; returns the moves (from, to) that fill their places."""
-        holes = sorted(set(range(len(rows))) - set(rows.tolist()))
-        moves = list(zip([r for r in rows.tolist() if r >= len(rows)], holes, strict=True))
-        for source, target in moves:
-            self.owner[target] = self.owner[source]
-            for column in self._columns:
-                column[target] = column[source]
-        self.num = len(rows)
-        del self.owner[self.num :]
-        return moves
 
 
 def _batches(items, limit):

@@ -1,4 +1,4 @@
-"""Trainer -> engine: weights in place, version + 1, and proof that they arrived."""
+"""Trainer -> engine: weights in place, version + 1, and where the two differ."""
 
 from __future__ import annotations
 
@@ -6,34 +6,80 @@ import torch
 
 from thinkmid.model import weights
 
+Sums = dict[str, int]  # tensor name -> checksum
 
-def push(model, engine, version: int, dtype: torch.dtype) -> None:
-    """Streams the trainer's weights into the engine, one FSDP unit at a time. Collective.
 
-    RuntimeError names the first tensor whose checksum in the engine is not the trainer's.
+def push(model, engine, version: int, dtype: torch.dtype, *, summed: bool = True) -> Sums:
+    """Streams the trainer's weights into the engine, one gathered tensor at a time. Collective.
+
+    Returns the checksums of what was sent, {} unless summed.
     """
-    sums = {}
+    sums: Sums = {}
 
     def stream():
         for name, tensor in weights.stream(model, dtype=dtype):
-            sums[name] = checksum(tensor)
+            if summed:
+                sums[name] = checksum(tensor)
             yield name, tensor
 
     engine.load_weights(stream(), version)
-    verify(engine, sums)
+    return sums
 
 
-def verify(engine, sums: dict[str, int]) -> None:
+def checksums(model, dtype: torch.dtype) -> Sums:
+    """Of the trainer's weights as the engine should hold them. Collective."""
+    return {name: checksum(tensor) for name, tensor in weights.stream(model, dtype=dtype)}
+
+
+def difference(engine, sums: Sums, before: Sums) -> str:
+    """What is wrong with the weights that the engine holds, by name; "" if they are those of sums.
+
+    before: checksums of an older version, to know what is stale; may be empty. An engine that shows nothing passes.
+    """
     held = {name: checksum(tensor) for name, tensor in engine.named_weights()}
-    for name in sums | held:
-        if held.get(name) != sums.get(name):
-            raise RuntimeError(f"after sync to version {engine.version} the engine's {name} is not the trainer's")
+    if not held:
+        return ""
+    if unknown := sorted(sums.keys() ^ held.keys()):
+        return f"{unknown[0]} is held by one of trainer and engine alone"
+    wrong = [name for name in sums if held[name] != sums[name]]
+    if not wrong:
+        return ""
+    changed = {name for name in sums if before.get(name) not in (None, sums[name])}
+    stale = [name for name in wrong if held[name] == before.get(name)]
+    if stale and set(stale) == changed:
+        return "sync was skipped: the engine still holds all weights of the version before"
+    if stale:
+        return f"bucket {bucket(stale[0])} is stale: {_list(stale)} of the version before"
+    owners = {value: name for name, value in sums.items()}
+    if other := owners.get(held[wrong[0]]):
+        return f"the engine holds {other} in the place of {wrong[0]}: fused parts are in another order"
+    tensor = next(t for name, t in engine.named_weights() if name == wrong[0])
+    if tensor.ndim == 2 and checksum(tensor.T) == sums[wrong[0]]:
+        return f"{wrong[0]} is transposed in the engine"
+    return f"bucket {bucket(wrong[0])} is damaged: {_list(wrong)}"
+
+
+def bucket(name: str) -> str:
+    """The decoder block that a tensor belongs to, or its module: model.layers.3, lm_head."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if "layers" in parts else name.rpartition(".")[0]
+
+
+def _list(names: list[str]) -> str:
+    return f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def checksum(tensor: torch.Tensor) -> int:
     """Sum of bit patterns, each weighted by its place, modulo 2^64: a swap, a stale slice or a flipped bit shows."""
     bits = tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    bits = bits.flatten().to(torch.int64)
-    # odd numbers only: twice a flipped top bit of 64 would be 0
-    place = torch.arange(1, 2 * bits.numel(), 2, device=bits.device)
-    return int((bits * place).sum())
+    bits = bits.flatten()
+    total = 0
+    for start in range(0, len(bits), SLICE):
+        part = bits[start : start + SLICE].to(torch.int64)
+        # odd numbers only: twice a flipped top bit of 64 would be 0
+        place = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=bits.device)
+        total += int((part * place).sum())
+    return total % 2**64
+
+
+SLICE = 2**24  # numbers that are widened to 64 bits at a time

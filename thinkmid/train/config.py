@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from thinkmid.rollout.engine import Sampling
+from thinkmid.rollout.engine import EngineConfig, Sampling
 from thinkmid.train.optim import OptimConfig
 
 
@@ -21,10 +21,12 @@ class RunConfig:
     fresh: bool = False  # start over: forget what the folder holds
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # who else is told the metrics
     rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
+    max_failed: float = 0.5  # RL: share of a step's samples without a verdict above which the run stops
+    timeout_s: float = 1800.0  # a rank without progress for so long leaves its stack in watch/ and ends; 0: never
 
     def __post_init__(self):
-        for name, low in (("steps", 0), ("seed", 0), ("save_every", 0), ("keep", 1), ("rollouts_every", 0)):
-            if getattr(self, name) < low:
+        for name in ("steps", "seed", "save_every", "keep", "rollouts_every", "max_failed", "timeout_s"):
+            if getattr(self, name) < (low := int(name == "keep")):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
@@ -64,6 +66,7 @@ class LossConfig:
     clip_low: float = 0.2  # ratio is clipped below 1 - clip_low; inert with one update per rollout
     clip_high: float = 0.2  # ratio is clipped above 1 + clip_high
     is_cap: float = 2.0  # detached trainer/sampler weight is truncated here; 0 switches it off
+    is_level: Literal["token", "sequence"] = "token"  # of that weight; "sequence": product over it, one forward more
     kl: float = 0.0  # weight of the KL to the frozen starting point; above 0 a second model is kept
     entropy: float = 0.0  # weight of an entropy bonus
 
@@ -73,6 +76,8 @@ class LossConfig:
         for name in ("clip_low", "clip_high", "is_cap", "kl"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.is_level == "sequence" and not self.is_cap:
+            raise ValueError("is_level 'sequence' needs is_cap above 0")
         if self.clip_low > 1:
             raise ValueError(f"clip_low must be at most 1, got {self.clip_low}")
 
@@ -89,6 +94,7 @@ class RLConfig:
     run: RunConfig
     model: ModelSection
     sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig
     optim: OptimConfig
@@ -98,3 +104,7 @@ class RLConfig:
             raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
         if not self.sampling.temperature:
             raise ValueError("sampling.temperature 0 draws the same sample each time; training needs it above 0")
+        if self.engine.kind == "vllm" and (self.sampling.top_p < 1 or self.sampling.top_k):
+            raise ValueError("sampling.top_p and top_k: vLLM's log-probs would be those of the cut distribution")
+        if self.loss.is_level == "sequence" and self.batch.updates > 1:
+            raise ValueError("loss.is_level 'sequence' is for one update per rollout, got batch.updates above 1")

@@ -24,9 +24,14 @@ from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
 from thinkmid.train.interrupt import Interrupt
+from thinkmid.train.watch import Watch
 
 # a run may be resumed with other values of these
-FREE_KEYS = ("run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every")
+FREE_KEYS = (
+    *("run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every", "run.max_failed"),
+    *("run.timeout_s", "engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
+    *("optim.offload", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
+)
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Job:
     ranks: shard.Ranks
     interrupt: Interrupt
     log: Log
+    watch: Watch
     data: str  # fingerprint of what is learnt from
     saved_step: int = -1
 
@@ -99,7 +105,9 @@ def open_job(
     log = Log(folder, ranks.rank, start, **options)
     log.event("start", step=start, world=ranks.world)
     saved_step = start if found else -1
-    return Job(cfg.run, source, model, text, optimizer, ranks, interrupt, log, data, saved_step), start, state
+    watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
+    watch.beat("start", start)
+    return Job(cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, data, saved_step), start, state
 
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
@@ -159,7 +167,7 @@ def _same_config(folder: Path, cfg) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("checkpoints", "rollouts", "export", "init", "tokenizer"):
+    for name in ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png"):
         (folder / name).unlink(missing_ok=True)

@@ -30,17 +30,20 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
     if reference is not None:
         with torch.no_grad():
             ref_logp = logprobs(reference, pack, temperature)
+    adv, by_token = pack.adv, first_update and cfg.is_cap and cfg.is_level == "token"
+    if first_update and cfg.is_level == "sequence":
+        adv = adv * sequence_weights(model, pack, temperature, cfg.is_cap)
     head = partial(
         fused_linear_dr_grpo,
         targets=pack.targets,
-        advantages=pack.adv,
+        advantages=adv,
         # the weights hold the estimator and the one denominator of the whole step
         mask=pack.pg_w,
         denom=1,
         temperature=temperature,
         old_logp=None if first_update else pack.logp_old,
-        sampler_logp=pack.logp_old if first_update and cfg.is_cap else None,
-        is_cap=cfg.is_cap if first_update and cfg.is_cap else None,
+        sampler_logp=pack.logp_old if by_token else None,
+        is_cap=cfg.is_cap if by_token else None,
         ref_logp=ref_logp,
         beta=cfg.kl,
         clip_low=cfg.clip_low,
@@ -54,8 +57,19 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
     sums = metrics._asdict()
     sums["tokens"] = sums.pop("rows")
     sums["clipped"] = sums.pop("clipped_low") + sums.pop("clipped_high")
-    gap = torch.where(pack.pg_w != 0, (logp - pack.logp_old).abs(), 0)
-    return loss, sums | {"gap": gap.sum(), "gap_max": gap.max() if len(gap) else gap.sum()}
+    gap = torch.where(pack.pg_w != 0, logp - pack.logp_old, 0)
+    # the estimator r - 1 - log r of KL(sampler || trainer)
+    sums |= {"gap": gap.abs().sum(), "sampler_kl": (gap.expm1() - gap).sum()}
+    return loss, sums | {"gap_max": gap.abs().max() if len(gap) else gap.sum()}
+
+
+@torch.no_grad()
+def sequence_weights(model, pack: Pack, temperature: float, cap: float):
+    """(R,) trainer/sampler ratio of each row's whole reply, truncated: less biased than the token's weight, noisier."""
+    gap = torch.where(pack.pg_w != 0, logprobs(model, pack, temperature) - pack.logp_old, 0)
+    num_replies = int(pack.reply.max()) + 1 if len(gap) else 0
+    total = gap.new_zeros(num_replies).index_add(0, pack.reply, gap)
+    return total.exp().clamp(max=cap)[pack.reply]
 
 
 def _through(model, pack: Pack, head):

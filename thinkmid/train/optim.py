@@ -21,6 +21,7 @@ class OptimConfig:
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.0  # on matrices only
     clip: float = 1.0  # gradient norm
+    offload: bool = False  # moments wait in host memory while the engine samples: room for KV cache, two copies a step
     max_skipped: int = 5  # non-finite updates in a row before the run stops
 
     def __post_init__(self):
@@ -53,6 +54,40 @@ def adamw(model: torch.nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+class Offload:
+    """Adam's moments wait in host memory while somebody else needs the device's. Twice their bytes move in a step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        import torch
+        from torch.distributed.tensor import DTensor
+
+        wholes = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        self._locals = [x.to_local() if isinstance(x, DTensor) else x for x in wholes]
+        pinned = any(x.is_cuda for x in self._locals)
+        self._hosts = [torch.empty_like(x, device="cpu", pin_memory=pinned) for x in self._locals]
+        self._wait = torch.cuda.synchronize if pinned else lambda: None
+        self.is_away = False
+
+    def away(self) -> None:
+        """To the host. The tensors stay, without memory, until they are back."""
+        if not self.is_away:
+            for local, host in zip(self._locals, self._hosts, strict=True):
+                host.copy_(local, non_blocking=True)
+            self._wait()
+            for local in self._locals:
+                local.untyped_storage().resize_(0)
+            self.is_away = True
+
+    def back(self) -> None:
+        """Before a step or a checkpoint."""
+        if self.is_away:
+            for local, host in zip(self._locals, self._hosts, strict=True):
+                local.untyped_storage().resize_(host.nbytes)
+                local.copy_(host, non_blocking=True)
+            self._wait()
+            self.is_away = False
 
 
 def state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
-import torch
 
 from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
+from thinkmid.errors import UserError
 from thinkmid.log import read_rows
 from thinkmid.rollout import sync
 from thinkmid.rollout.engine import Engine, collect, seed
-from thinkmid.rollout.judge import Verdict
+from thinkmid.rollout.judge import Pending
 from thinkmid.train import advantage, exchange, job, memory
+from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.interrupt import EXIT
 from thinkmid.train.loss import policy_loss
+from thinkmid.train.optim import Offload
 from thinkmid.train.step import Stats, train_step
-from thinkmid.types import Group, Prompt
+from thinkmid.types import Group, Prompt, Sample
 
-Reward = Callable[[list[Group]], list[list[Verdict]]]  # verdicts (P, G) of this rank's groups
+
+class Reward(Protocol):
+    """Asked about each sample as it finishes, answers when all are drawn."""
+
+    def __call__(self, prompt: Prompt, sample: Sample) -> Pending: ...
+
+    def finish(self, step: int) -> dict[str, float]:
+        """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
 def train(
@@ -38,51 +47,115 @@ def train(
     reference=None,
 ) -> int:
     """Runs steps `step` to cfg.run.steps. Returns the exit code: 0, or EXIT when stopped on request and saved."""
-    ranks, log, stop = run.ranks, run.log, lambda: run.interrupt.requested
+    ranks, log, watch = run.ranks, run.log, run.watch
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
+    agreement, moments = Agreement(run, cfg, engine, sync), Offload(run.optimizer)
     while True:
         now = {"cursor": cursor, "skipped": skipped}
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
         if due or step == cfg.run.steps:
+            watch.beat("save", step)
             run.save(step, now)
         if step == cfg.run.steps:
             return 0
-        clock = Clock()
-        with clock("sync"):
-            sync.push(run.model, engine, step, torch.float32)
-        with clock("rollout"):
-            taken = order.take(cursor, cfg.batch.prompts)
-            mine = list(range(ranks.rank, len(taken), ranks.world))
-            groups = rollouts(engine, [prompts[taken[i]] for i in mine], cfg, step, stop)
-            if ranks.any(groups is None or stop()):
-                run.save(step, now)  # the half-done step is drawn again, the same, after a restart
-                return EXIT
-        with clock("reward"):
-            verdicts_P_G = reward(groups)
-            groups = [
-                replace(g, rewards=[v.reward for v in verdicts], whys=[v.why for v in verdicts])
-                for g, verdicts in zip(groups, verdicts_P_G, strict=True)
-            ]
-            groups = exchange.all_groups(groups, mine, ranks)
-        with clock("train"):
-            refuse_stale(groups, step)
-            lr = cfg.optim.lr_at(step, cfg.run.steps)
-            done = [
-                update(run, cfg, groups[u :: cfg.batch.updates], lr, u == 0, reference)
-                for u in range(cfg.batch.updates)
-            ]
-        for u in done:
-            skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
+        with stopped_is_saved(run, step, now, moments):
+            clock = Clock(watch, step)
+            with clock("sync"):
+                if cfg.optim.offload:
+                    moments.away()
+                engine.wake_weights()
+                agreement.push(step)
+                engine.wake_cache()
+            with clock("rollout"):
+                taken = order.take(cursor, cfg.batch.prompts)
+                mine = places(len(taken), ranks, cfg.engine.tensor_parallel)
+                groups, pending_P_G = rollouts(run, engine, [prompts[taken[i]] for i in mine], cfg, step, reward)
+                if ranks.any(groups is None or run.interrupt.requested):
+                    moments.back()
+                    run.save(step, now)  # the half-done step is drawn again, the same, after a restart
+                    return EXIT
+                draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
+                checked = agreement.rescore(step, groups, mine, draw)
+            with clock("reward"):
+                groups = [rewarded(g, pending, watch) for g, pending in zip(groups, pending_P_G, strict=True)]
+                ranks.agree(lambda: checked.update(reward.finish(step)))  # noqa: B023
+                leads = ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
+                groups = exchange.all_groups(groups if leads else [], mine if leads else [], ranks)
+                refuse_unjudged(groups, cfg.run.max_failed)
+            with clock("train"):
+                engine.sleep()
+                moments.back()
+                refuse_stale(groups, step)
+                lr = cfg.optim.lr_at(step, cfg.run.steps)
+                done = [
+                    update(run, cfg, groups[u :: cfg.batch.updates], lr, u == 0, reference)
+                    for u in range(cfg.batch.updates)
+                ]
+            for u in done:
+                skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
         cursor, step = cursor + cfg.batch.prompts, step + 1
-        log.write(step, {**describe(groups), **measure(done), "lr": lr, "skipped": skipped, **clock.row(groups)})
+        row = {**describe(groups), **measure(done), **checked, "lr": lr, "skipped": skipped, **clock.row(groups)}
+        log.write(step, row)
         if cfg.run.rollouts_every and step % cfg.run.rollouts_every == 0:
             log.rollouts(step, rollout_rows(groups, run.text))
 
 
-def rollouts(engine, prompts, cfg: RLConfig, step, stop) -> list[Group] | None:
-    """This rank's groups, or None when stopped. Draws depend on (run seed, step, prompt, sibling) alone."""
+@contextmanager
+def stopped_is_saved(run, step, now, moments):
+    """What stops the run in mid-step, on every rank at once, costs that step alone."""
+    try:
+        yield
+    except UserError:
+        moments.back()
+        run.save(step, now)
+        raise
+
+
+def places(num: int, ranks, share: int) -> list[int]:
+    """Which of a step's prompts this rank draws; `share` neighbours hold one engine and draw the same."""
+    return list(range(ranks.rank // share, num, ranks.world // share))
+
+
+def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[list[Group] | None, list[list[Pending]]]:
+    """This rank's groups, or None when stopped, and the verdicts to come: judged while others are still being drawn.
+
+    Draws depend on (run seed, step, prompt, sibling) alone.
+    """
     seeds_P_G = [[seed(cfg.run.seed, step, p.id, g) for g in range(cfg.batch.siblings)] for p in prompts]
-    return collect(engine, prompts, seeds_P_G, cfg.sampling, stop)
+    pending_P_G = [[None] * cfg.batch.siblings for _ in prompts]
+    done, total = 0, len(prompts) * cfg.batch.siblings
+
+    def stop():
+        run.watch.beat()
+        # ranks that share an engine must take the same steps
+        return run.interrupt.requested and cfg.engine.tensor_parallel == 1
+
+    def each(p, g, sample):
+        nonlocal done
+        done += 1
+        run.log.progress("rollout", done, total)
+        if reward:
+            pending_P_G[p][g] = reward(prompts[p], sample)
+
+    return collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each), pending_P_G
+
+
+def rewarded(group: Group, pending: list[Pending], watch) -> Group:
+    verdicts = []
+    for answer in pending:
+        verdicts.append(answer())
+        watch.beat()
+    return replace(group, rewards=[v.reward for v in verdicts], whys=[v.why for v in verdicts])
+
+
+def refuse_unjudged(groups: list[Group], limit: float) -> None:
+    whys = [why for g in groups for r, why in zip(g.rewards, g.whys, strict=True) if np.isnan(r)]
+    total = sum(len(g.samples) for g in groups)
+    if len(whys) > limit * total:
+        most = max(set(whys), key=whys.count)
+        raise UserError(
+            f"{len(whys)} of {total} samples have no verdict, most of them for: {most}; the same command goes on here"
+        )
 
 
 def refuse_stale(groups: list[Group], version: int) -> None:
@@ -188,6 +261,7 @@ def measure(done: list[Update]) -> dict[str, float]:
 PER_TOKEN = {
     "entropy": "entropy",
     "logp_gap_mean": "gap",
+    "sampler_kl": "sampler_kl",
     "ratio_mean": "ratio",
     "ratio_capped": "capped",
     "clip_fraction": "clipped",
@@ -196,15 +270,17 @@ PER_TOKEN = {
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase; the watch is told which one it is."""
 
-    def __init__(self):
+    def __init__(self, watch, step: int):
+        self._watch, self._step = watch, step
         self._began = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str):
         began = time.perf_counter()
+        self._watch.beat(phase, self._step)
         yield
         self.seconds[f"{phase}_s"] = time.perf_counter() - began
 

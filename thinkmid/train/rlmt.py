@@ -6,13 +6,16 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from thinkmid import config
 from thinkmid.errors import UserError
+from thinkmid.rollout import templates
 from thinkmid.train.config import RLConfig
+
+CANARIES = 9  # references in a look at the judge
+QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +37,39 @@ class DataConfig:
 class JudgeConfig:
     """Who says whether a continuation matches."""
 
-    kind: Literal["match"] = "match"  # by rule: numbers of the first sentence, else word overlap
+    # match: by rule; policy: the engine's current weights; swap: another model of the same shape, whose weights take
+    # their place after the rollouts; resident: a small model in an engine of its own; remote: OpenAI-compatible
+    kind: Literal["match", "policy", "swap", "resident", "remote"] = "match"
     overlap: float = 0.6  # match: word F1 from which sentences without numbers agree
+    folder: str = ""  # swap, resident: Hugging Face folder of the judge
+    engine: Literal["native", "vllm"] = "native"  # resident: what runs it
+    template: str = "same-meaning"  # of the question: same-meaning, very-similar, semantic-prefix, short
+    votes: int = 1  # questions per continuation, each with another nonce
+    combine: Literal["mean", "majority"] = "mean"  # of the votes' P(yes)
+    retries: int = 1  # of a vote that failed
+    canary_every: int = 10  # steps between questions whose answer is known; 0: never
+    canary_min: float = 0.8  # share of them, in the worst of their kinds, that must be right
+    url: str = ""  # remote: where /chat/completions lies, up to /v1
+    model: str = ""  # remote: its name there
+    key_env: str = "OPENAI_API_KEY"  # remote: environment variable that holds the key; may be unset
+    timeout_s: float = 30.0  # remote: for one answer
+    workers: int = 16  # remote: questions on their way at a time
 
     def __post_init__(self):
         if not 0 < self.overlap <= 1:
             raise ValueError(f"overlap must lie in (0, 1], got {self.overlap}")
+        if not 0 <= self.canary_min <= 1:
+            raise ValueError(f"canary_min must lie in [0, 1], got {self.canary_min}")
+        for name, low in (("votes", 1), ("retries", 0), ("canary_every", 0), ("workers", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+        needs = {"swap": ("folder",), "resident": ("folder",), "remote": ("url", "model")}
+        for name in needs.get(self.kind, ()):
+            if not getattr(self, name):
+                raise ValueError(f"kind {self.kind!r} needs {name}")
+        templates.find(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +84,6 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
 
     from thinkmid.model import weights
-    from thinkmid.rollout.judge import judge_groups, match
-    from thinkmid.rollout.native import NativeEngine
     from thinkmid.text import Text
     from thinkmid.train import job, memory, rl, shard
     from thinkmid.train.interrupt import Interrupt
@@ -66,17 +94,23 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix)
     interrupt, ranks = Interrupt(), shard.start()
+    if ranks.world % cfg.engine.tensor_parallel:
+        raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
     prompts = read_prompts(cfg.data, text, max_prefix, cfg.run.seed)
     data = job.fingerprint(p.tokens for p in prompts)
     job.claim_folder(cfg, ranks)
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     run.log.say(f"{len(prompts)} prefixes, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}")
     reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
-    engine = NativeEngine(shape, text, device=ranks.device)
-    reward = partial(
-        judge_groups, text=text, judge=partial(match, overlap=cfg.judge.overlap), max_suffix=cfg.sampling.max_suffix
-    )
-    code = rl.train(run, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
+    max_len = cfg.engine.max_len or longest_sequence(cfg, shape, prompts)
+    engine = make_engine(cfg.engine, source, shape, text, ranks, max_len, cfg.sampling.max_batch)
+    engine.sleep()
+    reward, close = make_reward(cfg, engine, prompts, shape, text, ranks, max_len)
+    try:
+        code = rl.train(run, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
+    finally:
+        run.watch.rest()
+        close()
     if code == 0:
         folder = run.export()
         if ranks.rank == 0:
@@ -85,6 +119,96 @@ def main(argv: list[str]) -> int:
         job.draw_curves(run)
     run.log.close()
     return code
+
+
+def longest_sequence(cfg: RLMTConfig, shape, prompts) -> int:
+    """Tokens that an engine must have room for: prefix and new ones, or a question with two texts of N tokens."""
+    longest = max(len(p.tokens) for p in prompts) + cfg.sampling.max_new
+    if cfg.judge.kind in ("policy", "swap"):
+        longest = max(longest, QUESTION_TOKENS + 4 * cfg.sampling.max_suffix)
+    return min(longest, shape.max_positions)
+
+
+def make_engine(engine, folder, shape, text, ranks, max_len, rows):
+    if engine.kind == "native":
+        from thinkmid.rollout.native import NativeEngine
+
+        return NativeEngine(shape, text, dtype=engine.dtype, device=ranks.device)
+    from thinkmid.rollout.vllm import VllmEngine
+
+    return VllmEngine(folder, shape, text, engine, max_len=max_len, rows=rows)
+
+
+def make_reward(cfg: RLMTConfig, engine, prompts, shape, text, ranks, max_len):
+    """The reward, and what to call when no more verdicts are needed."""
+    from functools import partial
+
+    from thinkmid.rollout.judge import ContinuationReward, ModelJudge
+    from thinkmid.rollout.match import match
+
+    judge, max_suffix = cfg.judge, cfg.sampling.max_suffix
+    if judge.kind == "match":
+        return ContinuationReward(text, partial(match, overlap=judge.overlap), max_suffix=max_suffix), lambda: None
+    ask, close = make_ask(cfg, engine, shape, text, ranks, max_len)
+    model = ModelJudge(
+        ask,
+        template=judge.template,
+        seed=cfg.run.seed,
+        votes=judge.votes,
+        combine=judge.combine,
+        retries=judge.retries,
+        # weights that change give other verdicts, and a resumed run has no cache
+        cache_size=0 if judge.kind == "policy" else 100_000,
+    )
+    look = partial(check_judge, judge, ask, cfg.run.seed, prompts, lambda s: text.decode(text.encode(s)[:max_suffix]))
+    return ContinuationReward(text, model, max_suffix=max_suffix, look=look), close
+
+
+def check_judge(judge: JudgeConfig, ask, seed: int, prompts, cut, step: int) -> dict[str, float]:
+    """Every canary_every steps: questions whose answers are known. UserError names what the judge gets wrong."""
+    from thinkmid.rollout import canary
+
+    if not judge.canary_every or step % judge.canary_every:
+        return {}
+    texts = dict.fromkeys(cut(prompts[(step * CANARIES + i) % len(prompts)].meta["reference"]) for i in range(CANARIES))
+    references = [t for t in texts if t.strip()]
+    if len(references) < 2:
+        return {}
+    report = canary.run(ask, judge.template, seed + step, list(zip(references[1:], references, strict=False)))
+    if report.share < judge.canary_min:
+        raise UserError(f"step {step}: the judge fails on known answers: {report.line()} (judge.canary_min)")
+    return {"judge_canary": report.share}
+
+
+def make_ask(cfg: RLMTConfig, engine, shape, text, ranks, max_len):
+    """Who answers the judge's questions."""
+    import os
+    from dataclasses import replace
+
+    from thinkmid.model import weights
+    from thinkmid.rollout.ask import EngineAsk, SwapAsk
+    from thinkmid.rollout.remote import RemoteAsk
+    from thinkmid.text import Text
+
+    judge, nothing = cfg.judge, lambda: None
+    if judge.kind == "remote":
+        key, options = os.environ.get(judge.key_env, ""), {"workers": judge.workers, "retries": judge.retries}
+        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, **options)
+        return remote, remote.close
+    if judge.kind == "policy":
+        return EngineAsk(engine, text, max_len), nothing
+    folder, theirs = Path(judge.folder), Text.load(judge.folder)
+    judges = weights.read_config(folder)
+    if judge.kind == "swap":
+        if replace(judges, eos_ids=shape.eos_ids) != shape:
+            raise UserError(f"{folder}: judge.kind 'swap' needs the shape of {cfg.model.folder}; 'resident' does not")
+        ask = EngineAsk(engine, theirs, max_len)
+        return SwapAsk(ask, engine, lambda: weights.stream_folder(folder, cfg.engine.dtype)), nothing
+    longest = min(judges.max_positions, QUESTION_TOKENS + 4 * cfg.sampling.max_suffix)
+    beside = replace(cfg.engine, kind=judge.engine, sleep=False, max_len=0, tensor_parallel=1)
+    resident = make_engine(beside, folder, judges, theirs, ranks, longest, cfg.sampling.max_batch)
+    resident.load_weights(weights.stream_folder(folder, beside.dtype), 0)
+    return EngineAsk(resident, theirs, longest), nothing
 
 
 def longest_prefix(cfg: RLMTConfig, shape, num_close: int) -> int:

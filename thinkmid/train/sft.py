@@ -56,14 +56,10 @@ class SFTConfig:
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(SFTConfig, argv, prog="torchrun -m thinkmid.train.sft", description=__doc__)
 
-    from thinkmid.data.pack import plan
-    from thinkmid.data.source import Order
     from thinkmid.model import weights
     from thinkmid.text import Text
-    from thinkmid.train import fresh, job, memory, probe, shard
-    from thinkmid.train.interrupt import EXIT, Interrupt
-    from thinkmid.train.loss import text_loss
-    from thinkmid.train.step import train_step
+    from thinkmid.train import fresh, job, memory, shard
+    from thinkmid.train.interrupt import Interrupt
 
     if dry_run:
         return memory.dry_run_sft(cfg)
@@ -79,16 +75,35 @@ def main(argv: list[str]) -> int:
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     data = job.fingerprint(tokens for tokens, _ in sequences)
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    try:
+        code = learn(run, cfg, sequences, held_out, step, state)
+    finally:
+        run.watch.rest()
+    if code == 0:
+        job.draw_curves(run)
+    run.log.close()
+    return code
+
+
+def learn(run, cfg: SFTConfig, sequences, held_out, step: int, state: dict) -> int:
+    """Steps `step` to cfg.run.steps, then the export. Returns the exit code."""
+    from thinkmid.data.pack import plan
+    from thinkmid.data.source import Order
+    from thinkmid.train import job, memory, probe
+    from thinkmid.train.interrupt import EXIT
+    from thinkmid.train.loss import text_loss
+    from thinkmid.train.step import train_step
+
+    ranks, pair_cost = run.ranks, memory.pair_cost(run.model.cfg)
     order, cursor, skipped = Order(len(sequences), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
-    pair_cost = memory.pair_cost(shape)
 
     def packed(units):
         return plan(units, capacity=cfg.data.pack_tokens, ranks=ranks.world, pair_cost=pair_cost)[ranks.rank]
 
     while step < cfg.run.steps:
-        if ranks.any(interrupt.requested):
+        run.watch.beat("train", step)
+        if ranks.any(run.interrupt.requested):
             run.save(step, {"cursor": cursor, "skipped": skipped})
-            run.log.close()
             return EXIT
         began = time.perf_counter()
         batch, taken = take_batch(order, cursor, sequences, cfg.data.batch_tokens)
@@ -114,6 +129,7 @@ def main(argv: list[str]) -> int:
         run.log.write(step, row)
         if cfg.run.save_every and step % cfg.run.save_every == 0:
             run.save(step, {"cursor": cursor, "skipped": skipped})
+    run.watch.beat("export", step)
     run.save(step, {"cursor": cursor, "skipped": skipped})
     folder = run.export()
     if cfg.data.probe_paths:
@@ -121,8 +137,6 @@ def main(argv: list[str]) -> int:
         run.log.event("probe", **probed)
         run.log.say(probe.advice(probed))
     run.log.say(f"{folder} holds the model")
-    job.draw_curves(run)
-    run.log.close()
     return 0
 
 

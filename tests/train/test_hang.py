@@ -1,0 +1,78 @@
+"""Nothing waits for ever: within the timeout every rank has left its stack and ended, and the same command goes on."""
+
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from world import rlmt_flags, sft_flags
+
+from thinkmid.log import read_rows
+
+PROGRAM = Path(__file__).with_name("hang.py")
+TIMEOUT_S = 5
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    command = [sys.executable, "-m", "thinkmid.train.sft", *sft_flags(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+def run(home, what, *flags):
+    """(exit code, stdout, stderr, wall clock at the end) of hang.py on two ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*rlmt_flags(home, what.split("-")[0], STEPS), f"--run.timeout_s={TIMEOUT_S}", *flags]
+    command = [sys.executable, *launcher, str(PROGRAM), what, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr, time.time()
+
+
+def stack(home, what, rank):
+    return (home / what / "watch" / f"rank-{rank}.txt").read_text()
+
+
+def goes_on(home, what, *flags):
+    code, _, err, _ = run(home, f"{what}-again", *flags)
+    assert code == 0, err[-2000:]
+    assert [row["step"] for row in read_rows(home / what / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_an_engine_step_that_never_returns(home):
+    code, out, _, end = run(home, "engine")
+    assert code == 1  # of the launcher; each rank ended with 1
+    assert end - float(re.search(r"began ([\d.]+)", out)[1]) < TIMEOUT_S + 5
+    assert stack(home, "engine", 1).startswith("rank 1: rollout, step 2, since ")
+    assert "in _run" in stack(home, "engine", 1)
+    assert "in gather_bytes" in stack(home, "engine", 0) or "in any" in stack(home, "engine", 0)
+    goes_on(home, "engine")
+
+
+def test_a_rank_that_dies(home):
+    code, out, _, end = run(home, "dies")
+    assert code == 1
+    assert end - float(re.search(r"began ([\d.]+)", out)[1]) < TIMEOUT_S + 5
+    assert "line" in stack(home, "dies", 0)
+    goes_on(home, "dies")
+
+
+def test_a_judge_that_never_answers(home):
+    """Its verdicts fail after their own timeout; too many of them stop the run, which keeps what it has."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+        threading.Thread(target=lambda: kept.extend(iter(lambda: server.accept(), None)), daemon=True).start()
+        port = server.getsockname()[1]
+        judge = ["--judge.kind=remote", "--judge.model=m", "--judge.timeout_s=0.5", "--judge.retries=0"]
+        judge += ["--judge.canary_every=0"]
+        code, _, err, _ = run(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{port}/v1")
+    assert code == 1
+    assert re.search(
+        r"error \(rank 0\): \d+ of 20 samples have no verdict, most of them for: judge failed: timeout", err
+    )

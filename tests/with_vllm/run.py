@@ -1,0 +1,114 @@
+"""rlmt with vLLM inside, sabotaged on request: run.py WHAT FLAGS... Under torchrun or alone.
+
+The reward is a coin that every policy can win, so that every step changes the weights. After the last step the engine's
+greedy tokens are compared with the native engine's; the result is printed as one line of JSON.
+"""
+
+import json
+import sys
+
+import torch
+
+from thinkmid import config
+from thinkmid.rollout import sync
+from thinkmid.rollout.engine import Sampling, collect
+from thinkmid.rollout.guard import Verdict
+from thinkmid.rollout.native import NativeEngine
+from thinkmid.rollout.vllm import VllmEngine
+from thinkmid.train import rl, rlmt
+
+SPOILT = 2  # first version whose sync goes wrong
+
+
+class Coin:
+    """1 or 0 by the parity of a sample's ids."""
+
+    def __call__(self, prompt, sample):
+        return lambda: Verdict(int(sample.tokens.sum() % 2), "coin")
+
+    def finish(self, step):
+        return {}
+
+
+def skip(load):
+    def load_weights(self, named, version):
+        if version < SPOILT:
+            return load(self, named, version)
+        self._phases.enter("load_weights")
+        for _ in named:  # gathering is collective
+            pass
+        self.version, self._phases.loaded = version, True
+
+    return load_weights
+
+
+def stale_bucket(load):
+    kept = {}
+
+    def stream(named, version):
+        for name, tensor in named:
+            if "layers.1." in name and version >= SPOILT:
+                yield name, kept[name]
+            else:
+                kept[name] = tensor.clone()
+                yield name, tensor
+
+    return lambda self, named, version: load(self, stream(named, version), version)
+
+
+def transposed(load):
+    def stream(named, version):
+        for name, tensor in named:
+            yield name, tensor.T.contiguous() if name.endswith("0.self_attn.q_proj.weight") and version else tensor
+
+    return lambda self, named, version: load(self, stream(named, version), version)
+
+
+def stale_cache(load):
+    def load_weights(self, named, version):
+        self.reset_cache = lambda: None
+        load(self, named, version)
+        del self.reset_cache
+
+    return load_weights
+
+
+SABOTAGE = {"skipped": skip, "bucket": stale_bucket, "transposed": transposed, "cache": stale_cache}
+
+
+def compared(train):
+    """rl.train, then the engine against the native one, both with the weights of the end."""
+
+    def run(job, cfg, engine, prompts, reward, **options):
+        code = train(job, cfg, engine, prompts, reward, **options)
+        if code:
+            return code
+        native = NativeEngine(job.model.cfg, job.text)
+        engine.wake_weights()
+        for e in (engine, native):
+            sync.push(job.model, e, cfg.run.steps, torch.float32)
+        engine.wake_cache()
+        greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
+        some = prompts[job.ranks.rank :: job.ranks.world][:8]
+        ours, theirs = (collect(e, some, [[0]] * len(some), greedy) for e in (engine, native))
+        pairs = [(a.samples[0], b.samples[0]) for a, b in zip(ours, theirs, strict=True)]
+        same = sum(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)
+        gap = max(float(abs(a.logp - b.logp).max()) for a, b in pairs if len(a.logp) == len(b.logp))
+        print(json.dumps({"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap}), flush=True)
+        return code
+
+    return run
+
+
+def main():
+    what, *argv = sys.argv[1:]
+    rl.train = compared(rl.train)
+    if what != "judged":
+        rlmt.make_reward = lambda *_: (Coin(), lambda: None)
+    if what in SABOTAGE:
+        VllmEngine.load_weights = SABOTAGE[what](VllmEngine.load_weights)
+    config.run(rlmt.main, argv)
+
+
+if __name__ == "__main__":
+    main()

