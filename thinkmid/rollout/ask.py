@@ -13,6 +13,15 @@ from thinkmid.text import Text
 JUDGE = -2  # version of an engine that holds a judge's weights
 
 
+def choices(text: Text) -> tuple[list[int], int, int]:
+    """Tokens that " yes" and " no" have in common, which end the question, and the one in which each goes on."""
+    yes, no = (text.encode(answer) for answer in ANSWERS)
+    first = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
+    if first is None:
+        raise UserError(f"the judge's tokenizer cannot tell {ANSWERS[0]!r} from {ANSWERS[1]!r}: {yes} and {no}")
+    return yes[:first], yes[first], no[first]
+
+
 class EngineAsk:
     """P(yes) by the weights that the engine holds. Questions join the running batch, one token each."""
 
@@ -20,15 +29,12 @@ class EngineAsk:
         """max_len: tokens of the longest question."""
         self._engine, self._text, self._max_len = engine, text, max_len
         self._begin = [] if text.bos_id is None else [text.bos_id]
-        yes, no = (text.encode(answer)[0] for answer in ANSWERS)
-        if yes == no:
-            raise UserError(f"the judge's tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token")
-        self._choices = yes, no
+        self._shared, *self._choices = choices(text)
 
     def __call__(self, prompt: str) -> Callable[[], float]:
-        tokens = [*self._begin, *self._text.encode(prompt)]
+        tokens = [*self._begin, *self._text.encode(prompt), *self._shared]
         if len(tokens) < self._max_len:
-            return self._engine.ask(tokens, self._choices)
+            return self._engine.ask(tokens, tuple(self._choices))
 
         def fail():
             raise JudgeError(f"a question of {len(tokens)} tokens exceeds the engine's {self._max_len}")

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's too
 }
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 class VllmEngine:
@@ -274,9 +275,6 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # a group of one process has no launcher to say so
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
     check_version()
     import vllm
 
@@ -284,6 +282,9 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # with seeded requests the CPU build cannot take a prompt in pieces: its generators have no offset
     device = {} if cuda else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_len)}
+    # a group of one process has no launcher to say so; our children must not read it
+    alone = {name: value for name, value in ALONE.items() if name not in os.environ}
+    os.environ.update(alone)
     try:
         with _quiet():
             llm = vllm.LLM(
@@ -309,6 +310,9 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     except (ValueError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"vLLM cannot start with {folder}: {lines[0] if lines else type(error).__name__}") from error
+    finally:
+        for name in alone:
+            del os.environ[name]
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     random.setstate(states[0])

@@ -9,6 +9,7 @@ from thinkmid.kernels.head import CHUNK_BYTES
 from thinkmid.model.transformer import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
+VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
 
 
 def block_parameters(shape: ModelConfig) -> int:
@@ -44,14 +45,21 @@ def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int) ->
     }
 
 
-def rollout_phase(shape: ModelConfig, sampling, max_prefix: int, rows: int) -> dict[str, float]:
-    """Bytes per rank while sampling with the native engine, by owner."""
-    length = max_prefix + sampling.max_new
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+def rollout_phase(shape: ModelConfig, sampling, engine, max_prefix: int, rows: int) -> dict[str, float]:
+    """Bytes per rank while sampling, by owner."""
+    small = BYTES[engine.dtype]
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * small
+    weights = small * shape.num_parameters / engine.tensor_parallel
+    logits = {"logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8)}
+    if engine.kind == "vllm":
+        held = engine.kv_gb * 1e9 / (token / engine.tensor_parallel)
+        cache = {f"KV cache (engine.kv_gb: {held:,.0f} tokens)": engine.kv_gb * 1e9}
+        graphs = {"CUDA graphs and workspace (estimate)": VLLM_RESIDUE if engine.compile else 0}
+        return {f"engine weights ({engine.dtype})": weights} | cache | logits | graphs
     return {
-        "engine weights (fp32)": 4 * shape.num_parameters,
-        "KV cache": rows * length * cache,
-        "logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8),
+        f"engine weights ({engine.dtype})": weights,
+        "KV cache": rows * (max_prefix + sampling.max_new) * token,
+        **logits,
     }
 
 
@@ -61,8 +69,8 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
     samples = b.prompts * b.siblings
     train = training_phase(shape, cfg.model, b.pack_tokens, world)
     rows = min(s.max_batch, -(-samples // world))
-    rollout = rollout_phase(shape, s, max_prefix, rows)
-    resident = {k: v for k, v in train.items() if "master" in k or "moments" in k}
+    rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows)
+    resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
     shared = b.prompts * max_prefix + samples * s.max_new
     arithmetic = [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
@@ -74,7 +82,11 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
         f"at most {shared:,} trunk tokens a step, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
-    _print(cfg, shape, arithmetic, {"rollout": resident | rollout, "training": train | _engine(rollout)})
+    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
+    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
+    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
+    training = train | _kept(rollout, ("graphs",) if sleeps else ("weights", "graphs", "KV"))
+    _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout, "training": training})
     return 0
 
 
@@ -97,8 +109,9 @@ def dry_run_sft(cfg) -> int:
     return 0
 
 
-def _engine(rollout):
-    return {k: v for k, v in rollout.items() if "weights" in k}
+def _kept(rollout, words):
+    """What of the engine's memory stays in another phase. The native engine's cache lives for one call."""
+    return {k: v for k, v in rollout.items() if any(word in k for word in words) and (k != "KV cache")}
 
 
 def _print(cfg, shape, arithmetic, phases):

@@ -48,7 +48,7 @@ class JudgeConfig:
     combine: Literal["mean", "majority"] = "mean"  # of the votes' P(yes)
     retries: int = 1  # of a vote that failed
     canary_every: int = 10  # steps between questions whose answer is known; 0: never
-    canary_min: float = 0.8  # share of them, in the worst of their kinds, that must be right
+    canary_min: float = 0.7  # share of them, in the worst of their kinds, that must be right
     url: str = ""  # remote: where /chat/completions lies, up to /v1
     model: str = ""  # remote: its name there
     key_env: str = "OPENAI_API_KEY"  # remote: environment variable that holds the key; may be unset
@@ -79,6 +79,13 @@ class RLMTConfig(RLConfig):
     data: DataConfig
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.judge.kind == "resident" and self.judge.engine == "vllm" and self.engine.tensor_parallel > 1:
+            raise ValueError(
+                "judge.engine 'vllm' beside an engine with tensor_parallel: one process, one layout of ranks"
+            )
+
 
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
@@ -93,6 +100,11 @@ def main(argv: list[str]) -> int:
     max_prefix = longest_prefix(cfg, shape, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix)
+    theirs = read_judge(cfg, shape)
+    if "vllm" in (cfg.engine.kind, cfg.judge.kind == "resident" and cfg.judge.engine):
+        from thinkmid.rollout.vllm import check_version
+
+        check_version()
     interrupt, ranks = Interrupt(), shard.start()
     if ranks.world % cfg.engine.tensor_parallel:
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
@@ -105,7 +117,7 @@ def main(argv: list[str]) -> int:
     max_len = cfg.engine.max_len or longest_sequence(cfg, shape, prompts)
     engine = make_engine(cfg.engine, source, shape, text, ranks, max_len, cfg.sampling.max_batch)
     engine.sleep()
-    reward, close = make_reward(cfg, engine, prompts, shape, text, ranks, max_len)
+    reward, close = make_reward(cfg, engine, prompts, text, theirs, ranks, max_len)
     try:
         code = rl.train(run, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
     finally:
@@ -129,6 +141,22 @@ def longest_sequence(cfg: RLMTConfig, shape, prompts) -> int:
     return min(longest, shape.max_positions)
 
 
+def read_judge(cfg: RLMTConfig, shape):
+    """(shape, text) of a judge in a folder, None for others. UserError if it cannot judge here."""
+    from dataclasses import replace
+
+    from thinkmid.model import weights
+    from thinkmid.text import Text
+
+    if cfg.judge.kind not in ("swap", "resident"):
+        return None
+    folder = Path(cfg.judge.folder)
+    judges, text = weights.read_config(folder), Text.load(folder)
+    if cfg.judge.kind == "swap" and replace(judges, eos_ids=shape.eos_ids, bos_id=shape.bos_id) != shape:
+        raise UserError(f"{folder}: judge.kind 'swap' needs the shape of {cfg.model.folder}; 'resident' does not")
+    return judges, text
+
+
 def make_engine(engine, folder, shape, text, ranks, max_len, rows):
     if engine.kind == "native":
         from thinkmid.rollout.native import NativeEngine
@@ -139,7 +167,7 @@ def make_engine(engine, folder, shape, text, ranks, max_len, rows):
     return VllmEngine(folder, shape, text, engine, max_len=max_len, rows=rows)
 
 
-def make_reward(cfg: RLMTConfig, engine, prompts, shape, text, ranks, max_len):
+def make_reward(cfg: RLMTConfig, engine, prompts, text, theirs, ranks, max_len):
     """The reward, and what to call when no more verdicts are needed."""
     from functools import partial
 
@@ -149,7 +177,7 @@ def make_reward(cfg: RLMTConfig, engine, prompts, shape, text, ranks, max_len):
     judge, max_suffix = cfg.judge, cfg.sampling.max_suffix
     if judge.kind == "match":
         return ContinuationReward(text, partial(match, overlap=judge.overlap), max_suffix=max_suffix), lambda: None
-    ask, close = make_ask(cfg, engine, shape, text, ranks, max_len)
+    ask, close = make_ask(cfg, engine, text, theirs, ranks, max_len)
     model = ModelJudge(
         ask,
         template=judge.template,
@@ -180,7 +208,7 @@ def check_judge(judge: JudgeConfig, ask, seed: int, prompts, cut, step: int) -> 
     return {"judge_canary": report.share}
 
 
-def make_ask(cfg: RLMTConfig, engine, shape, text, ranks, max_len):
+def make_ask(cfg: RLMTConfig, engine, text, theirs, ranks, max_len):
     """Who answers the judge's questions."""
     import os
     from dataclasses import replace
@@ -188,7 +216,6 @@ def make_ask(cfg: RLMTConfig, engine, shape, text, ranks, max_len):
     from thinkmid.model import weights
     from thinkmid.rollout.ask import EngineAsk, SwapAsk
     from thinkmid.rollout.remote import RemoteAsk
-    from thinkmid.text import Text
 
     judge, nothing = cfg.judge, lambda: None
     if judge.kind == "remote":
@@ -197,18 +224,15 @@ def make_ask(cfg: RLMTConfig, engine, shape, text, ranks, max_len):
         return remote, remote.close
     if judge.kind == "policy":
         return EngineAsk(engine, text, max_len), nothing
-    folder, theirs = Path(judge.folder), Text.load(judge.folder)
-    judges = weights.read_config(folder)
+    folder, (shape, text) = Path(judge.folder), theirs
     if judge.kind == "swap":
-        if replace(judges, eos_ids=shape.eos_ids) != shape:
-            raise UserError(f"{folder}: judge.kind 'swap' needs the shape of {cfg.model.folder}; 'resident' does not")
-        ask = EngineAsk(engine, theirs, max_len)
+        ask = EngineAsk(engine, text, max_len)
         return SwapAsk(ask, engine, lambda: weights.stream_folder(folder, cfg.engine.dtype)), nothing
-    longest = min(judges.max_positions, QUESTION_TOKENS + 4 * cfg.sampling.max_suffix)
+    longest = min(shape.max_positions, QUESTION_TOKENS + 4 * cfg.sampling.max_suffix)
     beside = replace(cfg.engine, kind=judge.engine, sleep=False, max_len=0, tensor_parallel=1)
-    resident = make_engine(beside, folder, judges, theirs, ranks, longest, cfg.sampling.max_batch)
+    resident = make_engine(beside, folder, shape, text, ranks, longest, cfg.sampling.max_batch)
     resident.load_weights(weights.stream_folder(folder, beside.dtype), 0)
-    return EngineAsk(resident, theirs, longest), nothing
+    return EngineAsk(resident, text, longest), nothing
 
 
 def longest_prefix(cfg: RLMTConfig, shape, num_close: int) -> int:

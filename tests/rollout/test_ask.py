@@ -1,0 +1,74 @@
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from thinkmid.errors import UserError
+from thinkmid.model import weights
+from thinkmid.rollout.ask import JUDGE, EngineAsk, SwapAsk, choices
+from thinkmid.rollout.judge import JudgeError
+from thinkmid.rollout.native import NativeEngine
+from thinkmid.text import Text
+
+QUESTION = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+class Words:
+    """A tokenizer of three texts."""
+
+    bos_id = None
+
+    def __init__(self, yes, no):
+        self.ids = {" yes": yes, " no": no, "question": QUESTION}
+
+    def encode(self, text):
+        return self.ids[text]
+
+
+def make_engine(seed=0):
+    text = Text(tokenizer=None, pieces=[b"."] * TINY.vocab, eos_ids=(0,), bos_id=None, open_ids=[1], close_ids=[2])
+    engine = NativeEngine(TINY, text)
+    engine.load_weights(weights.stream(random_model(seed=seed)), 4)
+    return engine
+
+
+def p_yes(seed, tokens, yes, no):
+    """By the full forward of the model with this seed."""
+    with torch.no_grad():
+        p = random_model(seed=seed).logits(torch.tensor(tokens))[-1].softmax(-1)
+    return (p[yes] / (p[yes] + p[no])).item()
+
+
+@pytest.mark.parametrize(("yes", "no", "shared"), [([7], [8], []), ([7, 8], [7, 9, 1], [7]), ([7, 8, 9], [5], [])])
+def test_the_answer_is_the_models_choice_between_the_first_tokens_that_differ(yes, no, shared):
+    assert choices(Words(yes, no)) == (shared, yes[len(shared)], no[len(shared)])
+    ask = EngineAsk(make_engine(), Words(yes, no), 20)
+    answers = [ask("question") for _ in range(3)]
+    expected = p_yes(0, [*QUESTION, *shared], yes[len(shared)], no[len(shared)])
+    assert [answer() for answer in answers] == pytest.approx([expected] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("yes", "no"), [([7], [7]), ([7], [7, 8])])
+def test_a_tokenizer_without_two_answers_is_refused(yes, no):
+    with pytest.raises(UserError, match="cannot tell ' yes' from ' no'"):
+        choices(Words(yes, no))
+
+
+def test_a_question_that_is_too_long_fails_and_is_not_asked():
+    answer = EngineAsk(make_engine(), Words([7], [8]), len(QUESTION))("question")
+    with pytest.raises(JudgeError, match="8 tokens exceeds the engine's 8"):
+        answer()
+
+
+def test_swapped_weights_answer_all_questions_after_one_load():
+    engine, loads = make_engine(seed=0), []
+    ask = SwapAsk(
+        EngineAsk(engine, Words([7], [8]), 20), engine, lambda: loads.append(0) or weights.stream(random_model(seed=1))
+    )
+    answers = [ask("question") for _ in range(3)]
+    assert (engine.version, loads) == (4, [])  # sampling goes on with the policy's weights
+    assert [answer() for answer in answers] == pytest.approx([p_yes(1, QUESTION, 7, 8)] * 3, rel=1e-5)
+    assert (engine.version, loads) == (JUDGE, [0])
+    assert ask("question")() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)  # a retry
+    engine.load_weights(weights.stream(random_model(seed=0)), 5)  # the next step's sync
+    assert ask("question")() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)
+    assert loads == [0, 0]

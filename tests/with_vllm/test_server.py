@@ -1,0 +1,97 @@
+"""The remote judge against vLLM's own OpenAI-compatible server, on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("openai")
+
+from conftest import TINY, random_model
+
+from thinkmid.model import weights
+from thinkmid.rollout.ask import EngineAsk, choices
+from thinkmid.rollout.judge import ModelJudge
+from thinkmid.rollout.native import NativeEngine
+from thinkmid.rollout.remote import RemoteAsk
+from thinkmid.text import Text, train_tokenizer
+
+WORDS = ["reference: candidate: same? remain." + " yes no" * 9]
+PAIRS = [(f"{n} remain.", f"{k} remain.") for n in (1, 5, 7) for k in (7, 12)]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A model that says yes or no and nothing else, and its tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("judge")
+    train_tokenizer(WORDS, 320, folder / "tokenizer")
+    text = Text.load(folder / "tokenizer")
+    cfg = replace(TINY, head_dim=32, width=32, ffn=48, max_positions=512, vocab=text.vocab_size, eos_ids=text.eos_ids)
+    model = random_model(cfg)
+    shared, yes, no = choices(text)
+    assert not shared  # a server ends the question where the template does
+    engine = NativeEngine(cfg, text)
+    ask = EngineAsk(engine, text, 512)
+    for seed in range(500):  # one that says yes to some and no to others, and to all of them surely
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[yes] = torch.randn(32, generator=torch.Generator().manual_seed(seed)) * 9
+            model.lm_head.weight[no] = -model.lm_head.weight[yes]
+        engine.load_weights(weights.stream(model), seed)
+        judge = ModelJudge(ask, template="short", seed=1)
+        found = [p for pair in PAIRS if (p := judge(*pair)().p_yes) is not None]
+        if min(found) < 1e-4 and max(found) > 1 - 1e-4 and all(abs(p - 0.5) > 0.5 - 1e-4 for p in found):
+            break
+    weights.save(folder / "hf", cfg, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer")
+    (folder / "hf" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder / "hf", ask
+
+
+@pytest.fixture(scope="module")
+def url(judge, tmp_path_factory):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge", "--dtype", "float32"]
+    flags += ["--enforce-eager", "--max-model-len", "400", "--model", str(judge[0])]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as server:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+        server.terminate()
+
+
+def test_the_server_says_what_the_same_weights_say_here(judge, url):
+    here, remote = judge[1], RemoteAsk(url, "judge", timeout_s=60, retries=0)
+    judges = [ModelJudge(ask, template="short", seed=1) for ask in (here, remote)]
+    pending = [[judge(candidate, reference) for candidate, reference in PAIRS] for judge in judges]
+    ours, theirs = ([answer() for answer in answers] for answers in pending)
+    asked = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.p_yes is not None]
+    assert len(asked) >= 4  # the others are identical, which no model decides
+    assert all(b.p_yes is not None for _, b in asked), theirs
+    assert all(abs(a.p_yes - b.p_yes) < 1e-3 for a, b in asked)
+    assert {a.value for a, _ in asked} == {0, 1}
+    assert [a.value for a in ours] == [b.value for b in theirs]
+    remote.close()
+
+
+def test_a_name_that_the_server_does_not_know_fails_and_is_no_zero(url):
+    remote = RemoteAsk(url, "somebody-else", timeout_s=60, retries=0)
+    verdict = ModelJudge(remote, template="short", seed=1, retries=0)("5 remain.", "7 remain.")()
+    assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 404")
+    remote.close()
