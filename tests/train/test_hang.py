@@ -1,11 +1,13 @@
 """Nothing waits for ever: within the timeout every rank has left its stack and ended, and the same command goes on."""
 
+import json
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,24 @@ def test_a_judge_that_never_answers(home):
         judge += ["--judge.canary_every=0"]
         code, _, err, _ = run(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{port}/v1")
     assert code == 1
-    assert re.search(
-        r"error \(rank 0\): \d+ of 20 samples have no verdict, most of them for: judge failed: timeout", err
-    )
+    line = r"error \(rank 0\): \d+ of 20 samples have no verdict, most of them for: judge failed: timeout"
+    assert re.search(line, err)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Yes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        goes_on(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{server.server_port}/v1")
+        server.shutdown()
+
+
+class Yes(BaseHTTPRequestHandler):
+    """An endpoint that says yes."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass

@@ -65,14 +65,19 @@ class Offload:
 
         wholes = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         self._locals = [x.to_local() if isinstance(x, DTensor) else x for x in wholes]
-        pinned = any(x.is_cuda for x in self._locals)
-        self._hosts = [torch.empty_like(x, device="cpu", pin_memory=pinned) for x in self._locals]
-        self._wait = torch.cuda.synchronize if pinned else lambda: None
+        self._pinned = any(x.is_cuda for x in self._locals)
+        self._wait = torch.cuda.synchronize if self._pinned else lambda: None
+        self._hosts: list[torch.Tensor] = []  # made when first needed, then kept: pinning takes time
         self.is_away = False
 
     def away(self) -> None:
         """To the host. The tensors stay, without memory, until they are back."""
+        import torch
+
         if not self.is_away:
+            self._hosts = self._hosts or [
+                torch.empty_like(x, device="cpu", pin_memory=self._pinned) for x in self._locals
+            ]
             for local, host in zip(self._locals, self._hosts, strict=True):
                 host.copy_(local, non_blocking=True)
             self._wait()

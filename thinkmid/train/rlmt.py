@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -198,7 +199,8 @@ def check_judge(judge: JudgeConfig, ask, seed: int, prompts, cut, step: int) -> 
 
     if not judge.canary_every or step % judge.canary_every:
         return {}
-    texts = dict.fromkeys(cut(prompts[(step * CANARIES + i) % len(prompts)].meta["reference"]) for i in range(CANARIES))
+    drawn = random.Random(f"{seed}/{step}").sample(prompts, min(CANARIES, len(prompts)))
+    texts = dict.fromkeys(cut(p.meta["reference"]) for p in drawn)
     references = [t for t in texts if t.strip()]
     if len(references) < 2:
         return {}
