@@ -1,5 +1,6 @@
 """Nothing waits for ever: within the timeout every rank has left its stack and ended, and the same command goes on."""
 
+import contextlib
 import json
 import re
 import socket
@@ -68,8 +69,7 @@ def test_a_rank_that_dies(home):
 def test_a_judge_that_never_answers(home):
     """Its verdicts fail after their own timeout; too many of them stop the run, which keeps what it has."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        kept = []
-        threading.Thread(target=lambda: kept.extend(iter(lambda: server.accept(), None)), daemon=True).start()
+        threading.Thread(target=listen, args=(server, []), daemon=True).start()
         port = server.getsockname()[1]
         judge = ["--judge.kind=remote", "--judge.model=m", "--judge.timeout_s=0.5", "--judge.retries=0"]
         judge += ["--judge.canary_every=0"]
@@ -81,6 +81,13 @@ def test_a_judge_that_never_answers(home):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         goes_on(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{server.server_port}/v1")
         server.shutdown()
+
+
+def listen(server, kept):
+    """Takes every connection and says nothing."""
+    with contextlib.suppress(OSError):  # closed in the end
+        while True:
+            kept.append(server.accept())
 
 
 class Yes(BaseHTTPRequestHandler):

@@ -70,7 +70,9 @@ def test_a_signal_leaves_the_stack(tmp_path, number):
     child, _ = start(tmp_path, "time.sleep(20)", timeout=25)
     child.send_signal(number)
     if number == signal.SIGTERM:  # a request to stop: noted by Interrupt, the phase goes on until it is polled
-        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        while "in the_culprit" not in said(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert child.poll() is None
         child.kill()
     child.wait(timeout=30)

@@ -104,7 +104,7 @@ def main():
     what, *argv = sys.argv[1:]
     rl.train = compared(rl.train)
     if what != "judged":
-        rlmt.make_reward = lambda *_: (Coin(), lambda: None)
+        rlmt.make_reward = lambda *_: Coin()
     if what in SABOTAGE:
         VllmEngine.load_weights = SABOTAGE[what](VllmEngine.load_weights)
     config.run(rlmt.main, argv)

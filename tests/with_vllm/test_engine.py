@@ -13,7 +13,7 @@ from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.model.transformer import RopeScaling
 from thinkmid.rollout import sync, vllm
-from thinkmid.rollout.engine import EngineConfig, Sampling, collect
+from thinkmid.rollout.engine import EngineConfig, Sampling, check_vllm, collect
 from thinkmid.rollout.native import NativeEngine
 from thinkmid.text import Text, train_tokenizer
 from thinkmid.train import shard
@@ -202,4 +202,4 @@ def test_another_version_of_vllm_is_refused(monkeypatch):
 
     monkeypatch.setattr(package, "__version__", "0.31.5")
     with pytest.raises(UserError, match=r"vllm 0\.31\.5 is installed, the adapter is for 0\.32 to below 0\.34"):
-        vllm.check_version()
+        check_vllm()

