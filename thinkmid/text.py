@@ -321,12 +321,12 @@ class Text:
         return parts
 
     def _chunk_end(self, text: str, start: int, width: int, max_tokens: int) -> int:
-        ends = self._token_ends(text[start : start + width])
+        ends = self.token_ends(text[start : start + width])
         while len(ends) <= max_tokens:
             if start + width >= len(text):
                 return len(text)
             width *= 2
-            ends = self._token_ends(text[start : start + width])
+            ends = self.token_ends(text[start : start + width])
         room = max(ends[max_tokens - 1], 1)  # characters
         while True:
             end = last_break(text, start, start + room)
@@ -338,7 +338,8 @@ class Text:
                 raise UserError(f"max_tokens {max_tokens} is too small for the one character {text[start]!r}")
             room = max(end - start - max(1, (end - start) * excess // max_tokens), 1)
 
-    def _token_ends(self, text: str) -> list[int]:
+    def token_ends(self, text: str) -> list[int]:
+        """Characters up to the end of each token of encode(text)."""
         return [end for _, end in self.tokenizer.encode(clean(text), add_special_tokens=False).offsets]
 
     def _bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:

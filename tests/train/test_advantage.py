@@ -72,6 +72,18 @@ def test_dead_and_failed_samples_stay_in_the_denominator():
     np.testing.assert_allclose(weights_of(dead, "dr_grpo")[0][0] * 2, weights_of(full, "dr_grpo")[0][0])
 
 
+@pytest.mark.parametrize("estimator", advantage.ESTIMATORS)
+def test_with_the_scope_thought_the_suffix_weighs_nothing(estimator):
+    (group,) = random_groups([[1, 0, 1, 0]])
+    samples = [replace(s, num_think=(len(s.tokens) + 1) // 2) for s in group.samples]
+    silent = [replace(s, drawn=s.drawn & (np.arange(len(s.drawn)) < s.num_think)) for s in samples]
+    assert any(len(s.tokens) > s.num_think and s.drawn[s.num_think :].any() for s in samples)
+    (found,) = weights_of([replace(group, samples=samples)], estimator, scope="thought")
+    (expected,) = weights_of([replace(group, samples=silent)], estimator)
+    for w, e in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(w, e)
+
+
 def test_samples_of_average_reward_are_dropped_unless_asked_for():
     groups = random_groups([[1, 0.5, 0]])
     assert [len(x) for x in weights_of(groups, "dr_grpo")] == [2]

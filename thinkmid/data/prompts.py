@@ -29,28 +29,40 @@ def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -
                 yield _prompt(f"{doc.id}#{k}", doc, tokens, rest, text, max_prefix)
 
 
-def at_sentences(documents: Iterable[Document], text: Text, *, max_prefix: int, seed: int) -> Iterator[Prompt]:
-    """Raw text: one prompt per chunk of at most max_prefix tokens, cut at a sentence end drawn from (seed, id)."""
+def in_raw_text(
+    documents: Iterable[Document], text: Text, *, where: str, max_prefix: int, length: int, seed: int
+) -> Iterator[Prompt]:
+    """Raw text: one prompt per chunk, cut at a place decided by (seed, id).
+
+    "sentence": chunks of at most max_prefix tokens, cut at one of their sentence ends. "fixed": chunks of twice `length`
+    tokens at most, cut after about `length` (a cut is between characters, and the tokens around it change). "random": chunks
+    as of "sentence", cut after 1 to all but one of their tokens. The rest of the chunk is the reference.
+    """
     room = max_prefix - (text.bos_id is not None) - len(text.open_ids)
-    if room < 1:
+    if room < max(1, length):
         raise UserError(f"a prefix of {max_prefix} tokens has no room for text beside the opened tag")
     for doc in documents:
         if tag := weave.TAG.search(doc.text):
             raise UserError(f"{doc.where}: raw text contains {tag[0]} at character {tag.start()}")
-        for k, chunk in enumerate(text.chunks(doc.text, room)):
-            cut = _draw_cut(chunk, f"{seed}/{doc.id}#{k}")
+        for k, chunk in enumerate(text.chunks(doc.text, 2 * length if where == "fixed" else room)):
+            cut = _cut(chunk, where, text, length, f"{seed}/{doc.id}#{k}")
             tokens = text.encode(chunk[:cut])
             # a cut inside a run of spaces may cost more tokens than the run had
-            if 0 < len(tokens) <= room:
+            if 0 < len(tokens) <= room and chunk[cut:].strip():
                 yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], text, max_prefix)
 
 
-def _draw_cut(chunk: str, key: str) -> int:
-    """A sentence end with text on both sides, decided by the key; 0 if there is none."""
-    first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
-    ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
-    draw = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
-    return ends[int.from_bytes(draw, "little") % len(ends)] if ends else 0
+def _cut(chunk: str, where: str, text: Text, length: int, key: str) -> int:
+    """A place with text on both sides, decided by the key; 0 if there is none."""
+    digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
+    draw = int.from_bytes(digest, "little")
+    if where == "sentence":
+        first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
+        ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
+        return ends[draw % len(ends)] if ends else 0
+    ends = text.token_ends(chunk)
+    after = length if where == "fixed" else 1 + draw % max(1, len(ends) - 1)
+    return ends[after - 1] if after < len(ends) else 0
 
 
 def split(doc: Document) -> list[tuple[bool, str]]:

@@ -7,12 +7,14 @@ import math
 import numpy as np
 
 from thinkmid.data.pack import Reply, Unit
-from thinkmid.types import Group
+from thinkmid.types import Group, Sample
 
 ESTIMATORS = ("dr_grpo", "grpo", "rloo", "token-mean")
 
 
-def units(groups: list[Group], *, estimator: str, num_siblings: int, denom: float, keep_dead: bool) -> list[Unit]:
+def units(
+    groups: list[Group], *, estimator: str, num_siblings: int, denom: float, keep_dead: bool, scope: str = "all"
+) -> list[Unit]:
     """What the step trains on. groups are those of the whole update, over all ranks, dead ones included.
 
     dr_grpo     A = r - mean,            token weight 1 / (P G denom)      Liu et al. 2025
@@ -20,10 +22,11 @@ def units(groups: list[Group], *, estimator: str, num_siblings: int, denom: floa
     grpo        A = (r - mean) / std,    token weight 1 / (P G |o|)        Shao et al. 2024; population std
     token-mean  A = r - mean,            token weight 1 / (all drawn tokens of the update)
     Samples without a verdict (NaN) leave the baseline and the loss, not the denominator. Rows of advantage 0 are
-    dropped unless keep_dead (KL or entropy give them a gradient).
+    dropped unless keep_dead (KL or entropy give them a gradient). scope "thought": tokens after the closing tag count
+    as if they had not been drawn.
     """
     num_samples = len(groups) * num_siblings
-    num_drawn = max(1, sum(int(s.drawn.sum()) for g in groups for s in g.samples))
+    num_drawn = max(1, sum(int(counted(s, scope).sum()) for g in groups for s in g.samples))
     out = []
     for group in groups:
         replies = []
@@ -31,12 +34,18 @@ def units(groups: list[Group], *, estimator: str, num_siblings: int, denom: floa
             if math.isnan(a) or (a == 0 and not keep_dead):
                 continue
             # at least 1: a sample may hold forced tokens alone
-            tokens = {"grpo": max(1, sample.drawn.sum()) * num_samples, "token-mean": num_drawn}
-            weight = sample.drawn / np.float64(tokens.get(estimator, num_samples * denom))
+            mine = counted(sample, scope)
+            tokens = {"grpo": max(1, mine.sum()) * num_samples, "token-mean": num_drawn}
+            weight = mine / np.float64(tokens.get(estimator, num_samples * denom))
             replies.append(_reply(sample, a, weight))
         if replies:
             out.append(Unit(name=group.prompt.id, prefix=np.asarray(group.prompt.tokens), replies=replies))
     return out
+
+
+def counted(sample: Sample, scope: str) -> np.ndarray:
+    """(n,) bool: the tokens that get policy gradient."""
+    return sample.drawn & (np.arange(len(sample.drawn)) < sample.num_think) if scope == "thought" else sample.drawn
 
 
 def advantages(rewards: list[float], estimator: str) -> np.ndarray:

@@ -208,6 +208,7 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
         num_siblings=cfg.batch.siblings,
         denom=cfg.loss.denom,
         keep_dead=cfg.loss.keeps_dead,
+        scope=cfg.loss.scope,
     )
     unshared = [part for unit in units for part in duplicated(unit)]
     packs_of_ranks = plan(

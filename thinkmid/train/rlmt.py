@@ -21,7 +21,9 @@ class DataConfig:
     """Where prefixes come from."""
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
-    prefix: Literal["thought", "sentence"] = "thought"  # ends at an annotated thought, or at a sentence end of raw text
+    # where a prefix ends: at an annotated thought; in raw text at a sentence end, after a fixed or a drawn length
+    prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
+    length: int = 0  # fixed: tokens of text in a prefix
     max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
 
     def __post_init__(self):
@@ -29,6 +31,8 @@ class DataConfig:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
         if self.max_prefix < 0:
             raise ValueError(f"max_prefix must be 0 or more, got {self.max_prefix}")
+        if (self.length > 0) != (self.prefix == "fixed"):
+            raise ValueError(f"length {self.length} with prefix {self.prefix!r}: 'fixed' needs one, others take none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +85,15 @@ def longest_prefix(cfg: RLMTConfig, shape, num_close: int) -> int:
 
 
 def read_prompts(data: DataConfig, text, max_prefix: int, seed: int) -> list:
-    from thinkmid.data.prompts import at_sentences, at_thoughts
+    from thinkmid.data.prompts import at_thoughts, in_raw_text
     from thinkmid.data.source import read_documents
 
     documents = read_documents(data.paths)
     if data.prefix == "thought":
         prompts = list(at_thoughts(documents, text, max_prefix=max_prefix))
     else:
-        prompts = list(at_sentences(documents, text, max_prefix=max_prefix, seed=seed))
+        where = {"where": data.prefix, "length": data.length}
+        prompts = list(in_raw_text(documents, text, **where, max_prefix=max_prefix, seed=seed))
     if not prompts:
         raise UserError(f"{', '.join(data.paths)}: no prefix (data.prefix = {data.prefix!r})")
     return prompts
