@@ -32,11 +32,11 @@ def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -
 def in_raw_text(
     documents: Iterable[Document], text: Text, *, where: str, max_prefix: int, length: int, seed: int
 ) -> Iterator[Prompt]:
-    """Raw text: one prompt per chunk, cut at a place decided by (seed, id).
+    """Raw text: one prompt per chunk, cut at a place decided by (seed, id); the rest of the chunk is the reference.
 
-    "sentence": chunks of at most max_prefix tokens, cut at one of their sentence ends. "fixed": chunks of twice `length`
-    tokens at most, cut after about `length` (a cut is between characters, and the tokens around it change). "random": chunks
-    as of "sentence", cut after 1 to all but one of their tokens. The rest of the chunk is the reference.
+    "sentence": chunks of at most max_prefix tokens, cut at one of their sentence ends. "fixed": chunks of at most twice
+    `length` tokens, cut after about `length` (a cut is between characters, and the tokens around it change). "random":
+    chunks as of "sentence", cut after 1 to all but one of their tokens.
     """
     room = max_prefix - (text.bos_id is not None) - len(text.open_ids)
     if room < max(1, length):

@@ -63,9 +63,7 @@ class LossConfig:
 
     denom: float  # C of DrGRPO: token terms are divided by prompts * siblings * denom; usual: max_think + max_suffix
     estimator: Literal["dr_grpo", "grpo", "rloo", "token-mean"] = "dr_grpo"  # advantage and token weight
-    scope: Literal["all", "thought"] = (
-        "all"  # tokens that get policy gradient: thought and suffix, or the thought alone
-    )
+    scope: Literal["all", "thought"] = "all"  # what gets policy gradient: thought and suffix, or thoughts
     clip_low: float = 0.2  # ratio is clipped below 1 - clip_low; inert with one update per rollout
     clip_high: float = 0.2  # ratio is clipped above 1 + clip_high
     is_cap: float = 2.0  # detached trainer/sampler weight is truncated here; 0 switches it off
