@@ -29,6 +29,18 @@ RL = (
     ENTROPY,
     Panel("Sampler-trainer gap", "|Δ log-prob| per token", (("logp_gap_max", "max"), ("logp_gap_mean", "mean")), "log"),
     TIME,
+    Panel(
+        "Judge",
+        "continuations of rank 0",
+        (
+            ("judge_asked", "asked"),
+            ("judge_cached", "cached"),
+            ("judge_decided", "by rule"),
+            ("judge_failed", "failed"),
+        ),
+    ),
+    Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),
+    Panel("Judge's known answers", "share right, worst kind", (("judge_canary", "right"),), noisy=False),
 )
 LOSSES = (("loss", "train"), ("val_loss", "validation"), ("val_loss_text", "text"), ("val_loss_thought", "thoughts"))
 SFT = (
@@ -43,6 +55,11 @@ SFT = (
 UNDRAWN = {
     *("reward_std", "groups", "dead_groups", "unclosed", "suffix_tokens", "ratio_mean", "ratio_capped", "kl"),
     *("clip_fraction", "grad_norm", "lr", "tokens", "tokens_per_s", "packing_efficiency", "prefix_saving"),
+    *(
+        "sampler_kl",
+        *("probe_" + x for x in ("gap_mean", "gap_max", "kl", "ratio_p01", "ratio_p99", "capped", "tokens")),
+    ),
+    *("judge_wait_s", "verify_wait_s", "reward_failed"),
     *("skipped", "trained_tokens", "trunk_tokens", "generated_tokens", *(phase + "_s" for phase in PHASES)),
 }
 MAX_PANELS = 18

@@ -34,10 +34,11 @@ class Reward(Protocol):
         """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
-def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, max_len: int) -> int:
+def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, max_len: int, notes=()) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
-    make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence.
+    make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence. notes:
+    lines about the prompts.
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
@@ -47,6 +48,8 @@ def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, 
     data = job.fingerprint(p.tokens for p in prompts)
     job.claim_folder(cfg, ranks)
     now, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    for note in notes:
+        now.log.say(f"note: {note}")
     now.log.say(f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}")
     reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
     rows = cfg.sampling.max_batch
@@ -66,6 +69,22 @@ def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, 
         job.draw_curves(now)
     now.log.close()
     return code
+
+
+def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
+    """Tokens a prompt may have; asked: what the configuration says, 0 for nothing.
+
+    UserError if the context or a pack does not hold it and the new tokens.
+    """
+    s, least = cfg.sampling, max(asked, 2)
+    if s.force_close and s.max_think < num_close:
+        raise UserError(f"sampling.force_close: max_think {s.max_think} cannot hold the {num_close} tokens of </think>")
+    rooms = {f"the context of {cfg.model.folder}": shape.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
+    for name, room in rooms.items():
+        if least + s.max_new > room:
+            new = f"sampling.max_think {s.max_think} + sampling.max_suffix {s.max_suffix}"
+            raise UserError(f"a prefix of {least} tokens + {new} exceed {name}: {room}")
+    return asked or min(rooms.values()) - s.max_new
 
 
 def train(

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     source = Path(cfg.model.folder)
     shape, text = weights.read_config(source), Text.load(source)
-    max_prefix = longest_prefix(cfg, shape, len(text.close_ids))
+    max_prefix = rl.longest_prompt(cfg, shape, cfg.data.max_prefix, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix)
     theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, shape)
@@ -69,19 +69,6 @@ def main(argv: list[str]) -> int:
         return make_reward(cfg.judge, *sampled, ask, references, cfg.run.seed), close
 
     return rl.run(cfg, source, shape, text, prompts, reward, longest)
-
-
-def longest_prefix(cfg: RLMTConfig, shape, num_close: int) -> int:
-    """Tokens a prefix may have. UserError if the context or a pack does not hold it and the new tokens."""
-    s, asked = cfg.sampling, max(cfg.data.max_prefix, 2)
-    if s.force_close and s.max_think < num_close:
-        raise UserError(f"sampling.force_close: max_think {s.max_think} cannot hold the {num_close} tokens of </think>")
-    rooms = {f"the context of {cfg.model.folder}": shape.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
-    for name, room in rooms.items():
-        if asked + s.max_new > room:
-            new = f"sampling.max_think {s.max_think} + sampling.max_suffix {s.max_suffix}"
-            raise UserError(f"a prefix of {asked} tokens + {new} exceed {name}: {room}")
-    return cfg.data.max_prefix or min(rooms.values()) - s.max_new
 
 
 def read_prompts(data: DataConfig, text, max_prefix: int, seed: int) -> list:
