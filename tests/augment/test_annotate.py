@@ -1,0 +1,356 @@
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import misbehave
+import pytest
+
+from thinkmid import config
+from thinkmid.augment import annotate, annotators, insert, prompts
+from thinkmid.data.source import read_documents
+from thinkmid.errors import UserError
+from thinkmid.text import Text
+
+KINDS = ("heldout", "rl", "sft")
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("big")
+    misbehave.write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(big):
+    """Prompts of an undisturbed run over more than 10,000 chunks, which left its output in big/out."""
+    asked = []
+    write = lambda batch: asked.extend(batch) or list(map(misbehave.reply, batch))  # noqa: E731
+    assert misbehave.annotated(misbehave.settings(big), write) == 0
+    return asked
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    misbehave.write_world(folder, chars=60_000)
+    return folder
+
+
+@pytest.fixture
+def small(made, tmp_path):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_are_put_back():
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def rows(out, kind):
+    files = sorted(Path(out).glob(f"*-{kind}/*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def files(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(Path(out).glob("*-*/part-*.jsonl"))}
+
+
+def chunks_of(folder, max_tokens=24):
+    """{row id: chunk} straight from the corpus."""
+    text = Text.load(folder / "tokenizer")
+    documents = list(read_documents([folder / "corpus.jsonl"]))
+    return {f"{doc.id}#{k}": c for doc in documents for k, c in enumerate(text.chunks(doc.text, max_tokens))}
+
+
+def expected(chunk, retries):
+    """Whether the script gives a usable answer within the tries, and the reason of none if not."""
+    first = insert.ask(chunk, "plain")
+    prompt = first
+    for _ in range(retries + 1):
+        if misbehave.way(prompt) in misbehave.GOOD:
+            return True
+        [out] = annotators.by_model(
+            [chunk], annotators.AnnotatorConfig(retries=0), lambda p, at=prompt: [misbehave.reply(at)]
+        )
+        prompt = prompts.again(first, out.refused)
+    return False
+
+
+@pytest.mark.slow
+def test_ten_thousand_chunks_and_an_annotator_that_misbehaves_in_25_ways_give_no_altered_chunk(big, asked):
+    ways = Counter(map(misbehave.way, asked))
+    assert len(misbehave.BAD) >= 20
+    assert min(ways[way] for way in misbehave.WAYS) > 200
+    chunks, woven, raw = chunks_of(big), rows(big / "out", "think"), rows(big / "out", "raw")
+    report = json.loads((big / "out" / "report.json").read_text())
+    assert report["chunks"] >= 10_000
+    assert len(woven) == len(raw) == report["accepted"]
+    for row, plain in zip(woven, raw, strict=True):
+        bare = re.sub("<think>.*?</think>", "", row["text"], flags=re.DOTALL)
+        assert row["id"] == plain["id"]
+        assert bare == plain["text"] == chunks[row["id"]]
+        # one thought, as the script wrote it, and nothing else between tags
+        assert re.findall("<think>(.*?)</think>", row["text"], flags=re.DOTALL) == [misbehave.THOUGHT]
+    assert sum(sizes["thoughts"] for sizes in report["splits"].values()) == len(woven)
+    kept = {row["id"] for row in woven}
+    listed = [json.loads(line) for line in (big / "out" / "split" / "documents.jsonl").read_text().splitlines()]
+    out = {row["id"] for row in listed if "dropped" in row}
+    sample = random.Random(0).sample([name for name in chunks if name.partition("#")[0] not in out], 500)
+    assert all((name in kept) == bool(chunks[name].strip() and expected(chunks[name], 1)) for name in sample)
+    assert report["accepted"] + report["refused"] == report["chunks"]
+    assert sum(report["refused_by"].values()) == report["refused"]
+    assert report["calls"] == len(asked)
+    assert report["calls"] == report["chunks"] - report["refused_by"].get("blank", 0) + sum(
+        report["retried_by"].values()
+    )
+
+
+def start(folder, out, calls, shard=""):
+    command = [sys.executable, misbehave.__file__, str(folder), out, str(calls), shard]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_loses_and_repeats_nothing(big, asked):
+    work, calls, kills, rng = big / "killed", big / "calls.txt", 0, random.Random(1)
+
+    def lines():
+        return sum(path.read_bytes().count(b"\n") for path in (work / "journal").glob("*.jsonl"))
+
+    while kills < 6:
+        process = start(big, "killed", calls)
+        wanted = lines() + rng.randrange(1, 2500)
+        while process.poll() is None and lines() < wanted:
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert start(big, "killed", calls).wait() == 0
+    assert files(work) == files(big / "out")
+    journaled = [json.loads(line) for path in (work / "journal").glob("*.jsonl") for line in path.open()]
+    assert set(Counter((row["key"], row["chunk"]) for row in journaled).values()) == {1}
+    # a call is made again only if the kill came before its chunk was written down: 8 chunks in the pool, 2 tries each
+    log = Counter(calls.read_text().split())
+    assert log.keys() == {misbehave.name(prompt) for prompt in asked}
+    assert 0 <= log.total() - len(asked) <= kills * 8 * 2
+
+
+def test_jobs_side_by_side_give_the_files_of_one_job_and_another_number_may_go_on(small):
+    misbehave.annotated(misbehave.settings(small, out="whole"), lambda batch: list(map(misbehave.reply, batch)))
+    assert start(small, "out", small / "calls.txt", "1/2").wait() == 0
+    assert not (small / "out" / "manifest.json").exists()
+    jobs = [start(small, "out", small / "calls.txt", f"{i}/3") for i in range(3)]
+    assert [job.wait() for job in jobs] == [0, 0, 0]
+    assert files(small / "out") == files(small / "whole")
+    one, three = (json.loads((small / out / "report.json").read_text()) for out in ("whole", "out"))
+    for report in (one, three):
+        del report["last_run"]
+    assert one == three
+    assert (small / "out" / "manifest.json").read_bytes() == (small / "whole" / "manifest.json").read_bytes()
+
+
+def test_a_finished_run_asks_nothing_and_a_damaged_file_is_made_again_without_a_call(small):
+    cfg = misbehave.settings(small)
+    misbehave.annotated(cfg, lambda batch: list(map(misbehave.reply, batch)))
+    before, victim = files(small / "out"), next((small / "out").glob("sft-think/*.jsonl"))
+
+    def never(batch):
+        raise AssertionError("asked again")
+
+    for spoil in (lambda: None, lambda: victim.write_text("{}"), victim.unlink):
+        spoil()
+        assert misbehave.annotated(cfg, never) == 0
+        assert files(small / "out") == before
+
+
+def test_documents_do_not_cross_splits_and_every_document_is_somewhere(small):
+    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    found = {
+        kind: {
+            json.loads(line)["id"].partition("#")[0]
+            for f in (small / "out" / f"{kind}-raw").glob("*")
+            for line in f.open()
+        }
+        for kind in KINDS
+    }
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
+    listed = [json.loads(line) for line in (small / "out" / "split" / "documents.jsonl").read_text().splitlines()]
+    for row in listed:
+        assert all((row["id"] not in found[kind]) for kind in KINDS if kind != row["split"])
+        assert not ("dropped" in row and row["id"] in found[row["split"]])
+
+
+def test_tokens_are_counted_as_training_counts_them(small):
+    from thinkmid.train.sft import read_sequences
+
+    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    report = json.loads((small / "out" / "report.json").read_text())
+    text = Text.load(small / "tokenizer")
+    for kind in ("think", "raw"):
+        sequences = read_sequences([str(small / "out" / f"sft-{kind}")], text, 4096)
+        ends = len(sequences) * len(text.eos_ids[:1])
+        sizes = report["splits"]["sft"]
+        assert sum(len(tokens) for tokens, _ in sequences) - ends == sizes[f"{kind}_tokens"]
+        if kind == "think":
+            assert sum(int(thought.sum()) for _, thought in sequences) == sizes["thought_tokens"]
+
+
+def test_the_annotated_rl_half_gives_prompts_whose_reference_is_the_raw_text(small):
+    from thinkmid.data.prompts import at_thoughts
+
+    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    text = Text.load(small / "tokenizer")
+    raw = {row["id"]: row["text"] for row in rows(small / "out", "raw")}
+    found = list(at_thoughts(read_documents([small / "out" / "rl-think"]), text, max_prefix=4096))
+    assert len(found) > 20
+    for prompt in found:
+        before = text.decode(prompt.tokens).removesuffix("<think>")
+        assert before + prompt.meta["reference"] == raw[prompt.id.rpartition("#")[0]]
+
+
+def call(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        config.run(annotate.main, list(argv))
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+@pytest.fixture
+def mini(small, monkeypatch):
+    monkeypatch.chdir(small)
+    text = "Ana has 5 coins. On Monday Ana finds 3 more. Now Ana has 8 coins."
+    odd = "Colourless ideas sleep."
+    lines = [json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate([text, odd, text])]
+    Path("mini.jsonl").write_text("".join(lines))
+    Path("a.toml").write_text(
+        'run = {folder = "r", parts = 2}\ndata = {paths = ["mini.jsonl"]}\n'
+        'chunks = {tokenizer = "tokenizer", max_tokens = 64}\nannotator = {kind = "rules"}\n'
+        "split = {sft = 1.0, rl = 0.0, heldout = 0.0}\n"
+    )
+    return small
+
+
+def test_the_program_annotates_by_rule_and_says_what_came_of_it(mini, capsys):
+    code, out, err = call(capsys, "a.toml")
+    assert (code, err) == (0, "")
+    [row] = rows("r", "think")
+    assert row["id"] == "d0#0"
+    assert re.fullmatch("Ana has 5.*more.<think> .*8.*</think> Now Ana has 8 coins.", row["text"])
+    assert "1 chunks accepted, 1 refused (too few thoughts 1)" in out
+    listed = [json.loads(line) for line in Path("r/split/documents.jsonl").read_text().splitlines()]
+    assert [row.get("dropped") for row in listed] == [None, None, "copy"]
+
+
+def test_documents_with_the_same_id_are_both_kept(mini, capsys):
+    texts = [f"Ana has {n} coins. On Monday Ana finds 3 more. Now Ana has {n + 3} coins." for n in (5, 6)]
+    Path("mini.jsonl").write_text("".join(json.dumps({"id": "same", "text": text}) + "\n" for text in texts))
+    assert call(capsys, "a.toml")[0] == 0
+    assert {row["text"] for row in rows("r", "raw")} == set(texts)
+
+
+def test_torchrun_names_the_job_unless_the_flag_does(monkeypatch):
+    assert annotate.share("") == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert annotate.share("") == (2, 4)
+    assert annotate.share("0/3") == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--annotator.kind", "openai"], "annotator.kind 'openai' needs endpoint.url"),
+        (["--shard", "2/2"], "shard must be i/n with i in 0..n-1, got '2/2'"),
+        (["--shard", "0/5"], "5 jobs for 2 parts: raise run.parts"),
+        (["--split.sft", "0.5"], "split: sft, rl and heldout must be 0 or more and sum to 1, got (0.5, 0.0, 0.0)"),
+        (["--data.paths", "none.jsonl"], "none.jsonl: no such file or folder"),
+        (["--chunks.tokenizer", "none"], "none/tokenizer.json: no such file"),
+        (["--split.evals", "a.toml"], "a.toml: unknown kind of file"),
+        (
+            ["--split.evals", "mini.jsonl", "--split.eval_fields", "question"],
+            "mini.jsonl:1: none of question is a string",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(mini, capsys, argv, line):
+    code, _, err = call(capsys, "a.toml", *argv)
+    assert code == 2
+    assert err.startswith(f"error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_made_with_other_settings_or_data_is_refused(mini, capsys):
+    assert call(capsys, "a.toml")[0] == 0
+    code, _, err = call(capsys, "a.toml", "--chunks.max_tokens", "32")
+    assert (code, err) == (2, "error: r: was begun with chunks.max_tokens = 64, now 32; name another run.folder\n")
+    with open("mini.jsonl", "a") as file:
+        file.write('{"text": "More."}\n')
+    code, _, err = call(capsys, "a.toml")
+    assert (code, err) == (
+        2,
+        "error: r/split was made with other settings or from other files; name another run.folder\n",
+    )
+
+
+def test_two_processes_cannot_write_one_part(small):
+    cfg = misbehave.settings(small)
+    inner = []
+
+    def write(batch):
+        if not inner:
+            inner.append(start(small, "out", small / "calls.txt"))
+            inner[0].wait()
+        return list(map(misbehave.reply, batch))
+
+    assert misbehave.annotated(cfg, write) == 0
+    assert b"another process works on this part" in inner[0].stderr.read()
+
+
+def test_what_nobody_answered_is_asked_again_and_its_calls_are_counted_once(small):
+    cfg, down = misbehave.settings(small), [True]
+    seen = Counter()
+
+    def write(batch):
+        seen["calls"] += 1
+        if down[0] and seen["calls"] % 5 == 0:
+            raise annotators.Unanswered("HTTP 503")
+        seen["answered"] += 1
+        return list(map(misbehave.reply, batch))
+
+    with pytest.raises(UserError, match=r"HTTP 503 .*the same command goes on"):
+        misbehave.annotated(cfg, write)
+    part_way = json.loads((small / "out" / "report.json").read_text())
+    assert part_way["finished"] == 0
+    assert part_way["calls"] == seen["answered"]
+    down[0] = False
+    assert misbehave.annotated(cfg, write) == 0
+    assert json.loads((small / "out" / "report.json").read_text())["calls"] == seen["answered"]
+    misbehave.annotated(misbehave.settings(small, out="whole"), lambda batch: list(map(misbehave.reply, batch)))
+    assert files(small / "out") == files(small / "whole")
+
+
+def test_an_endpoint_that_is_gone_ends_the_run_early(small):
+    calls = []
+
+    def write(batch):
+        calls.extend(batch)
+        raise annotators.Unanswered("timeout")
+
+    with pytest.raises(UserError, match="timeout"):
+        misbehave.annotated(misbehave.settings(small), write, workers=3)
+    assert len(calls) < 40

@@ -1,0 +1,293 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import misbehave
+import pytest
+
+from thinkmid.augment import endpoint
+from thinkmid.augment.annotators import Unanswered
+from thinkmid.augment.endpoint import Endpoint, EndpointConfig
+from thinkmid.errors import UserError
+
+pytest.importorskip("openai")
+KEY = "sk-not-for-any-log"
+
+
+def completion(text, finish="stop", **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice], **more}).encode()
+
+
+USAGE = {"usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}}
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Prompts are "behave: NAME"; any other is an annotation, answered by the script after server.delay_s."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        with server.lock:
+            server.calls[prompt] += 1
+            first = server.calls[prompt] == 1
+            server.now += 1
+            server.most = max(server.most, server.now)
+            server.last = self.headers, body
+        try:
+            self.answer(prompt.removeprefix("behave: "), first) if prompt.startswith("behave: ") else self.annotate(
+                prompt
+            )
+        except OSError:
+            self.close_connection = True
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def annotate(self, prompt):
+        time.sleep(self.server.delay_s)
+        reply = misbehave.reply(prompt)
+        usage = {"usage": {"prompt_tokens": len(prompt), "completion_tokens": 5}}
+        self.send(completion(reply.text, "length" if reply.cut else "stop", **usage))
+
+    def answer(self, name, first):
+        if name == "busy" and first:
+            self.send(b"{}", 429, {"Retry-After": "0.3"})
+        elif name == "broken" and first:
+            self.send(b"<html>gateway</html>")
+        elif name == "half" and first:
+            self.send(completion("x")[:-9])
+        elif name.isdecimal():
+            self.send(b'{"error": {"message": "%s"}}' % KEY.encode(), int(name))
+        elif name == "hang" or (name == "slow once" and first):
+            self.server.over.wait(20)
+            self.close_connection = True
+        elif name == "trickle":
+            self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+            while not self.server.over.wait(0.05):
+                self.connection.sendall(b" ")
+        elif name == "cut":
+            self.send(completion("half an ans", "length"))
+        elif name == "null":
+            self.send(completion(None))
+        else:
+            self.send(completion(f"said {name}", **USAGE))
+
+    def send(self, data, status=200, headers=()):
+        self.send_response(status)
+        for header, value in dict(headers).items():
+            self.send_header(header, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request, address):
+        assert isinstance(sys.exception(), (OSError, ValueError)), sys.exception()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server(("127.0.0.1", 0), Stub)
+    server.calls, server.last, server.over, server.lock = Counter(), None, threading.Event(), threading.Lock()
+    server.now, server.most, server.delay_s = 0, 0, 0.0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def make(server):
+    made = []
+
+    def make(**options):
+        options = {"url": server.url, "model": "m", "timeout_s": 5.0, "retries": 2, "pause_s": 0.01} | options
+        made.append(Endpoint(EndpointConfig(**options), f" {KEY}\n"))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def test_replies_come_in_order_with_their_tokens(make, server):
+    found = make()([f"behave: {n}x" for n in range(20)])
+    assert [reply.text for reply in found] == [f"said {n}x" for n in range(20)]
+    assert {(r.prompt_tokens, r.written_tokens, r.cut, r.fault) for r in found} == {(11, 7, False, "")}
+    headers, body = server.last
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.8, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("busy", "HTTP 429"), ("broken", "answer is not JSON"), ("half", "answer is not JSON"), ("slow once", "timeout")],
+)
+def test_what_passes_is_tried_again_and_counted(make, server, name, reason):
+    client = make(timeout_s=0.5 if "slow" in name else 5.0)
+    began = time.monotonic()
+    [reply] = client([f"behave: {name}"])
+    assert reply.text == f"said {name}"
+    assert server.calls[f"behave: {name}"] == 2
+    assert client.failures == {reason: 1}
+    if name == "busy":
+        assert time.monotonic() - began >= 0.3  # as long as Retry-After asked for
+
+
+@pytest.mark.parametrize(("name", "reason"), [("500", "HTTP 500"), ("hang", "timeout"), ("trickle", "timeout")])
+def test_what_does_not_pass_is_unanswered_after_its_tries_and_no_deadline_is_missed(make, server, name, reason):
+    client = make(timeout_s=0.4)
+    began = time.monotonic()
+    with pytest.raises(Unanswered, match=reason):
+        client([f"behave: {name}"])
+    assert time.monotonic() - began < 3
+    assert server.calls[f"behave: {name}"] == 3
+    assert client.failures == {reason: 3}
+
+
+def test_pauses_grow(make, monkeypatch):
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
+    began = time.monotonic()
+    with pytest.raises(Unanswered):
+        make(pause_s=0.1, retries=3)(["behave: 503"])
+    # 0.1 + 0.2 + 0.4, each by the largest factor of 1.5
+    assert 1.05 <= time.monotonic() - began < 3
+
+
+def test_nobody_listening_is_unanswered(make):
+    with pytest.raises(Unanswered, match="no connection"):
+        make(url="http://127.0.0.1:9/v1")(["behave: x"])
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_a_wrong_key_or_model_is_the_users_mistake_only_while_nothing_was_answered(make, server, status):
+    client = make()
+    with pytest.raises(UserError) as error:
+        client([f"behave: {status}"])
+    assert str(error.value) == f"endpoint.url {server.url} answers HTTP {status} for model 'm'"
+    client(["behave: well"])
+    assert client([f"behave: {status}"])[0].fault == f"HTTP {status}"
+
+
+def test_a_prompt_that_is_refused_is_not_asked_again(make, server):
+    [reply] = make()(["behave: 400"])
+    assert (reply.text, reply.fault) == ("", "HTTP 400")
+    assert server.calls["behave: 400"] == 1
+
+
+def test_a_cut_answer_and_an_empty_one_say_so(make):
+    cut, null = make()(["behave: cut", "behave: null"])
+    assert (cut.text, cut.cut) == ("half an ans", True)
+    assert (null.text, null.cut) == ("", False)
+
+
+def test_close_ends_what_is_on_its_way(make):
+    client = make(timeout_s=30.0)
+    found = []
+
+    def wait():
+        try:
+            client(["behave: hang"])
+        except Unanswered as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    client.close()
+    thread.join(5)
+    assert found == ["closed"]
+    assert time.monotonic() - began < 2
+    with pytest.raises(Unanswered, match="closed"):
+        client(["behave: x"])
+
+
+CONFIG = """
+run = {folder = "r", parts = 3, progress_s = 0.2}
+data = {paths = ["corpus.jsonl"]}
+chunks = {tokenizer = "tokenizer", max_tokens = 24}
+annotator = {retries = 1}
+split = {sft = 0.5, rl = 0.4, heldout = 0.1}
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    misbehave.write_world(tmp_path, chars=40_000)
+    Path("a.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def start(server, *more):
+    flags = ["--endpoint.url", server.url, "--endpoint.model", "m", "--endpoint.workers", "8", *more]
+    command = [sys.executable, "-m", "thinkmid.augment.annotate", "a.toml", *flags]
+    env = os.environ | {"OPENAI_API_KEY": KEY}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def num_lines():
+    return sum(path.read_bytes().count(b"\n") for path in Path("r/journal").glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_the_program_at_an_endpoint_killed_and_stopped_ends_as_if_undisturbed(world, server):
+    server.delay_s = 0.02
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)):
+        process, wanted = start(server), num_lines() + 40
+        while process.poll() is None and num_lines() < wanted:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (code, "")
+    assert "stopped; the same command goes on" in out
+    process = start(server, "--endpoint.price_written", "2.0")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert re.search(r"documents read, \d+ chunks \(\d+ refused\), [\d.]+ chunks/s", out)
+    assert server.most == 8
+    report = json.loads(Path("r/report.json").read_text())
+    misbehave.annotated(misbehave.settings(world), lambda batch: list(map(misbehave.reply, batch)))
+    files = list(Path("out").glob("*-*/part-*.jsonl"))
+    assert len(files) == 3 * 2 * 3
+    assert all(Path("r", *path.parts[1:]).read_bytes() == path.read_bytes() for path in files)
+    asked = json.loads(Path("out/report.json").read_text())
+    for name in ("chunks", "accepted", "refused", "refused_by", "retried_by", "splits"):
+        assert report[name] == asked[name]
+    assert report["written_tokens"] == 5 * report["calls"]
+    assert report["cost"] == pytest.approx(report["written_tokens"] * 2e-6, abs=1e-4)
+    # what was on its way when the run ended is asked again, nothing else: 8 at a time, 2 tries each; a first try that
+    # was answered before a signal is counted both times
+    assert asked["calls"] <= report["calls"] <= server.calls.total() <= asked["calls"] + 3 * 8 * 2
+    assert not any(KEY in path.read_text() for path in Path("r").rglob("*.json*"))
+
+
+def test_a_wrong_key_ends_the_program_with_one_line(world, server, monkeypatch):
+    monkeypatch.setattr(Stub, "annotate", lambda self, prompt: self.send(b"{}", 401))
+    process = start(server, "--endpoint.url", server.url + "/404")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert err == f"error: endpoint.url {server.url}/404 answers HTTP 401 for model 'm'\n"

@@ -1,0 +1,132 @@
+"""Annotators: chunks in, outcomes out. By the miniature's rules, or by a model: asked, checked, asked again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from thinkmid.augment import insert, prompts, rewrite, weave
+from thinkmid.augment.check import ACTION, Refused, accept
+from thinkmid.mini import annotator as mini
+
+STRATEGIES = {"insert": insert, "rewrite": rewrite}
+SAID = 400  # characters of a refused answer that are kept
+
+
+class Unanswered(Exception):
+    """The model could not be reached: says nothing about the chunk, which stays to be done."""
+
+
+class Reply(NamedTuple):
+    """What a model wrote for one prompt."""
+
+    text: str
+    prompt_tokens: int = 0  # 0 where nobody told
+    written_tokens: int = 0
+    fault: str = ""  # the endpoint will not answer this prompt, however often it is asked
+    cut: bool = False  # ended by its budget
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of one chunk: text with thoughts, or why it was refused, or why nobody answered."""
+
+    text: str | None = None
+    refused: str = ""
+    failed: str = ""
+    said: str = ""  # beginning of the last answer that was refused
+    calls: int = 0
+    prompt_tokens: int = 0
+    written_tokens: int = 0
+    retried: Counter = field(default_factory=Counter)  # reasons for which an answer was asked for again
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorConfig:
+    """Who writes the thoughts."""
+
+    kind: Literal["rules", "openai"] = "openai"  # the miniature's rules, or a model behind an endpoint
+    strategy: Literal["insert", "rewrite"] = "insert"  # model names places and thoughts, or returns the text with them
+    page: Literal["plain", "qa"] = "plain"  # prompt: for documents, or for pages of questions and answers
+    retries: int = 2  # further tries of a chunk whose answer was refused
+    min_thoughts: int = 1  # a chunk with fewer is refused
+    max_thought: int = 4000  # characters of the longest thought
+
+    def __post_init__(self):
+        for name, low in (("retries", 0), ("min_thoughts", 0), ("max_thought", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+
+def from_write(write: Callable[[list[str]], list[str]]) -> Callable[[list[str]], list[Reply]]:
+    """Any engine in process: a function from prompts to texts becomes one from prompts to replies."""
+    return lambda asked: list(map(Reply, write(asked)))
+
+
+def by_rules(chunks: Sequence[str], cfg: AnnotatorConfig) -> list[Outcome]:
+    """Thoughts by the rules of the miniature world, no calls."""
+    outcomes = [Outcome(refused=unfit(chunk, cfg)) for chunk in chunks]
+    for chunk, out in zip(chunks, outcomes, strict=True):
+        if not out.refused:
+            judge(out, chunk, cfg, lambda chunk=chunk: mini.annotate(chunk))
+    return outcomes
+
+
+def by_model(chunks: Sequence[str], cfg: AnnotatorConfig, write: Callable[[list[str]], list[Reply]]) -> list[Outcome]:
+    """Thoughts by a model. write gets the prompts of all chunks, then of those whose answer was refused, and so on.
+
+    Where write raises Unanswered the outcomes say so.
+    """
+    strategy, outcomes = STRATEGIES[cfg.strategy], [Outcome(refused=unfit(chunk, cfg)) for chunk in chunks]
+    first = {i: strategy.ask(chunks[i], cfg.page) for i, out in enumerate(outcomes) if not out.refused}
+    asked = dict(first)
+    for _ in range(cfg.retries + 1):
+        try:
+            replies = write(list(asked.values())) if asked else []
+        except Unanswered as error:
+            for i in asked:
+                outcomes[i].failed = str(error)
+            break
+        for i, reply in zip(list(asked), replies, strict=True):
+            out = outcomes[i]
+            count(out, reply)
+            judge(out, chunks[i], cfg, lambda i=i, reply=reply: strategy.read(chunks[i], complete(reply)))
+            out.said = reply.text[:SAID] if out.refused else ""
+            if out.refused and not reply.fault:
+                asked[i] = prompts.again(first[i], out.refused)
+            else:
+                del asked[i]
+    return outcomes
+
+
+def unfit(chunk: str, cfg: AnnotatorConfig) -> str:
+    """Why a chunk is not even asked about, or ""."""
+    if not chunk.strip():
+        return "blank"
+    tags = ACTION if cfg.kind != "rules" and cfg.strategy == "rewrite" else weave.TAG
+    return "tags in the text" if tags.search(chunk) else ""
+
+
+def count(out: Outcome, reply: Reply) -> None:
+    if out.refused:
+        out.retried[out.refused] += 1
+    out.calls += 1
+    out.prompt_tokens += reply.prompt_tokens
+    out.written_tokens += reply.written_tokens
+
+
+def complete(reply: Reply) -> str:
+    if reply.fault or reply.cut:
+        raise Refused(reply.fault or "cut off")
+    return reply.text
+
+
+def judge(out: Outcome, chunk: str, cfg: AnnotatorConfig, woven: Callable[[], str]) -> None:
+    """Write into the outcome the woven text if it passes the last gate, else the reason."""
+    try:
+        out.text = accept(chunk, woven(), min_thoughts=cfg.min_thoughts, max_thought=cfg.max_thought)
+        out.refused = ""
+    except Refused as error:
+        out.text, out.refused = None, str(error)

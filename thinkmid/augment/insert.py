@@ -1,0 +1,66 @@
+"""Insert-only: the model names places and thoughts. It never writes the text, so it cannot change it."""
+
+from __future__ import annotations
+
+import re
+
+from thinkmid.augment import prompts, weave
+from thinkmid.augment.check import Refused, answer, normalise
+from thinkmid.text import SENTENCE
+
+ENTRY = re.compile(r"^@(\d{1,9})[ \t:]*(.*)$")
+
+
+def places(chunk: str) -> list[int]:
+    """Character offsets before which a thought may stand: 0, then every end of a sentence or line inside the text."""
+    last = len(chunk.rstrip())
+    first = len(chunk) - len(chunk.lstrip())
+    return [0, *(match.end() for match in SENTENCE.finditer(chunk) if first < match.end() < last)]
+
+
+def show(chunk: str) -> str:
+    """The chunk with its places numbered from 1."""
+    at = places(chunk)
+    return "".join(f"⟦{k}⟧{chunk[a:b]}" for k, (a, b) in enumerate(zip(at, [*at[1:], len(chunk)], strict=True), 1))
+
+
+def ask(chunk: str, page: str) -> str:
+    return prompts.ask(page, "insert", show(chunk))
+
+
+def read(chunk: str, reply: str) -> str:
+    """The chunk with the reply's thoughts. Refused by reason."""
+    at, found, seen = places(chunk), [], set()
+    for number, thought in entries(answer(reply)):
+        if not 1 <= number <= len(at):
+            raise Refused("no such place")
+        if number in seen:
+            raise Refused("two thoughts at one place")
+        seen.add(number)
+        found.append((at[number - 1], bare(thought)))
+    return weave.insert(chunk, found)
+
+
+def entries(body: str) -> list[tuple[int, str]]:
+    """(number, thought) of an answer; a thought may take several lines."""
+    found: list[tuple[int, list[str]]] = []
+    for line in body.split("\n"):
+        if entry := ENTRY.match(line.strip()):
+            found.append((int(entry[1]), [entry[2]]))
+        elif found:
+            found[-1][1].append(line)
+        elif line.strip():
+            raise Refused("text before the first place")
+    return [(number, "\n".join(lines).strip()) for number, lines in found]
+
+
+def bare(thought: str) -> str:
+    """A thought without the pair of tags that the model may have put around it."""
+    match weave.split(normalise(thought)):
+        case [(True, inner)]:
+            return inner.strip()
+        case [(False, inner)]:
+            return inner
+        case []:
+            raise Refused("empty thought")
+    raise Refused("tags inside a thought")

@@ -1,0 +1,56 @@
+"""How far a process is with its chunks: counts, rates, a line every so often."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from thinkmid.augment.annotators import Outcome
+from thinkmid.log import plain
+
+
+@dataclass
+class Progress:
+    """What this process has done, said every so often."""
+
+    title: str
+    total: int  # documents
+    every_s: float
+    began: float = field(default_factory=time.monotonic)
+    said: float = field(default_factory=time.monotonic)
+    documents: int = 0
+    chunks: int = 0
+    refused: int = 0
+    written_tokens: int = 0
+    unanswered: dict[str, int] = field(default_factory=dict)
+    since_answer: int = 0  # chunks that nobody answered, in a row
+
+    def count(self, outcome: Outcome) -> None:
+        self.written_tokens += outcome.written_tokens
+        if outcome.failed:
+            self.unanswered[outcome.failed] = self.unanswered.get(outcome.failed, 0) + 1
+            self.since_answer += 1
+        else:
+            self.chunks, self.refused, self.since_answer = self.chunks + 1, self.refused + bool(outcome.refused), 0
+
+    def row(self) -> dict:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rates = {"chunks_per_s": self.chunks / seconds, "written_tokens_per_s": self.written_tokens / seconds}
+        about = {"seconds": seconds, "chunks": self.chunks, **rates}
+        return {name: round(value, 3) for name, value in about.items()} | {"unanswered": self.unanswered}
+
+    def line(self) -> str:
+        row = self.row()
+        unanswered = f", {sum(self.unanswered.values())} unanswered" if self.unanswered else ""
+        return (
+            f"{self.documents}/{self.total} documents read, {self.chunks} chunks ({self.refused} refused{unanswered}), "
+            f"{row['chunks_per_s']:.1f} chunks/s, {row['written_tokens_per_s']:.0f} tokens/s written"
+        )
+
+    def due(self) -> bool:
+        if due := time.monotonic() - self.said >= self.every_s:
+            self.said = time.monotonic()
+        return due
+
+    def say(self, text: str) -> None:
+        print(plain(f"{self.title}: {text}"), flush=True)

@@ -1,0 +1,46 @@
+"""Rewrite-and-verify: the model returns the text with thoughts in it; where they stand is taken, its text never is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from thinkmid.augment import prompts, weave
+from thinkmid.augment.check import Refused, answer, normalise
+
+SPACELESS = "\u2e80"  # from here on, scripts that put no spaces between words
+
+
+def ask(chunk: str, page: str) -> str:
+    return prompts.ask(page, "rewrite", chunk.strip())
+
+
+def read(chunk: str, reply: str) -> str:
+    """The chunk with the reply's thoughts, each right after the same visible character as in the reply.
+
+    Models lose and add white space around tags, so that is not compared; it comes from the chunk like all the rest.
+    The chunk must hold no action tags. Refused by reason: any other difference is "altered text".
+    """
+    pieces = weave.split(normalise(answer(reply)))
+    if visible("".join(piece for is_thought, piece in pieces if not is_thought)) != visible(chunk):
+        raise Refused("altered text")
+    ends = [0, *(i + 1 for i, letter in enumerate(chunk) if not letter.isspace())]
+    thoughts, passed = [], 0
+    for is_thought, piece in pieces:
+        if is_thought:
+            thoughts.append((ends[passed], piece.strip()))
+        else:
+            passed += len(visible(piece))
+    if any(a == b for (a, _), (b, _) in pairwise(thoughts)):
+        raise Refused("two thoughts at one place")
+    if any(inside_word(chunk, at) for at, _ in thoughts):
+        raise Refused("inside a word")
+    return weave.insert(chunk, thoughts)
+
+
+def visible(text: str) -> str:
+    return "".join(text.split())
+
+
+def inside_word(text: str, at: int) -> bool:
+    around = text[at - 1 : at + 1] if at else ""
+    return len(around) == 2 and around.isalnum() and around[1] < SPACELESS

@@ -1,0 +1,213 @@
+"""Parts of the output: finished chunks in a journal that survives a kill, then files that are whole or absent.
+
+    journal/part-0003.jsonl   a line for each finished chunk, in the order in which they were finished; append-only
+    sft-think/part-0003.jsonl sft-raw/... rl-think/... rl-raw/... heldout-think/... heldout-raw/...
+                              {"id", "text"} in source order: with thoughts, and the same chunks without
+    parts/part-0003.json      counts, and sha256 of those files; written last
+    manifest.json             every file with sha256, once all parts are finished
+
+A part belongs to a document by the document's hash, so it holds the same rows whoever made it, and when.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from thinkmid.augment import weave
+from thinkmid.augment.split import SPLITS
+from thinkmid.errors import UserError
+from thinkmid.log import write_whole
+from thinkmid.text import Text
+
+
+class Chunk(NamedTuple):
+    """A chunk's place: which document, which of its chunks."""
+
+    key: str  # of the document
+    number: int
+
+
+class Placed(NamedTuple):
+    """A document in a part, for the order of rows."""
+
+    key: str
+    id: str
+    split: str
+    num_chunks: int
+
+
+def part_of(key: str, parts: int) -> int:
+    """The part that a document belongs to; key is hexadecimal."""
+    return int(key[:16], 16) % parts
+
+
+class Journal:
+    """The finished chunks of one part. One process at a time; UserError if another one holds it.
+
+    A line is one write: a process killed at any time leaves whole lines. What a crash of the machine tears off at the
+    end is cut; the chunk is done again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise UserError(f"{path}: another process works on this part") from None
+        os.ftruncate(self._fd, path.read_bytes().rfind(b"\n") + 1)
+        try:
+            self.done = {place(row) for row in self.rows() if finished(row)}
+        except UserError:
+            os.close(self._fd)
+            raise
+
+    def rows(self) -> list[dict]:
+        """All rows, oldest first. UserError names a line that is no row."""
+        with self.path.open("rb") as file:
+            return [self._row(number, line) for number, line in enumerate(file, start=1)]
+
+    def _row(self, number: int, line: bytes) -> dict:
+        try:
+            row = json.loads(line)
+            place(row)
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.path}:{number}: damaged; delete the line, its chunk is done again") from None
+        return row
+
+    def add(self, row: dict) -> None:
+        """Write down a chunk. UserError if the disk does not take it."""
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            written = os.write(self._fd, line)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if written < len(line):
+            raise UserError(f"{self.path}: cannot be written (disk full?)")
+        if finished(row):
+            self.done.add(place(row))
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def place(row: dict) -> Chunk:
+    return Chunk(row["key"], row["chunk"])
+
+
+def finished(row: dict) -> bool:
+    """Accepted or refused; what nobody answered is written down for its costs only."""
+    return "text" in row or "refused" in row
+
+
+def tally(rows: Iterable[dict]) -> dict:
+    """What the rows of a journal cost and came to."""
+    counts: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    retried: Counter[str] = Counter()
+    for row in rows:
+        counts.update({name: row.get(name, 0) for name in ("calls", "prompt_tokens", "written_tokens")})
+        counts.update(chunks=finished(row), accepted="text" in row, refused="refused" in row)
+        refused.update([row["refused"]] if "refused" in row else [])
+        retried.update(row.get("retried", {}))
+    return {**counts, "refused_by": dict(sorted(refused.items())), "retried_by": dict(sorted(retried.items()))}
+
+
+def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text: Text) -> dict:
+    """The files of a part whose chunks are all finished, its status last. Returns the status."""
+    rows = journal.rows()
+    accepted = {place(row): row["text"] for row in rows if "text" in row}
+    files, splits = {}, {}
+    for name in SPLITS:
+        documents = [doc for doc in order if doc.split == name]
+        # by place: two documents may have the same id
+        ids = {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
+        woven = {at: accepted[at] for at in ids if at in accepted}
+        pieces = {at: weave.split(chunk) for at, chunk in woven.items()}
+        raw = {at: "".join(piece for is_thought, piece in found if not is_thought) for at, found in pieces.items()}
+        splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), text)
+        for kind, chunks in (("think", woven), ("raw", raw)):
+            path = f"{name}-{kind}/part-{part:04d}.jsonl"
+            lines = [json.dumps({"id": ids[at], "text": chunk}) + "\n" for at, chunk in chunks.items()]
+            write_whole(folder / path, "".join(lines))
+            files[path] = {"rows": len(lines), "sha256": digest(folder / path)}
+    status = {"finished": True, "counts": tally(rows), "splits": splits, "files": files}
+    write_status(folder, part, status)
+    return status
+
+
+def sizes(documents: list[Placed], pieces: list, bare: list[str], text: Text) -> dict[str, int]:
+    """Rows and tokens of a split: with thoughts as SFT reads them, and of the raw control."""
+    woven = text.encode_woven_many(pieces)
+    return {
+        "documents": len(documents),
+        "rows": len(bare),
+        "thoughts": sum(is_thought for found in pieces for is_thought, _ in found),
+        "raw_tokens": sum(map(len, text.encode_many(bare))),
+        "think_tokens": sum(len(tokens) for tokens, _ in woven),
+        "thought_tokens": sum(sum(mask) for _, mask in woven),
+    }
+
+
+def status_path(folder: Path, part: int) -> Path:
+    return folder / "parts" / f"part-{part:04d}.json"
+
+
+def write_status(folder: Path, part: int, status: dict) -> None:
+    write_whole(status_path(folder, part), json.dumps(status, indent=1) + "\n")
+
+
+def read_status(folder: Path, part: int) -> dict:
+    """The status of a part, {} if it has none."""
+    try:
+        status = json.loads(status_path(folder, part).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def is_whole(folder: Path, part: int) -> bool:
+    """The part is finished and its files are what it says."""
+    status = read_status(folder, part)
+    files = status.get("files", {}).items()
+    return bool(status.get("finished")) and all(
+        (folder / name).is_file() and digest(folder / name) == file["sha256"] for name, file in files
+    )
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def merge(folder: Path, parts: int) -> dict:
+    """The sum of what the parts say about themselves; manifest.json too if all of them are finished."""
+    found = [read_status(folder, part) for part in range(parts)]
+    total = {"parts": parts, "finished": sum(bool(status.get("finished")) for status in found)}
+    total |= add([status.get("counts", {}) for status in found])
+    if total["finished"] == parts:
+        files = {name: file for status in found for name, file in status["files"].items()}
+        manifest = {"parts": parts, "files": dict(sorted(files.items()))}
+        write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return total | {"splits": add([status.get("splits", {}) for status in found])}
+
+
+def add(trees: list[dict]) -> dict:
+    """The sum of trees of numbers, key by key."""
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    out = {}
+    for name in names:
+        values = [tree[name] for tree in trees if name in tree]
+        out[name] = add(values) if isinstance(values[0], dict) else sum(values)
+    return out

@@ -1,0 +1,247 @@
+"""Which documents are for SFT, for RL, held out or left out: decided by hash, checked by n-grams, written down.
+
+split/documents.jsonl   {"id", "sha256", "split"} of every document in source order; "dropped" says why it is left out
+split/manifest.json     counts, settings, source files, sha256 of documents.jsonl; written last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b, sha256
+from pathlib import Path
+
+import numpy as np
+
+from thinkmid.data.source import Document, data_files, read_documents, read_rows
+from thinkmid.errors import UserError
+from thinkmid.log import write_whole
+
+SPLITS = ("heldout", "rl", "sft")  # of two near-duplicates that are apart, the one named earlier stays
+SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts in which each character counts as a word
+WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
+PRIME = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Shares of the documents, and what is left out of them."""
+
+    sft: float = 0.495
+    rl: float = 0.495
+    heldout: float = 0.01
+    seed: int = 0
+    ngram: int = 13  # words of the n-grams that are compared; case and punctuation do not count
+    near: float = 0.5  # a document is left out if this share of its n-grams stands in another split; 0: no check
+    sample: int = 1  # keep one n-gram in so many for that check: 8 bytes each; raise it for billions of words
+    evals: tuple[str, ...] = ()  # evaluation sets: a document that shares an n-gram with one is left out
+    eval_fields: tuple[str, ...] = ("question", "problem", "text")  # of their rows, those that are there
+    eval_words: int = 8  # an evaluation text shorter than ngram is looked for whole; with fewer words than this, not
+
+    def __post_init__(self):
+        shares = (self.sft, self.rl, self.heldout)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"sft, rl and heldout must be 0 or more and sum to 1, got {shares}")
+        for name, low in (("seed", 0), ("ngram", 1), ("sample", 1), ("eval_words", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.near <= 1:
+            raise ValueError(f"near must lie in [0, 1], got {self.near}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The decision, as far as the annotator needs it."""
+
+    cfg: SplitConfig
+    dropped: frozenset[str]  # keys of documents that are left out
+    documents: int  # read, the ones left out included
+
+
+def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
+    """The split in folder; made if it is not there, while other processes wait.
+
+    UserError: it was made with other settings or from other files.
+    """
+    wanted = {"settings": json.loads(json.dumps(dataclasses.asdict(cfg))), "sources": sources([*paths, *cfg.evals])}
+    with locked(folder / "split" / ".lock"):
+        manifest = read_manifest(folder / "split")
+        if manifest is None:
+            manifest = make(folder / "split", paths, cfg, wanted)
+    if manifest | wanted != manifest:
+        raise UserError(f"{folder}/split was made with other settings or from other files; name another run.folder")
+    rows = (json.loads(line) for line in (folder / "split" / "documents.jsonl").open(encoding="utf-8"))
+    # a copy has the key of a document before it, which may stay
+    dropped = frozenset(row["sha256"] for row in rows if row.get("dropped", "copy") != "copy")
+    return Split(cfg=cfg, dropped=dropped, documents=manifest["documents"])
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest, if it is there and the list is what it says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        listed = (folder / "documents.jsonl").read_bytes()
+    except (OSError, ValueError):
+        return None
+    same = isinstance(manifest, dict) and sha256(listed).hexdigest() == manifest.get("sha256")
+    return manifest if same else None
+
+
+def sources(paths: Iterable[str]) -> list[list]:
+    """[file, bytes] of every file that is read."""
+    return [[str(file), file.stat().st_size] for path in paths for file in data_files(Path(path))]
+
+
+def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: dict) -> dict:
+    pools, about = evaluation(cfg)
+    rows, kept = first_pass(read_documents(paths), cfg, pools)
+    near_duplicates(rows, kept, cfg)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
+    for name, counts in about.items():
+        counts["documents"] = dropped.get(f"evaluation: {name}", 0)
+    manifest = wanted | {
+        "documents": len(rows),
+        "splits": {name: sum(row["split"] == name and "dropped" not in row for row in rows) for name in SPLITS},
+        "dropped": dict(sorted(dropped.items())),
+        "evaluation": about,
+        "sha256": sha256(lines.encode()).hexdigest(),
+    }
+    write_whole(folder / "documents.jsonl", lines)
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def first_pass(
+    documents: Iterable[Document], cfg: SplitConfig, pools: dict[str, dict[int, np.ndarray]]
+) -> tuple[list[dict], dict[int, np.ndarray]]:
+    """A row for each document, and the sampled n-grams of those that are still in, by row number."""
+    rows: list[dict] = []
+    kept: dict[int, np.ndarray] = {}
+    seen: dict[bytes, str] = {}
+    for doc in documents:
+        row = {"id": doc.id, "sha256": key(doc.text), "split": assign(doc.text, cfg)}
+        fold, words = folded(doc.text), split_words(doc.text)
+        if fold in seen:
+            row["dropped"] = "copy" if seen[fold] == row["sha256"] else "same words"
+        elif found := overlap(words, pools):
+            row["dropped"] = f"evaluation: {found}"
+        elif cfg.near:
+            hashes = grams(words, cfg.ngram)
+            kept[len(rows)] = np.unique(hashes[hashes % np.uint64(cfg.sample) == 0])
+        seen.setdefault(fold, row["sha256"])
+        rows.append(row)
+    return rows, kept
+
+
+def near_duplicates(rows: list[dict], kept: dict[int, np.ndarray], cfg: SplitConfig) -> None:
+    """Mark those whose n-grams stand, to the share cfg.near, in the documents of the splits named earlier in SPLITS."""
+    pool = np.empty(0, np.uint64)
+    for name in SPLITS:
+        mine = [i for i in kept if rows[i]["split"] == name]
+        for i in mine:
+            if len(kept[i]) and among(kept[i], pool).mean() >= cfg.near:
+                rows[i]["dropped"] = "near-duplicate"
+        pool = np.unique(np.concatenate([pool, *(kept[i] for i in mine if "dropped" not in rows[i])]))
+
+
+def evaluation(cfg: SplitConfig) -> tuple[dict[str, dict[int, np.ndarray]], dict[str, dict]]:
+    """{file: {words of an n-gram: sorted hashes}}, and for the manifest how many texts each file has.
+
+    UserError names a row without any of cfg.eval_fields.
+    """
+    pools: dict[str, dict[int, np.ndarray]] = {}
+    about: dict[str, dict] = {}
+    for file in (file for path in cfg.evals for file in data_files(Path(path))):
+        found: dict[int, list[np.ndarray]] = {}
+        about[str(file)] = counts = {"texts": 0, "too_short": 0}
+        for where, row in read_rows([file]):
+            texts = [row[name] for name in cfg.eval_fields if isinstance(row.get(name), str)]
+            if not texts:
+                raise UserError(f"{where}: none of {', '.join(cfg.eval_fields)} is a string here (split.eval_fields)")
+            for words in map(split_words, texts):
+                n = min(cfg.ngram, len(words))
+                short = n < min(cfg.eval_words, cfg.ngram)
+                counts["texts"] += 1
+                counts["too_short"] += short
+                if not short:
+                    found.setdefault(n, []).append(grams(words, n))
+        pools[str(file)] = {n: np.unique(np.concatenate(hashes)) for n, hashes in found.items()}
+    return pools, about
+
+
+def overlap(words: list[str], pools: dict[str, dict[int, np.ndarray]]) -> str | None:
+    """The first evaluation file that shares an n-gram with these words."""
+    ids = word_ids(words)
+    mine = {n: windows(ids, n) for n in {n for pool in pools.values() for n in pool} if n <= len(words)}
+    for name, pool in pools.items():
+        if any(among(mine[n], hashes).any() for n, hashes in pool.items() if n in mine):
+            return name
+    return None
+
+
+def key(text: str) -> str:
+    """What a document is called wherever it must be the same text exactly."""
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def folded(text: str) -> bytes:
+    """Equal for texts that differ in case, white space and punctuation only."""
+    told = " ".join(split_words(text)) or text
+    return blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def assign(text: str, cfg: SplitConfig) -> str:
+    """The split of a text: depends on its words and the seed, on nothing else."""
+    hashed = blake2b(folded(text), digest_size=8, key=str(cfg.seed).encode()[:64]).digest()
+    draw = int.from_bytes(hashed, "little") / 2**64
+    return "sft" if draw < cfg.sft else "rl" if draw < cfg.sft + cfg.rl else "heldout"
+
+
+def split_words(text: str) -> list[str]:
+    return WORD.findall(text.casefold())
+
+
+def grams(words: list[str], n: int) -> np.ndarray:
+    """Hashes of all runs of n words, (max(1, W-n+1),) uint64; a shorter text is one run."""
+    return windows(word_ids(words), min(n, len(words))) if words else np.empty(0, np.uint64)
+
+
+def windows(ids: np.ndarray, n: int) -> np.ndarray:
+    """Hashes of all runs of n >= 1 word ids, mixed so that their low bits may be sampled."""
+    out = np.full(len(ids) - n + 1, n, np.uint64)
+    for i in range(n):
+        out = (out ^ ids[i : i + len(out)]) * PRIME
+        out ^= out >> np.uint64(29)
+    return out
+
+
+def word_ids(words: list[str]) -> np.ndarray:
+    return np.fromiter(map(word_id, words), np.uint64, len(words))
+
+
+@lru_cache(1 << 20)
+def word_id(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def among(hashes: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """Which of the hashes stand in the sorted pool."""
+    if not len(pool):
+        return np.zeros(len(hashes), bool)
+    return pool[np.minimum(np.searchsorted(pool, hashes), len(pool) - 1)] == hashes
