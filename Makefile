@@ -1,5 +1,6 @@
 # make rlmt   the main job in miniature: corpus, base, SFT, RL mid-training, curves; minutes on two CPU cores
 # make test   the test suite
+# make mini   the paper's rows in miniature: every stage, before and after RLPT, one table; ten minutes
 # make rlmt-vllm   the same with vLLM inside two ranks and a model as judge, 20 steps
 # make test-vllm   the tests that need vLLM; both in an environment of its own, .venv-vllm, for it pins its own versions
 # make lint   ruff
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 RANKS ?= 1
+SEEDS ?= 0
 THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
 
 PY := .venv/bin/python
@@ -18,7 +20,7 @@ VLLM_PY := .venv-vllm/bin/python
 VLLM_READY := .venv-vllm/.ready
 PIP := -m pip install -q --disable-pip-version-check
 
-.PHONY: rlmt rlmt-vllm test test-vllm lint setup clean
+.PHONY: rlmt mini rlmt-vllm test test-vllm lint setup clean
 
 rlmt: runs/mini-rlmt/export/thinkmid.json
 
@@ -37,6 +39,9 @@ runs/mini-base/export/thinkmid.json: runs/mini-data/manifest.json configs/mini-b
 runs/mini-data/manifest.json: $(READY)
 	$(PY) -m thinkmid.mini.make runs/mini-data
 	@touch $@
+
+mini: $(READY)
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m thinkmid.mini.sweep --seeds $(SEEDS)
 
 rlmt-vllm: runs/mini-vllm/export/thinkmid.json
 

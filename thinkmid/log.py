@@ -84,8 +84,8 @@ class Log:
         for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
             left.unlink(missing_ok=True)  # of a write_whole that was killed
         self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
-        self.metrics = _resume(self.folder / "metrics.jsonl", lambda row: row.get("step", 0) <= start_step)
-        self.events = _resume(self.folder / "events.jsonl", lambda row: True)
+        self.metrics = reopen(self.folder / "metrics.jsonl", lambda row: row.get("step", 0) <= start_step)
+        self.events = reopen(self.folder / "events.jsonl", lambda row: True)
         self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
 
@@ -165,8 +165,8 @@ def _lines(path: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def _resume(path: Path, wanted: Callable[[dict], bool]) -> Any:
-    """The file, opened for whole lines to be added, with only the wanted rows of the past."""
+def reopen(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> Any:
+    """A jsonl file, opened for whole lines to be added, with the wanted rows of the past; a torn last one is gone."""
     if path.exists():
         write_whole(path, "".join(line + "\n" for line, row in _lines(path) if wanted(row)))
     return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # each line reaches the system

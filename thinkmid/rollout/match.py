@@ -35,6 +35,11 @@ def first_sentence(text: str) -> str:
     return SENTENCE_END.split(text.strip(), maxsplit=1)[0]
 
 
+def numbers_of(text: str) -> list[Decimal]:
+    """Of its first sentence."""
+    return _numbers(first_sentence(text))
+
+
 def _numbers(text):
     return [Decimal(n.replace(",", "")).normalize() for n in NUMBER.findall(text)]
 

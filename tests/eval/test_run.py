@@ -1,0 +1,143 @@
+"""The program: draws, grades, sums up; goes on where it was stopped; grades again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from thinkmid import config
+from thinkmid.eval import generate, run
+from thinkmid.model import weights
+from thinkmid.text import Text, train_tokenizer
+from thinkmid.types import Sample
+
+QUESTIONS = [{"id": f"q{i}", "question": f"How many are {i} and {i + 1}?", "answer": str(2 * i + 1)} for i in range(12)]
+RIGHT = 7  # questions that the scripted model knows
+
+
+class Scripted:
+    """Right on the first RIGHT questions, in three of four samples; thinks for five tokens."""
+
+    def __init__(self, text):
+        self.text, self.drawn = text, []
+
+    def load_weights(self, named, version):
+        list(named)
+
+    def generate(self, prompts, seeds_P_G, sampling, stop=lambda: False):
+        assert len({s for (s,) in seeds_P_G}) == len(prompts)  # every sample has a seed of its own
+        for p, prompt in enumerate(prompts):
+            i, k = int(prompt.meta["id"][1:]), prompt.meta["sample"]
+            self.drawn.append((i, k))
+            said = 2 * i + 1 if i < RIGHT and k % 4 else 99
+            thought = self.text.encode("hm")
+            tokens = [*thought, *self.text.close_ids, *self.text.encode(f" They are {said}. Or 5.")]
+            n = len(tokens)
+            sample = Sample(
+                tokens=np.array(tokens, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="eos",
+                num_think=len(thought) + len(self.text.close_ids), version=0,
+            )  # fmt: skip
+            yield p, 0, sample
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    train_tokenizer([q["question"] for q in QUESTIONS], 280, tmp_path / "tokenizer")
+    text = Text.load(tmp_path / "tokenizer")
+    cfg = TINY.__class__(**{**TINY.__dict__, "vocab": text.vocab_size, "eos_ids": text.eos_ids, "max_positions": 256})
+    named = weights.stream(random_model(cfg))
+    weights.save(tmp_path / "model", cfg, named, dtype=torch.float32, extra_files=tmp_path / "tokenizer")
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    engine = Scripted(text)
+    monkeypatch.setattr(generate, "make_engine", lambda *_, **__: engine)
+    monkeypatch.chdir(tmp_path)
+    return engine
+
+
+FLAGS = [
+    *(
+        "--run.folder=out",
+        "--run.samples=4",
+        "--run.ks=1,4",
+        "--model.folder=model",
+        "--data.sets=own:questions=set.jsonl",
+    ),
+    *("--data.template=plain-think", "--verify.kind=first-sentence", "--sampling.max_think=20"),
+]
+
+
+def call(*flags):
+    with pytest.raises(SystemExit) as end:
+        config.run(run.main, [*FLAGS, *flags])
+    return end.value.code
+
+
+def results():
+    return json.loads(Path("out/results.json").read_text())
+
+
+def test_a_model_of_known_accuracy_gets_that_accuracy(world):
+    assert call() == 0
+    found = results()["sets"]["own"]
+    assert found["mean"] == pytest.approx(RIGHT * 3 / (len(QUESTIONS) * 4))
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["pass@4"] == pytest.approx(RIGHT / len(QUESTIONS))
+    assert found["maj@4"] == pytest.approx(RIGHT / len(QUESTIONS))
+    assert found["unparsed"] == found["truncated"] == found["unclosed"] == 0
+    assert found["mean_think"] == len(world.text.encode("hm")) + len(world.text.close_ids)
+    assert results()["mean"] == found["mean"]
+
+
+def test_what_is_there_is_not_drawn_again_and_a_torn_line_is(world):
+    assert call("--run.samples=2") == 0
+    assert len(world.drawn) == 2 * len(QUESTIONS)
+    assert call() == 0  # two more samples of each
+    assert len(world.drawn) == 4 * len(QUESTIONS)
+    whole = results()
+    (file,) = Path("out/generations").glob("*.jsonl")
+    file.write_text(file.read_text()[:-30])
+    assert call() == 0
+    assert len(world.drawn) == 4 * len(QUESTIONS) + 1
+    assert results() == whole
+
+
+def test_generations_are_graded_again_without_an_engine(world, capsys):
+    assert call() == 0
+    first, num = results(), len(world.drawn)
+    (file,) = Path("out/generations").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["text"] = row["text"].replace("99", "x")  # no number in their answers any more
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert call("--run.regrade=true") == 0
+    assert len(world.drawn) == num
+    assert results()["sets"]["own"]["unparsed"] > first["sets"]["own"]["unparsed"]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
+    assert call("--run.regrade=true") == 2
+    assert "47 of 48 samples of own" in capsys.readouterr().err
+
+
+def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
+    assert call() == 0
+    assert call("--sampling.temperature=1.0") == 2
+    assert "another model, template, sampling or seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--data.sets=set.jsonl", "sets: 'set.jsonl' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
+        ("--data.sets=own:gsm9k=set.jsonl", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        ("--data.template=boxt", "unknown template 'boxt'"),
+        ("--run.samples=0", "samples 0"),
+        ("--data.sets=a:questions=none.jsonl", "none.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(world, capsys, flag, line):
+    assert call(flag) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.count("\n") == 1

@@ -1,0 +1,94 @@
+"""Questions through the loop: what is asked, what is rewarded, what a mistake earns."""
+
+import json
+
+import pytest
+from world import sft_flags
+
+from thinkmid import config
+from thinkmid.log import read_rows
+from thinkmid.train import rlpt, sft
+
+QUESTIONS = [
+    {"id": f"q{i}", "question": f"Ana has {i} coins. Ben finds 1 more. So there are", "answer": str(i + 1)}
+    for i in range(9)
+]
+CONFIG = """
+[run]
+steps = 2
+[sampling]
+max_think = 6
+max_suffix = 6
+force_close = true
+[batch]
+prompts = 4
+siblings = 4
+pack_tokens = 256
+[loss]
+denom = 12
+[optim]
+lr = 1e-2
+"""
+
+
+def call(program, argv):
+    with pytest.raises(SystemExit) as stop:
+        config.run(program.main, argv)
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    assert call(sft, sft_flags(folder)) == 0
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (folder / "rlpt.toml").write_text(CONFIG)
+    return folder
+
+
+def flags(home, run, *more):
+    where = [f"--model.folder={home}/sft/export", f"--data.path={home}/questions.jsonl", f"--run.folder={home}/{run}"]
+    return [f"{home}/rlpt.toml", *where, "--data.template=plain-think", *more]
+
+
+@pytest.mark.parametrize("kind", ["first-sentence", "math"])
+def test_a_run_asks_the_questions_and_rewards_by_their_answers(home, kind):
+    assert call(rlpt, flags(home, kind, f"--verify.kind={kind}")) == 0
+    rows = read_rows(home / kind / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["reward_failed"] == 0 and 0 <= row["reward"] <= 1 for row in rows)
+    samples = read_rows(home / kind / "rollouts" / "step-000001.jsonl")
+    assert len(samples) == 16
+    asked = {q["id"]: q for q in QUESTIONS}
+    for s in samples:
+        assert s["prompt"] == f"Question: {asked[s['prompt_id']]['question']}\nAnswer:<think>"
+        if kind == "first-sentence" and s["reward"]:
+            assert asked[s["prompt_id"]]["answer"] in s["suffix"]
+    if kind == "math":
+        assert all("verify_exact" in row for row in rows)
+
+
+def test_questions_that_are_too_long_are_left_out_and_counted(home, capsys):
+    long = {"id": "long", "question": "Ana has 1 coin. " * 40, "answer": "1"}
+    (home / "more.jsonl").write_text("".join(json.dumps(q) + "\n" for q in [*QUESTIONS, long]))
+    more = [f"--data.path={home}/more.jsonl", "--verify.kind=first-sentence", "--run.steps=1"]
+    assert call(rlpt, flags(home, "long", *more)) == 0
+    assert "note: 1 of 10 questions exceed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--data.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("--data.task=dappo", "unknown task 'dappo'; did you mean 'dapo'?"),
+        ("--data.template=plane-think", "unknown template 'plane-think'; did you mean 'plain-think'?"),
+        ("--data.max_prompt=3", "no question fits into 3 tokens"),
+        ("--verify.cpu_s=0", "cpu_s must be at least 0.01, got 0.0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(home, capsys, flag, line):
+    assert call(rlpt, flags(home, "wrong", flag)) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.count("\n") == 1
+    assert not (home / "wrong").exists()
