@@ -63,6 +63,25 @@ def measure(done: list[Update]) -> dict[str, float]:
     }
 
 
+def advice(row: dict[str, float]) -> list[str]:
+    """What the first step's samples say about the start: lines of warning, none if RL can learn from them."""
+    out = []
+    if row["unclosed"] > MOST_UNCLOSED:
+        out.append(
+            f"{row['unclosed']:.0%} of the thoughts do not close: raise sampling.max_think, set sampling.force_close, "
+            "or train longer on text with thoughts first"
+        )
+    if row["dead_groups"] > MOST_DEAD and row["reward"] < 0.5:
+        out.append(
+            f"{row['dead_groups']:.0%} of the groups have no right sample to learn from "
+            f"(mean reward {row['reward']:.3f}): more siblings, a milder judge, or a longer SFT first"
+        )
+    if row["dead_groups"] > MOST_DEAD and row["reward"] >= 0.5:
+        out.append(f"{row['dead_groups']:.0%} of the groups are right throughout: little is left to learn here")
+    return out
+
+
+MOST_UNCLOSED, MOST_DEAD = 0.5, 0.9
 PER_TOKEN = {
     "entropy": "entropy",
     "logp_gap_mean": "gap",

@@ -15,7 +15,7 @@ from thinkmid.rollout import sync
 from thinkmid.rollout.engine import Engine, check_vllm, collect, make_engine, seed
 from thinkmid.rollout.judge import Pending
 from thinkmid.train import advantage, exchange, job, memory, shard
-from thinkmid.train.account import Clock, Update, describe, measure, rollout_rows, summary
+from thinkmid.train.account import Clock, Update, advice, describe, measure, rollout_rows, summary
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.interrupt import EXIT, Interrupt
@@ -148,6 +148,9 @@ def train(
         cursor, step = cursor + cfg.batch.prompts, step + 1
         row = {**describe(groups), **measure(done), **checked, "lr": lr, "skipped": skipped, **clock.row(groups)}
         log.write(step, row)
+        if step == 1:
+            for line in advice(row):
+                log.say(f"warning: {line}")
         if cfg.run.rollouts_every and step % cfg.run.rollouts_every == 0:
             log.rollouts(step, rollout_rows(groups, run.text))
 
