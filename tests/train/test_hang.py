@@ -17,7 +17,7 @@ from world import rlmt_flags, sft_flags
 from thinkmid.log import read_rows
 
 PROGRAM = Path(__file__).with_name("hang.py")
-TIMEOUT_S = 5
+TIMEOUT_S = 8
 STEPS = 4
 
 
@@ -43,7 +43,7 @@ def stack(home, what, rank):
 
 
 def goes_on(home, what, *flags):
-    code, _, err, _ = run(home, f"{what}-again", *flags)
+    code, _, err, _ = run(home, f"{what}-again", *flags, "--run.timeout_s=120")
     assert code == 0, err[-2000:]
     assert [row["step"] for row in read_rows(home / what / "metrics.jsonl")] == list(range(1, STEPS + 1))
 

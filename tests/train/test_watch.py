@@ -47,8 +47,8 @@ def test_a_hang_ends_with_code_1_and_a_stack(tmp_path, body):
 
 
 def test_beats_keep_it_alive_and_rest_ends_the_watch(tmp_path):
-    body = "for _ in range(20): time.sleep(0.1); watch.beat()\n    watch.rest(); time.sleep(1.5)"
-    child, _ = start(tmp_path, body)
+    body = "for _ in range(40): time.sleep(0.1); watch.beat()\n    watch.rest(); time.sleep(3.5)"
+    child, _ = start(tmp_path, body, timeout=3.0)
     assert (child.wait(timeout=30), child.stdout.read()) == (0, "survived\n")
 
 
