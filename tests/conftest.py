@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from thinkmid import config
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.types import Group, Prompt, Sample
 
@@ -42,6 +43,13 @@ def _no_process_group_outlives_its_module():
     # a child forked by a later module would wait for gloo's threads, which a fork does not copy
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_code(program, argv) -> int:
+    """Of a program, as its command line would end."""
+    with pytest.raises(SystemExit) as end:
+        config.run(program.main, list(argv))
+    return end.value.code
 
 
 def random_model(cfg=TINY, seed=0, dtype=torch.float32, **flags):

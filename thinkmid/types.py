@@ -61,5 +61,5 @@ class Pack:
     pg_w: torch.Tensor  # (R,) float32, weight of the policy term; the step's denominator is in it
     adv: torch.Tensor  # (R,) float32
     logp_old: torch.Tensor  # (R,) float32, the sampler's
-    reply: torch.Tensor  # (R,) int64, which of the pack's replies a row belongs to
+    reply: torch.Tensor  # (R,) int64, which of the replies with such rows it belongs to, from 0
     owner: list[str]  # ids of the prompts or documents inside, to name them when something breaks

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, exit_code, random_model
 
-from thinkmid import config
 from thinkmid.eval import generate, run
 from thinkmid.model import weights
 from thinkmid.text import Text, train_tokenizer
@@ -70,9 +69,7 @@ FLAGS = [
 
 
 def call(*flags):
-    with pytest.raises(SystemExit) as end:
-        config.run(run.main, [*FLAGS, *flags])
-    return end.value.code
+    return exit_code(run, [*FLAGS, *flags])
 
 
 def results():

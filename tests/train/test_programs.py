@@ -4,23 +4,17 @@ import json
 import shutil
 
 import pytest
+from conftest import exit_code
 from world import rlmt_flags, sft_flags
 
-from thinkmid import config
 from thinkmid.train import rlmt, sft
-
-
-def ends_with(program, argv) -> int:
-    with pytest.raises(SystemExit) as stop:
-        config.run(program.main, argv)
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a corpus and a trained model; tests copy it before they spoil it."""
     folder = tmp_path_factory.mktemp("home")
-    assert ends_with(sft, sft_flags(folder)) == 0
+    assert exit_code(sft, sft_flags(folder)) == 0
     return folder
 
 
@@ -33,7 +27,7 @@ def spoilt(home, tmp_path):
 def refused(capsys, program, argv) -> str:
     """The one line that a refused program says."""
     capsys.readouterr()
-    assert ends_with(program, argv) == 2
+    assert exit_code(program, argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -41,7 +35,7 @@ def refused(capsys, program, argv) -> str:
 
 
 def test_a_run_leaves_a_row_per_step_and_a_model(home):
-    assert ends_with(rlmt, rlmt_flags(home, "run", steps=3)) == 0
+    assert exit_code(rlmt, rlmt_flags(home, "run", steps=3)) == 0
     rows = [json.loads(line) for line in (home / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert {"reward", "thinking_tokens", "dead_groups", "tokens_per_s", "rollout_s", "train_s"} <= rows[0].keys()
@@ -52,17 +46,17 @@ def test_a_run_leaves_a_row_per_step_and_a_model(home):
     assert (home / "run/curves.png").stat().st_size > 1000
     # the same command again finds it done and changes nothing
     before = (home / "run/metrics.jsonl").read_bytes()
-    assert ends_with(rlmt, rlmt_flags(home, "run", steps=3)) == 0
+    assert exit_code(rlmt, rlmt_flags(home, "run", steps=3)) == 0
     assert (home / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home, capsys):
     before = sorted(home.rglob("*"))
-    assert ends_with(rlmt, [*rlmt_flags(home, "dry"), "--dry-run"]) == 0
+    assert exit_code(rlmt, [*rlmt_flags(home, "dry"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "5 * 4 * 10 = 200" in said
     assert "KV cache" in said
-    assert ends_with(sft, [*sft_flags(home), "--dry-run"]) == 0
+    assert exit_code(sft, [*sft_flags(home), "--dry-run"]) == 0
     assert [p for p in sorted(home.rglob("*")) if p.name != "rlmt.toml"] == [p for p in before if p.name != "rlmt.toml"]
 
 
@@ -131,11 +125,11 @@ def test_an_empty_corpus_is_named(spoilt, capsys):
 
 
 def test_a_run_folder_is_not_taken_over_by_another_run(spoilt, capsys):
-    assert ends_with(rlmt, rlmt_flags(spoilt, "mine", steps=2)) == 0
+    assert exit_code(rlmt, rlmt_flags(spoilt, "mine", steps=2)) == 0
     before = (spoilt / "mine/config.toml").read_bytes()
     assert "optim.lr" in refused(capsys, rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--optim.lr", "0.5"])
     assert (spoilt / "mine/config.toml").read_bytes() == before
     text = (spoilt / "corpus.jsonl").read_text().replace("coins", "cards")
     (spoilt / "corpus.jsonl").write_text(text)
     assert "data" in refused(capsys, rlmt, rlmt_flags(spoilt, "mine", steps=2))
-    assert ends_with(rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--run.fresh", "true"]) == 0
+    assert exit_code(rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--run.fresh", "true"]) == 0

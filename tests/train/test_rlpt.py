@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from conftest import exit_code
 from world import sft_flags
 
-from thinkmid import config
 from thinkmid.log import read_rows
 from thinkmid.train import rlpt, sft
 
@@ -31,16 +31,10 @@ lr = 1e-2
 """
 
 
-def call(program, argv):
-    with pytest.raises(SystemExit) as stop:
-        config.run(program.main, argv)
-    return stop.value.code
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    assert call(sft, sft_flags(folder)) == 0
+    assert exit_code(sft, sft_flags(folder)) == 0
     (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (folder / "rlpt.toml").write_text(CONFIG)
     return folder
@@ -53,7 +47,7 @@ def flags(home, run, *more):
 
 @pytest.mark.parametrize("kind", ["first-sentence", "math"])
 def test_a_run_asks_the_questions_and_rewards_by_their_answers(home, kind):
-    assert call(rlpt, flags(home, kind, f"--verify.kind={kind}")) == 0
+    assert exit_code(rlpt, flags(home, kind, f"--verify.kind={kind}")) == 0
     rows = read_rows(home / kind / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["reward_failed"] == 0 and 0 <= row["reward"] <= 1 for row in rows)
@@ -72,7 +66,7 @@ def test_questions_that_are_too_long_are_left_out_and_counted(home, capsys):
     long = {"id": "long", "question": "Ana has 1 coin. " * 40, "answer": "1"}
     (home / "more.jsonl").write_text("".join(json.dumps(q) + "\n" for q in [*QUESTIONS, long]))
     more = [f"--data.path={home}/more.jsonl", "--verify.kind=first-sentence", "--run.steps=1"]
-    assert call(rlpt, flags(home, "long", *more)) == 0
+    assert exit_code(rlpt, flags(home, "long", *more)) == 0
     assert "note: 1 of 10 questions exceed" in capsys.readouterr().out
 
 
@@ -87,7 +81,7 @@ def test_questions_that_are_too_long_are_left_out_and_counted(home, capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(home, capsys, flag, line):
-    assert call(rlpt, flags(home, "wrong", flag)) == 2
+    assert exit_code(rlpt, flags(home, "wrong", flag)) == 2
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1

@@ -120,7 +120,7 @@ def make_pack(units: list[Unit], device: torch.device | str = "cpu") -> Pack:
 
 class _Builder:
     def __init__(self):
-        self.length = 0
+        self.length, self.num_replies = 0, 0
         self.tokens, self.positions, self.kv, self.rows, self.reply, self.replies = [], [], [], [], [], []
         self.cu_q, self.cu_k = [0], [0]
 
@@ -152,7 +152,8 @@ class _Builder:
     def _loss(self, reply, rows):
         live = (reply.ce_w != 0) | (reply.pg_w != 0)
         self.rows.append(rows[live])
-        self.reply.append(np.full(live.sum(), len(self.reply)))
+        self.reply.append(np.full(live.sum(), self.num_replies))
+        self.num_replies += bool(live.any())
         self.replies.append([a[live] for a in (reply.tokens, reply.ce_w, reply.pg_w, reply.adv, reply.logp_old)])
 
     def finish(self, owner, device) -> Pack:

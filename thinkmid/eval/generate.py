@@ -46,8 +46,10 @@ def prompts_of(cfg, questions, text, shape) -> list[Prompt]:
     """One prompt per question and sample: a choice's options turn from sample to sample."""
     room, out = shape.max_positions - cfg.sampling.max_new, []
     for q in questions:
+        encoded: dict[str, list[int]] = {}  # the samples of most questions are asked the same
         for k in range(cfg.run.samples):
-            ids = tokens(text, render(cfg.data.template, posed(q, k).text, choice=q.kind == "choice"))
+            words = render(cfg.data.template, posed(q, k).text, choice=q.kind == "choice")
+            ids = encoded.get(words) or encoded.setdefault(words, tokens(text, words))
             if len(ids) > room:
                 raise UserError(f"question {q.id}: {len(ids)} tokens; the context leaves {room} beside the new ones")
             out.append(Prompt(id=f"{q.id}/{k}", tokens=ids, meta={"id": q.id, "sample": k}))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, unknown
 from thinkmid.text import CLOSE, OPEN, Text
 
 
@@ -59,9 +58,7 @@ def render(template_id: str, question: str, *, choice: bool = False, shots: Sequ
 def find(template_id: str) -> str:
     """The name of the template without "-think"."""
     if template_id not in IDS:
-        near = difflib.get_close_matches(template_id, IDS, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(IDS)}"
-        raise UserError(f"unknown template '{template_id}'; {hint}")
+        raise UserError(unknown("template", template_id, IDS))
     return template_id.removesuffix("-think")
 
 

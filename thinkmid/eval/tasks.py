@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, unknown
 from thinkmid.eval import layouts
 from thinkmid.eval.layouts import Fields, Kind
 from thinkmid.text import CLOSE, OPEN
@@ -104,9 +103,7 @@ def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]],
 def find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(name, TASKS, 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TASKS)}"
-    raise UserError(f"unknown task '{name}'; {hint}")
+    raise UserError(unknown("task", name, TASKS))
 
 
 def as_question(name: str, where: str, fields: Fields, private: bool) -> Question:

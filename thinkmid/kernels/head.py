@@ -173,7 +173,7 @@ def gather_weight(weight):
 
 
 def _from_tiles(hidden, weight, bias, job, want_entropy):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         raise ValueError('chunk="tiles" is for scoring: it has no gradient, and these inputs require one')
     if launch.row_path(hidden) != "triton":
         raise ValueError(f'chunk="tiles" is a kernel for GPUs, got tensors on {hidden.device}')
@@ -443,7 +443,7 @@ def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, ch
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if chunk == "auto":
-        learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         alive = CHUNK_BYTES if learns else SCORING_BYTES
         chunk = max(16, alive.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
     elif not (isinstance(chunk, int) and chunk > 0):

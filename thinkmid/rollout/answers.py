@@ -56,17 +56,23 @@ REWRITES = [
 ]
 
 
+def after_thought(text: str) -> str | None:
+    """What follows the last closing think tag, or the whole; None where a thought never closes."""
+    rest = text.rpartition(CLOSE)[2]
+    return None if OPEN in rest else rest
+
+
 def extract(text: str) -> str | None:
     """The answer of a text: its last balanced \\boxed{}, else what its last answer line says; None if it has none.
 
     Only what follows the last closing think tag is read; a thought that never closes has no answer. Several boxes,
     or several answer lines, on the last such line are one answer together, so that guessing twice is no way to win.
     """
-    text = text.rpartition(CLOSE)[2]
-    if OPEN in text:
+    rest = after_thought(text)
+    if rest is None:
         return None
-    text = text[-TAIL:]
-    found = boxes(text) or lines(text)
+    tail = rest[-TAIL:]
+    found = boxes(tail) or lines(tail)
     parts = list(dict.fromkeys(part for part in found if part))
     return ", ".join(parts) or None
 

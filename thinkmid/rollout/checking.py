@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from thinkmid.rollout.answers import after_thought
 from thinkmid.rollout.match import match, numbers_of
-from thinkmid.text import CLOSE, OPEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +29,17 @@ class FirstSentence:
     """Agrees in the numbers of the first sentence after the last thought. An open thought has no answer."""
 
     def __call__(self, text: str, gold: str, question: str = ""):
-        return match(after_thought(text), gold)
+        return match(after_thought(text) or "", gold)
 
     def answer(self, text: str) -> str | None:
         """What may vote: the numbers, None if there are none."""
-        return " ".join(map(str, numbers_of(after_thought(text)))) or None
+        return " ".join(map(str, numbers_of(after_thought(text) or ""))) or None
 
     def row(self) -> dict[str, float]:
         return {}
 
     def close(self) -> None:
         pass
-
-
-def after_thought(text: str) -> str:
-    rest = text.rpartition(CLOSE)[2]
-    return "" if OPEN in rest else rest
 
 
 def make_grader(cfg: VerifyConfig):

@@ -149,7 +149,9 @@ def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def collect(engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False, each=lambda p, g, sample: None):
+def collect(
+    engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False, each=lambda p, g, sample: None
+) -> list[Group] | None:
     """All groups in prompt order, or None if stop() ended the generation early. each(p, g, sample) sees them finish."""
     samples_P_G = [[None] * len(seeds) for seeds in seeds_P_G]
     for p, g, sample in engine.generate(prompts, seeds_P_G, sampling, stop):

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Literal
 
 from thinkmid.rollout.guard import Verdict, decide
+from thinkmid.rollout.once import Once, Pending, digest
 from thinkmid.rollout.templates import nonce, render
-from thinkmid.text import Text
+from thinkmid.text import Split, Text
 from thinkmid.types import Prompt, Sample
 
-Pending = Callable[[], Verdict]  # asked now, answered later: calling it may wait or drive an engine
 Judge = Callable[[str, str], Pending]  # of candidate and reference; a judge sees neither prefix nor thought
 Ask = Callable[[str], Callable[[], float]]  # of a whole judge prompt; what it returns gives P(yes) or raises JudgeError
-
-Look = Callable[[int], dict[str, float]]
+Look = Callable[[int], dict[str, float]]  # of a step: metrics of an examination of the judge itself
 
 
 class JudgeError(Exception):
     """No answer, or none that can be read. One line says why."""
 
 
+def malformed(parts: Split) -> Verdict | None:
+    """0 for a sample without exactly one closing tag; nobody is asked about it."""
+    if parts.num_tags == 1:
+        return None
+    return Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
+
+
 class ContinuationReward:
     """The reward of RLMT: does what follows the thought match what really follows?"""
 
     def __init__(self, text: Text, judge: Judge, *, max_suffix: int, look: Look | None = None):
-        """look(step): metrics of an examination of the judge itself; UserError if it cannot be trusted."""
+        """look raises UserError where the judge cannot be trusted."""
         self._text, self._judge, self._max_suffix, self._look = text, judge, max_suffix, look
         # siblings share their reference; those of the prompts under way fit
         self._reference = lru_cache(maxsize=256)(lambda whole: text.decode(text.encode(whole)[:max_suffix]))
@@ -37,8 +42,7 @@ class ContinuationReward:
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
         """Both texts are cut to max_suffix tokens; not exactly one closing tag is 0 unasked."""
         parts = self._text.split_at_close(sample.tokens)
-        if parts.num_tags != 1:
-            verdict = Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
+        if verdict := malformed(parts):
             return lambda: verdict
         cut = self._text.split_at_close(sample.tokens[: parts.num_think + self._max_suffix])
         return self._judge(cut.suffix, self._reference(prompt.meta["reference"]))
@@ -66,7 +70,7 @@ class ModelJudge:
         retries: int = 1,
         cache_size: int = 100_000,
     ):
-        for name, value, low in (("votes", votes, 1), ("retries", retries, 0), ("cache_size", cache_size, 0)):
+        for name, value, low in (("votes", votes, 1), ("retries", retries, 0)):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if combine not in ("mean", "majority"):
@@ -74,9 +78,7 @@ class ModelJudge:
         render(template, "", "", nonce(seed, "", 0))  # an unknown template is noticed now
         self._ask, self._template, self._seed = ask, template, seed
         self._votes, self._combine, self._retries = votes, combine, retries
-        self._cache_size = cache_size
-        self._verdicts: dict[bytes, Verdict] = {}  # by digest, as is what waits
-        self._asked: dict[bytes, Pending] = {}
+        self._once = Once(cache_size)
         self._sums: dict[str, float] = defaultdict(float)
 
     def __call__(self, candidate: str, reference: str) -> Pending:
@@ -85,13 +87,9 @@ class ModelJudge:
             self._sums["decided"] += 1
             return lambda: verdict
         key = digest(self._template, reference, candidate)
-        if key in self._verdicts or key in self._asked:
-            self._sums["cached"] += 1
-            known = self._verdicts.get(key)
-            return (lambda: known) if known else self._asked[key]
-        self._sums["asked"] += 1
-        self._asked[key] = self._start(key, candidate, reference)
-        return self._asked[key]
+        pending, known = self._once(key, lambda: self._start(candidate, reference))
+        self._sums["cached" if known else "asked"] += 1
+        return pending
 
     def row(self) -> dict[str, float]:
         """Counts of verdicts since the last call; seconds from asking to reading the answer; mean P(yes)."""
@@ -102,26 +100,23 @@ class ModelJudge:
         row["judge_p_yes"] = sums["p_yes"] / answered if answered else float("nan")
         return row
 
-    def _start(self, key, candidate, reference) -> Pending:
+    def _start(self, candidate, reference) -> Pending:
         began, votes = time.perf_counter(), range(self._votes)
         prompts = [render(self._template, candidate, reference, nonce(self._seed, reference, v)) for v in votes]
         answers = [self._ask(prompt) for prompt in prompts]
 
-        @cache  # duplicates share it
-        def pending() -> Verdict:
+        def answer() -> Verdict:
             try:
                 verdict = self._combined([self._vote(*vote) for vote in zip(prompts, answers, strict=True)])
-                self._remember(key, verdict)
             except JudgeError as error:  # this sample leaves its group's baseline; the run goes on
                 verdict = Verdict(None, f"judge failed: {error}")
                 self._sums["failed"] += 1
-            del self._asked[key]
             self._sums["read"] += 1
             self._sums["wait_s"] += time.perf_counter() - began
             self._sums["p_yes"] += verdict.p_yes or 0.0
             return verdict
 
-        return pending
+        return answer
 
     def _vote(self, prompt, answer) -> float:
         """P(yes) in [0, 1]. The same prompt again after a failure: another one could turn the verdict."""
@@ -142,16 +137,3 @@ class ModelJudge:
         share = mean if self._combine == "mean" else sum(p > 0.5 for p in ps) / len(ps)
         shown = " ".join(f"{p:.2f}" for p in ps)
         return Verdict(int(share > 0.5), f"P(yes) {shown}", mean)
-
-    def _remember(self, key, verdict) -> None:
-        self._verdicts[key] = verdict
-        if len(self._verdicts) > self._cache_size:
-            del self._verdicts[next(iter(self._verdicts))]
-
-
-def digest(*texts: str) -> bytes:
-    """16 bytes for these texts in this order."""
-    state = hashlib.blake2b(digest_size=16)
-    for data in (text.encode("utf-8", errors="surrogatepass") for text in texts):
-        state.update(len(data).to_bytes(8, "little") + data)
-    return state.digest()

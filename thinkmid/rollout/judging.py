@@ -77,7 +77,7 @@ def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, shape):
     return theirs, text
 
 
-def make_reward(judge: JudgeConfig, sampling: Sampling, engine, text, ask, references: list[str], seed: int):
+def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, references: list[str], seed: int):
     """The reward of RLMT. ask: of make_ask, None for judges by rule. references: to examine the judge with."""
     from thinkmid.rollout.judge import ContinuationReward, ModelJudge
     from thinkmid.rollout.match import match
@@ -138,7 +138,7 @@ def make_ask(judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engin
         stream = lambda: weights.stream_folder(judge.folder, config.dtype)  # noqa: E731
         return SwapAsk(EngineAsk(engine, text, max_len), engine, stream), nothing
     longest = min(shape.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
-    beside = replace(config, kind=judge.engine, sleep=False, tensor_parallel=1)
+    beside = replace(config, kind=judge.engine, sleep=False, max_len=0, tensor_parallel=1)
     resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
     resident.load_weights(weights.stream_folder(judge.folder, beside.dtype), 0)
     return EngineAsk(resident, text, longest), nothing

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import unicodedata
+
+from thinkmid.errors import unknown
 
 ANSWERS = (" yes", " no")  # the next token after a prompt
 
@@ -75,9 +76,7 @@ def render(template_id: str, candidate: str, reference: str, nonce: str) -> str:
 def find(template_id: str) -> str:
     if template_id in TEMPLATES:
         return TEMPLATES[template_id]
-    near = difflib.get_close_matches(template_id, TEMPLATES, 1)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TEMPLATES)}"
-    raise ValueError(f"unknown template '{template_id}'; {hint}")
+    raise ValueError(unknown("template", template_id, TEMPLATES))
 
 
 def neutral(text: str, nonce: str) -> str:

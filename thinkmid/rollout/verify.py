@@ -14,7 +14,6 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import Future
-from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -22,7 +21,8 @@ from thinkmid.errors import UserError
 from thinkmid.rollout.answers import extract, normal
 from thinkmid.rollout.grading import canonical, decide, gold_answer
 from thinkmid.rollout.guard import Verdict
-from thinkmid.rollout.judge import Pending, digest
+from thinkmid.rollout.judge import malformed
+from thinkmid.rollout.once import Once, Pending, digest
 from thinkmid.rollout.symbolic import READY, SLACK, VALUES, WHYS
 from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
@@ -143,12 +143,8 @@ class Grader:
 
     def __init__(self, *, workers: int = 2, cpu_s: float = 1.0, memory_mib: int = 1024, cache_size: int = 100_000):
         """See Pool. Start it before the run is under way: a keeper needs a second to load."""
-        if cache_size < 0:
-            raise ValueError(f"cache_size must be at least 0, got {cache_size}")
+        self._once = Once(cache_size)
         self.pool = Pool(workers, cpu_s=cpu_s, memory_mib=memory_mib)
-        self._cache_size = cache_size
-        self._verdicts: dict[bytes, Verdict] = {}  # by digest, as is what waits
-        self._asked: dict[bytes, Pending] = {}
         self._sums: dict[str, float] = defaultdict(float)
 
     def __call__(self, text: str, gold: str, question: str = "") -> Pending:
@@ -163,14 +159,9 @@ class Grader:
             self._sums["failed"] += verdict.value is None
             return lambda: verdict
         pair = normal(answer), normal(gold_answer(gold))
-        key = digest(*pair)
-        if key in self._verdicts or key in self._asked:
-            self._sums["cached"] += 1
-            known = self._verdicts.get(key)
-            return (lambda: known) if known else self._asked[key]
-        self._sums["asked"] += 1
-        self._asked[key] = self._start(key, *pair)
-        return self._asked[key]
+        pending, known = self._once(digest(*pair), lambda: self._start(*pair))
+        self._sums["cached" if known else "asked"] += 1
+        return pending
 
     def answer(self, text: str) -> str | None:
         """What may vote: the answer that a text gives, in one spelling of those that rules know to be the same."""
@@ -186,27 +177,17 @@ class Grader:
     def close(self) -> None:
         self.pool.close()
 
-    def _start(self, key: bytes, answer: str, gold: str) -> Pending:
+    def _start(self, answer: str, gold: str) -> Pending:
         began, future = time.perf_counter(), self.pool.ask(answer, gold)
 
-        @cache  # duplicates share it
-        def pending() -> Verdict:
+        def read() -> Verdict:
             verdict = future.result()
-            if verdict.value is None:  # this sample leaves its group's baseline; the next one is tried again
-                self._sums["failed"] += 1
-            else:
-                self._remember(key, verdict)
-            del self._asked[key]
+            self._sums["failed"] += verdict.value is None  # such a sample leaves its group's baseline
             self._sums["read"] += 1
             self._sums["wait_s"] += time.perf_counter() - began
             return verdict
 
-        return pending
-
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
-        self._verdicts[key] = verdict
-        if len(self._verdicts) > self._cache_size:
-            del self._verdicts[next(iter(self._verdicts))]
+        return read
 
 
 class AnswerReward:
@@ -224,8 +205,7 @@ class AnswerReward:
         if not self._thinks:
             return self._grade(self._text.decode(sample.tokens), gold, prompt)
         parts = self._text.split_at_close(sample.tokens)
-        if parts.num_tags != 1:
-            verdict = Verdict(0, "unclosed" if parts.num_tags == 0 else "closed more than once")
+        if verdict := malformed(parts):
             return lambda: verdict
         return self._grade(parts.suffix, gold, prompt)
 

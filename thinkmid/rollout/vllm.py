@@ -23,9 +23,8 @@ from thinkmid.rollout.rows import Rows
 from thinkmid.text import Text
 from thinkmid.types import Prompt, Sample
 
-# the in-process engine that we step, nothing sent or fetched, no line per request
+# nothing sent or fetched, no line per request
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
@@ -273,7 +272,7 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     """vllm.LLM, with what it changes in this process put back."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which we step
     check_vllm()
     import vllm
 

@@ -21,7 +21,9 @@ class Agreement:
         """sync: thinkmid.rollout.sync."""
         self._run, self._cfg, self._engine, self._sync = run, cfg, engine, sync
         self._dtype = getattr(torch, cfg.engine.dtype)
-        self._before: dict[str, int] = {}  # checksums of the last version that was read back
+        # checksums of the last version that was read back, and of the one before it
+        self._before: dict[str, int] = {}
+        self._then: dict[str, int] = {}
 
     def due(self, step: int) -> bool:
         return bool(self._cfg.engine.check_every) and step % self._cfg.engine.check_every == 0
@@ -79,7 +81,7 @@ class Agreement:
         cause = self._everywhere(cause)
         if not cause:
             self._engine.reset_cache()
-            again = draw([g.prompt for g in groups])
+            again = draw([g.prompt for g in groups]) or []  # none where the run is being stopped
             if not too_far(describe(self._gap(again, mine), cfg.loss.is_cap), cfg.engine.max_gap):
                 cause = "stale prefix cache: with an empty one the same prompts agree; it was not reset after the sync"
         return f"{seen}: " + (

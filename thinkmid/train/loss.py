@@ -67,8 +67,7 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
 def sequence_weights(model, pack: Pack, temperature: float, cap: float):
     """(R,) trainer/sampler ratio of each row's whole reply, truncated: less biased than the token's weight, noisier."""
     gap = torch.where(pack.pg_w != 0, logprobs(model, pack, temperature) - pack.logp_old, 0)
-    num_replies = int(pack.reply.max()) + 1 if len(gap) else 0
-    total = gap.new_zeros(num_replies).index_add(0, pack.reply, gap)
+    total = torch.zeros_like(gap).index_add(0, pack.reply, gap)  # no more replies than rows
     return total.exp().clamp(max=cap)[pack.reply]
 
 

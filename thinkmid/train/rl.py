@@ -47,27 +47,29 @@ def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, 
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
     data = job.fingerprint(p.tokens for p in prompts)
     job.claim_folder(cfg, ranks)
-    now, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    opened, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     for note in notes:
-        now.log.say(f"note: {note}")
-    now.log.say(f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}")
+        opened.log.say(f"note: {note}")
+    opened.log.say(
+        f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}"
+    )
     reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
     reward, close = make_reward(engine, ranks.device)
     try:
-        code = train(now, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
+        code = train(opened, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
     finally:
-        now.watch.rest()
+        opened.watch.rest()
         close()
     if code == 0:
-        folder = now.export()
+        folder = opened.export()
         if ranks.rank == 0:
-            now.log.say(summary(now.folder))
-        now.log.say(f"{folder} holds the model")
-        job.draw_curves(now)
-    now.log.close()
+            opened.log.say(summary(opened.folder))
+        opened.log.say(f"{folder} holds the model")
+        job.draw_curves(opened)
+    opened.log.close()
     return code
 
 

@@ -63,10 +63,10 @@ def main(argv: list[str]) -> int:
     longest = min(max(longest, question_tokens(cfg.judge, cfg.sampling.max_suffix)), shape.max_positions)
 
     def reward(engine, device):
-        sampled = cfg.sampling, engine, text
-        ask, close = make_ask(cfg.judge, cfg.engine, *sampled, theirs, device, cfg.engine.max_len or longest)
+        max_len = cfg.engine.max_len or longest
+        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len)
         references = [p.meta["reference"] for p in prompts]
-        return make_reward(cfg.judge, *sampled, ask, references, cfg.run.seed), close
+        return make_reward(cfg.judge, cfg.sampling, text, ask, references, cfg.run.seed), close
 
     return rl.run(cfg, source, shape, text, prompts, reward, longest)
 
