@@ -17,8 +17,8 @@ PROGRAMS = {name for name, tree in TREES.items() if "'__main__'" in ast.dump(tre
 LEVELS = [
     {"thinkmid", "_csrc", "errors", "types", "log", "config", "kernels"},
     {"model", "data", "text", "checkpoint", "augment", "curves", "mini"},
-    {"rollout", "train"},
-    {"train.rl", "eval"},
+    {"rollout", "train", "augment.writer", "augment.config"},
+    {"train.rl", "eval", "report", "mini.results", "mini.figures"},
     {name.removeprefix("thinkmid.") for name in PROGRAMS},
 ]
 

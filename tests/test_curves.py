@@ -1,7 +1,6 @@
-"""Curves: the numbers that reach the page, and the mistakes that `python -m thinkmid.report` names."""
+"""Curves: the numbers that reach the picture, and the mistakes that are named."""
 
 import json
-import subprocess
 import sys
 
 import matplotlib.image
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from thinkmid import curves, report
+from thinkmid import curves
 from thinkmid.errors import UserError
 
 
@@ -156,17 +155,20 @@ def test_an_rl_loss_is_not_laid_over_an_sft_loss(tmp_path, page):
     assert min(min(line.get_ydata()) for line in axes["Loss"].lines) > 2
 
 
-def test_the_report_draws_each_run_and_one_overlay_and_tolerates_a_torn_line(tmp_path, capsys):
+def test_a_picture_is_neither_blank_nor_black(tmp_path):
     runs = [write_run(tmp_path / "$a_{$", rl_rows(30)), write_run(tmp_path / "b", sft_rows(30))]
-    with open(runs[0] / "metrics.jsonl", "a") as file:
-        file.write('{"step": 30, "rew')
-    out = tmp_path / "both.png"
-    report.main([*map(str, runs), "--out", str(out)])
-    expected = [runs[0] / "curves.png", runs[1] / "curves.png", out]
-    assert capsys.readouterr().out.splitlines() == [str(path) for path in expected]
-    for path in expected:
-        pixels = matplotlib.image.imread(path)[..., :3]
-        assert 0.01 < (pixels.min(-1) < 0.9).mean() < 0.5  # neither blank nor black
+    for folders in (runs[0], runs):
+        pixels = matplotlib.image.imread(curves.draw(folders, tmp_path / "out.png"))[..., :3]
+        assert 0.01 < (pixels.min(-1) < 0.9).mean() < 0.5
+
+
+def test_panels_can_be_chosen(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, dpi: drawn.extend(self.axes))
+    run = curves.columns(write_run(tmp_path / "run", rl_rows(30)))
+    curves.paint({"run": run}, tmp_path / "out.png", ["Thinking length", "Reward"])
+    assert [axis.get_title(loc="left") for axis in drawn] == ["Reward", "Thinking length"]
+    np.testing.assert_array_equal(drawn[1].lines[0].get_ydata(), run["thinking_tokens"][1])
 
 
 @pytest.mark.parametrize(
@@ -179,12 +181,12 @@ def test_the_report_draws_each_run_and_one_overlay_and_tolerates_a_torn_line(tmp
         ('{"step": 0, "rew\n{"step": 1, "reward": 1}\n', ":1: not a JSON object"),
     ],
 )
-def test_a_run_without_numbers_earns_one_line_and_exit_code_2(tmp_path, text, complaint):
+def test_a_run_without_numbers_is_named(tmp_path, text, complaint):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "thinkmid.report", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/metrics.jsonl{complaint}\n"
+    with pytest.raises(UserError) as caught:
+        curves.draw(tmp_path, tmp_path / "out.png")
+    assert str(caught.value) == f"{tmp_path}/metrics.jsonl{complaint}"
 
 
 def test_a_picture_that_cannot_be_written_is_named(tmp_path):

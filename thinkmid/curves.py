@@ -1,6 +1,7 @@
 """One page of curves from metrics.jsonl: thin the steps as they were, bold their moving average."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,14 @@ class Panel(NamedTuple):
 ENTROPY = Panel("Entropy", "nats per token", (("entropy", "entropy"),))
 TIME = Panel("Time", "seconds per step", (("step_s", "step"),))
 RL = (
-    Panel("Reward", "mean per rollout", (("reward", "reward"),)),
-    Panel("Thinking length", "tokens per rollout", (("thinking_tokens", "thinking"),)),
+    Panel(
+        "Reward",
+        "mean per rollout",
+        (("reward", "reward"), ("verdict", "judge"), ("prefix_match", "prefix"), ("val_reward", "held out")),
+    ),
+    Panel(
+        "Thinking length", "tokens per rollout", (("thinking_tokens", "thinking"), ("val_thinking_tokens", "held out"))
+    ),
     Panel("Dead groups", "% of groups", (("dead_share", "dead"),)),
     ENTROPY,
     Panel("Sampler-trainer gap", "|Δ log-prob| per token", (("logp_gap_max", "max"), ("logp_gap_mean", "mean")), "log"),
@@ -41,6 +48,8 @@ RL = (
     ),
     Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),
     Panel("Judge's known answers", "share right, worst kind", (("judge_canary", "right"),), noisy=False),
+    Panel("Log-prob of the true suffix", "nats per token", (("likelihood", "after a thought"), ("gain", "gain"))),
+    Panel("Next-token loss", "nats per token", (("next_token_loss", "true suffix"),)),
 )
 LOSSES = (("loss", "train"), ("val_loss", "validation"), ("val_loss_text", "text"), ("val_loss_thought", "thoughts"))
 SFT = (
@@ -59,7 +68,9 @@ UNDRAWN = {
         "sampler_kl",
         *("probe_" + x for x in ("gap_mean", "gap_max", "kl", "ratio_p01", "ratio_p99", "capped", "tokens")),
     ),
-    *("judge_wait_s", "verify_wait_s", "reward_failed"),
+    *("judge_wait_s", "verify_wait_s", "reward_failed", "dead_wrong", "dead_right"),
+    *("val_" + x for x in ("reward_failed", "dead_groups", "dead_wrong", "dead_right", "unclosed", "suffix_tokens")),
+    *("val_" + x for x in ("groups", "verdict", "prefix_match", "likelihood", "gain")),
     *("skipped", "trained_tokens", "trunk_tokens", "generated_tokens", *(phase + "_s" for phase in PHASES)),
 }
 MAX_PANELS = 18
@@ -93,24 +104,35 @@ STYLE: dict[Any, Any] = {
 def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     """Draw one run, or several over one another, as the picture `out`. UserError where there is nothing to draw."""
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    runs = dict(zip(_names(folders), map(columns, folders), strict=True))
+    return paint(dict(zip(_names(folders), map(columns, folders), strict=True)), out)
+
+
+def paint(runs: dict[str, dict[str, Curve]], out: str | Path, titles: Sequence[str] = ()) -> Path:
+    """Draw the columns of named runs over one another, with `titles` only these panels. UserError as in draw."""
+    panels = [panel for panel in _panels(runs) if not titles or panel.title in titles]
+    with figure_for(out) as figure:
+        for panel, axis in zip(panels, _grid(figure, len(panels)), strict=True):
+            _draw_panel(axis, panel, runs)
+        _head(figure, runs)
+    return Path(out)
+
+
+@contextmanager
+def figure_for(out: str | Path) -> Iterator[Any]:
+    """An empty figure in our style, in the end written as `out`. UserError: no matplotlib, or it cannot be written."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
-    panels = _panels(runs)
     with matplotlib.rc_context(STYLE):
         figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
-        for panel, axis in zip(panels, _grid(figure, len(panels)), strict=True):
-            _draw_panel(axis, panel, runs)
-        _head(figure, runs)
+        yield figure
         try:
             figure.savefig(out, dpi=150)
         except OSError as error:
             raise UserError(f"{out}: cannot write it: {error.strerror}") from None
-    return Path(out)
 
 
 def columns(folder: str | Path) -> dict[str, Curve]:

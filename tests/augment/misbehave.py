@@ -9,11 +9,14 @@ import pydoc_data.topics
 import re
 import sys
 import sysconfig
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from thinkmid.augment import annotate, annotators
 from thinkmid.augment.annotators import AnnotatorConfig, Reply
+from thinkmid.augment.config import AnnotateConfig, ChunkConfig, DataConfig, RunConfig
+from thinkmid.augment.pool import through_pool
 from thinkmid.augment.split import SplitConfig
 from thinkmid.text import Text, train_tokenizer
 
@@ -105,11 +108,11 @@ def write_world(folder: Path, chars: int = 2_000_000) -> None:
 
 
 def settings(folder: Path, *, out: str = "out", shard: str = "", max_tokens: int = 24, retries: int = 1):
-    return annotate.AnnotateConfig(
+    return AnnotateConfig(
         shard=shard,
-        run=annotate.RunConfig(folder=str(folder / out), parts=3, progress_s=1e9),
-        data=annotate.DataConfig(paths=(str(folder / "corpus.jsonl"),)),
-        chunks=annotate.ChunkConfig(tokenizer=str(folder / "tokenizer"), max_tokens=max_tokens),
+        run=RunConfig(folder=str(folder / out), parts=3, progress_s=1e9),
+        data=DataConfig(paths=(str(folder / "corpus.jsonl"),)),
+        chunks=ChunkConfig(tokenizer=str(folder / "tokenizer"), max_tokens=max_tokens),
         annotator=AnnotatorConfig(kind="rules", retries=retries),
         split=SplitConfig(sft=0.5, rl=0.4, heldout=0.1),
     )
@@ -119,7 +122,10 @@ def annotated(cfg, write, workers=1):
     """Run to the end with this write function. Returns the exit code."""
     text = Text.load(cfg.chunks.tokenizer)
     model = AnnotatorConfig(strategy="insert", retries=cfg.annotator.retries)
-    return annotate.work(cfg, text, lambda chunks: annotators.by_model(chunks, model, write), workers=workers)
+    asks = partial(annotators.by_model, cfg=model, write=write)
+    pool = {"batch": 1, "workers": workers, "stopped": lambda: False, "abort": lambda: None}
+    through = partial(through_pool, annotate=asks, **pool)
+    return annotate.work(cfg, text, through, patience=2 * workers + 8)
 
 
 def name(prompt):

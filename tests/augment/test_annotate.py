@@ -15,6 +15,7 @@ import pytest
 
 from thinkmid import config
 from thinkmid.augment import annotate, annotators, insert, prompts
+from thinkmid.augment.config import share
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.text import Text
@@ -264,11 +265,11 @@ def test_documents_with_the_same_id_are_both_kept(mini, capsys):
 
 
 def test_torchrun_names_the_job_unless_the_flag_does(monkeypatch):
-    assert annotate.share("") == (0, 1)
+    assert share("") == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert annotate.share("") == (2, 4)
-    assert annotate.share("0/3") == (0, 3)
+    assert share("") == (2, 4)
+    assert share("0/3") == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,10 @@ def test_torchrun_names_the_job_unless_the_flag_does(monkeypatch):
         (["--annotator.kind", "openai"], "annotator.kind 'openai' needs endpoint.url"),
         (["--shard", "2/2"], "shard must be i/n with i in 0..n-1, got '2/2'"),
         (["--shard", "0/5"], "5 jobs for 2 parts: raise run.parts"),
-        (["--split.sft", "0.5"], "split: sft, rl and heldout must be 0 or more and sum to 1, got (0.5, 0.0, 0.0)"),
+        (
+            ["--split.sft", "0.5"],
+            "split: sft, rl, heldout and control must be 0 or more and sum to 1, got (0.5, 0.0, 0.0, 0.0)",
+        ),
         (["--data.paths", "none.jsonl"], "none.jsonl: no such file or folder"),
         (["--chunks.tokenizer", "none"], "none/tokenizer.json: no such file"),
         (["--split.evals", "a.toml"], "a.toml: unknown kind of file"),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinkmid.augment import insert, rewrite, weave
-from thinkmid.augment.annotators import AnnotatorConfig, Reply, by_model, from_write
+from thinkmid.augment.annotators import AnnotatorConfig, Reply, by_model
 from thinkmid.augment.check import NAMES, Refused, accept, normalise
 
 TEXT = "  The sky is grey.\n\nSo it may rain: 60 % they say. We go out  anyway.\n"
@@ -164,5 +164,5 @@ def test_chunks_that_cannot_be_annotated_are_not_asked_about():
         [out] = by_model([chunk], AnnotatorConfig(strategy=strategy), never)
         assert (out.text, out.refused, out.calls) == (None, why, 0)
     # what insert-only never reads back may hold any other tag
-    [out] = by_model(["a [[plan]] b. c"], AnnotatorConfig(), from_write(lambda prompts: [framed("@2 t")]))
+    [out] = by_model(["a [[plan]] b. c"], AnnotatorConfig(), lambda prompts: [Reply(framed("@2 t"))])
     assert out.text == "a [[plan]] b.<think>t</think> c"

@@ -10,6 +10,7 @@ from conftest import TINY, exit_code, random_model
 
 from thinkmid.eval import generate, run
 from thinkmid.model import weights
+from thinkmid.rollout.engine import seed
 from thinkmid.text import Text, train_tokenizer
 from thinkmid.types import Sample
 
@@ -22,14 +23,16 @@ class Scripted:
 
     def __init__(self, text):
         self.text, self.drawn = text, []
+        self.of_seed = {seed(0, 0, f"q{i}/{k}", 0): (i, k) for i in range(len(QUESTIONS)) for k in range(4)}
 
     def load_weights(self, named, version):
         list(named)
 
     def generate(self, prompts, seeds_P_G, sampling, stop=lambda: False):
-        assert len({s for (s,) in seeds_P_G}) == len(prompts)  # every sample has a seed of its own
-        for p, prompt in enumerate(prompts):
-            i, k = int(prompt.meta["id"][1:]), prompt.meta["sample"]
+        assert len({tuple(prompt.tokens) for prompt in prompts}) == len(prompts)  # each is read once
+        for p, g, s in ((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds)):
+            i, k = self.of_seed[s]  # every sample has a seed of its own
+            assert prompts[p].meta["id"] == f"q{i}"
             self.drawn.append((i, k))
             said = 2 * i + 1 if i < RIGHT and k % 4 else 99
             thought = self.text.encode("hm")
@@ -39,7 +42,7 @@ class Scripted:
                 tokens=np.array(tokens, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="eos",
                 num_think=len(thought) + len(self.text.close_ids), version=0,
             )  # fmt: skip
-            yield p, 0, sample
+            yield p, g, sample
 
 
 @pytest.fixture
@@ -115,6 +118,13 @@ def test_generations_are_graded_again_without_an_engine(world, capsys):
     file.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
     assert call("--run.regrade=true") == 2
     assert "47 of 48 samples of own" in capsys.readouterr().err
+
+
+def test_a_set_whose_name_begins_another_sets_name_has_its_own_rows_alone(tmp_path):
+    for stem, sample in (("a-000", 0), ("a-001", 1), ("a-2-000", 2)):
+        (tmp_path / f"{stem}.jsonl").write_text(json.dumps({"id": "q", "sample": sample}) + "\n")
+    assert [r["sample"] for r in generate.stored(tmp_path, "a")] == [0, 1]
+    assert [r["sample"] for r in generate.stored(tmp_path, "a-2")] == [2]
 
 
 def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):

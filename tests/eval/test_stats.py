@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkmid.eval import stats
@@ -17,6 +17,7 @@ NAN = math.nan
 scores_of_one = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=7)
 
 
+@settings(deadline=None)
 @given(scores_of_one, st.data())
 def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_one(scores, data):
     k = data.draw(st.integers(1, len(scores)))
@@ -62,6 +63,7 @@ def voted(answers, gold, k):
     return sum(found) / len(found)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=9), st.data())
 def test_maj_at_k_is_the_score_of_the_most_frequent_answer(answers, data):
     k = data.draw(st.integers(1, len(answers)))
@@ -69,6 +71,7 @@ def test_maj_at_k_is_the_score_of_the_most_frequent_answer(answers, data):
     assert stats.maj_at([answers], scores, k)[0] == pytest.approx(voted(answers, "1", k))
 
 
+@settings(deadline=None)
 @given(st.permutations(["1", "1", "2", "2", "3", None]))
 def test_the_order_of_samples_decides_no_vote(answers):
     scores = np.array([[float(a == "2") for a in answers]])
@@ -197,6 +200,7 @@ def test_pairing_sees_a_difference_that_two_intervals_hide():
     assert (swapped.difference.mean, swapped.p) == (pytest.approx(-found.difference.mean), found.p)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
 def test_p_is_that_of_all_ways_to_swap_the_runs(differences):
     a = np.array(differences, float)

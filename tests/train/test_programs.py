@@ -7,7 +7,9 @@ import pytest
 from conftest import exit_code
 from world import rlmt_flags, sft_flags
 
+from thinkmid.text import Text
 from thinkmid.train import rlmt, sft
+from thinkmid.train.sft import read_sequences
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,32 @@ def test_a_run_leaves_a_row_per_step_and_a_model(home):
     before = (home / "run/metrics.jsonl").read_bytes()
     assert exit_code(rlmt, rlmt_flags(home, "run", steps=3)) == 0
     assert (home / "run/metrics.jsonl").read_bytes() == before
+
+
+def sft_for(folder, name, *flags):
+    """Metrics of an SFT run of no steps but what the flags ask for."""
+    argv = [*sft_flags(folder), "--run.steps=0", f"--run.folder={folder}/{name}", "--fresh.tokenizer_data=", *flags]
+    assert exit_code(sft, argv) == 0
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_epoch_sees_every_token_once_and_a_token_budget_is_met(home):
+    twice = sum(row["tokens"] for row in sft_for(home, "two", "--data.epochs=2"))
+    once = sum(row["tokens"] for row in sft_for(home, "one", "--data.epochs=1"))
+    lengths = [
+        len(tokens) for tokens, _ in read_sequences([f"{home}/corpus.jsonl"], Text.load(home / "one/export"), 64)
+    ]
+    targets = sum(lengths) - len(lengths)
+    # the last step takes a full batch, which reaches into the next epoch
+    assert targets <= once < targets + 256
+    assert 2 * targets <= twice < 2 * targets + 256
+    budget = sft_for(home, "budget", "--data.tokens=1000")
+    assert sum(row["tokens"] for row in budget[:-1]) < 1000 <= sum(row["tokens"] for row in budget) + len(lengths)
+
+
+def test_a_length_given_twice_is_refused(home, capsys):
+    said = refused(capsys, sft, [*sft_flags(home), "--data.epochs=1"])
+    assert "run.steps 2, data.epochs 1.0" in said
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(home, capsys):

@@ -3,29 +3,27 @@
 python -m thinkmid.augment.annotate configs/mini-annotate.toml
 python -m thinkmid.augment.annotate CONFIG.toml --shard 3/8       one of eight jobs; under torchrun each rank is one
 
-The folder then holds sft-think/, sft-raw/, rl-think/, rl-raw/, heldout-think/, heldout-raw/ for data.paths of SFT and
-RLMT, report.json and manifest.json. The same command goes on where a killed or interrupted run was; another number of
-jobs may. An engine in process is any function from prompts to texts: work() takes it through annotators.from_write.
+The folder then holds sft-, rl- and heldout-think/ and -raw/, and sft-control/, for data.paths of SFT and RLMT, and
+report.json and manifest.json. The same command goes on where a killed or interrupted run was; another number of jobs
+may.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from thinkmid import config
-from thinkmid.augment import annotators, endpoint, shards, split
-from thinkmid.augment.annotators import AnnotatorConfig, Outcome
-from thinkmid.augment.endpoint import EndpointConfig
+from thinkmid.augment import annotators, chat, endpoint, shards, split, weave, writer
+from thinkmid.augment.annotators import Outcome
+from thinkmid.augment.config import AnnotateConfig, decisive, settings, share
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.progress import Progress
-from thinkmid.augment.split import SplitConfig
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.log import write_whole
@@ -33,73 +31,6 @@ from thinkmid.text import Text
 from thinkmid.train.interrupt import EXIT, Interrupt
 
 RULES_BATCH = 64
-FREE = ("url", "key_env", "workers", "timeout_s", "retries", "pause_s", "price_prompt", "price_written")  # of endpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where the output goes."""
-
-    folder: str  # everything the run writes; the same command resumes what is there
-    parts: int = 16  # files of each kind; at least as many as jobs
-    progress_s: float = 30.0  # between lines of progress
-
-    def __post_init__(self):
-        if not 1 <= self.parts <= 9999:
-            raise ValueError(f"parts must lie in 1..9999, got {self.parts}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is annotated."""
-
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
-
-    def __post_init__(self):
-        if not self.paths:
-            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkConfig:
-    """How documents are cut."""
-
-    tokenizer: str  # Hugging Face folder of the model to be trained: its tokens are counted
-    max_tokens: int = 2048  # L: of a chunk, without thoughts; cut at paragraph or sentence ends
-
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnotateConfig:
-    """Annotation."""
-
-    shard: str = ""  # i/n: this job takes the parts i, i+n, ...; empty: RANK and WORLD_SIZE, or everything
-    run: RunConfig
-    data: DataConfig
-    chunks: ChunkConfig
-    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    split: SplitConfig = field(default_factory=SplitConfig)
-
-    def __post_init__(self):
-        _, jobs = share(self.shard)
-        if jobs > self.run.parts:
-            raise ValueError(f"{jobs} jobs for {self.run.parts} parts: raise run.parts")
-        for name in ("url", "model"):
-            if self.annotator.kind == "openai" and not getattr(self.endpoint, name):
-                raise ValueError(f"annotator.kind 'openai' needs endpoint.{name}")
-
-
-def share(shard: str) -> tuple[int, int]:
-    """(job, jobs) from "i/n", else from torchrun's environment."""
-    told = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-    first, slash, second = told.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise ValueError(f"shard must be i/n with i in 0..n-1, got {told!r}")
-    return int(first), int(second)
 
 
 class Piece(NamedTuple):
@@ -114,43 +45,100 @@ def main(argv: list[str]) -> int:
     prog = "python -m thinkmid.augment.annotate"
     cfg, dry_run = config.load(AnnotateConfig, argv, prog=prog, description=__doc__)
     if dry_run:
+        return plan(cfg)
+    text = Text.load(cfg.chunks.tokenizer)
+    return {"rules": with_rules, "openai": with_endpoint, "engine": with_engine}[cfg.annotator.kind](cfg, text)
+
+
+def plan(cfg: AnnotateConfig) -> int:
+    """The configuration, and what an engine in process needs."""
+    if cfg.annotator.kind != "engine":
         print(config.to_toml(cfg), end="")
         return 0
-    interrupt, text = Interrupt(), Text.load(cfg.chunks.tokenizer)
-    if cfg.annotator.kind == "rules":
-        by_rules = partial(annotators.by_rules, cfg=cfg.annotator)
-        return work(cfg, text, by_rules, batch=RULES_BATCH, stopped=lambda: interrupt.requested)
+    from thinkmid.model import weights
+    from thinkmid.train import memory
+
+    shape = weights.read_config(cfg.writer.folder)
+    longest_prompt = longest(cfg, shape.max_positions) - cfg.writer.max_tokens
+    return memory.dry_run_engine(cfg, shape, cfg.writer.sampling, longest_prompt)
+
+
+def longest(cfg: AnnotateConfig, max_positions: int) -> int:
+    """Tokens of the longest prompt with its answer."""
+    found = min(cfg.engine.max_len or writer.room(cfg.chunks.max_tokens, cfg.writer), max_positions)
+    if found <= cfg.writer.max_tokens:
+        raise UserError(f"writer.max_tokens {cfg.writer.max_tokens} leave no room for a prompt in {found} tokens")
+    return found
+
+
+def with_rules(cfg: AnnotateConfig, text: Text) -> int:
+    interrupt, annotate = Interrupt(), partial(annotators.by_rules, cfg=cfg.annotator)
+    stopped = lambda: interrupt.requested  # noqa: E731
+    pool = {"batch": RULES_BATCH, "workers": 1, "stopped": stopped, "abort": lambda: None}
+    return work(cfg, text, partial(through_pool, annotate=annotate, **pool), stopped=stopped)
+
+
+def with_endpoint(cfg: AnnotateConfig, text: Text) -> int:
+    interrupt, workers = Interrupt(), cfg.endpoint.workers
+    stopped = lambda: interrupt.requested  # noqa: E731
     write = endpoint.Endpoint(cfg.endpoint, os.environ.get(cfg.endpoint.key_env, ""))
-    by_model = partial(annotators.by_model, cfg=cfg.annotator, write=write)
+    annotate = partial(annotators.by_model, cfg=cfg.annotator, write=write)
+    pool = {"batch": 1, "workers": workers, "stopped": stopped, "abort": write.close}
     try:
-        workers = cfg.endpoint.workers
         return work(
-            cfg, text, by_model, workers=workers, stopped=lambda: interrupt.requested, abort=write.close,
+            cfg, text, partial(through_pool, annotate=annotate, **pool), stopped=stopped, patience=2 * workers + 8,
             more=lambda: {"endpoint_failures": dict(write.failures)},
         )  # fmt: skip
     finally:
         write.close()
 
 
+def with_engine(cfg: AnnotateConfig, text: Text) -> int:
+    """Each rank its own engine, on its own accelerator."""
+    from thinkmid.model import weights
+    from thinkmid.rollout.engine import check_vllm, make_engine
+    from thinkmid.train import shard
+
+    folder, rows = Path(cfg.writer.folder), cfg.writer.max_batch
+    if cfg.engine.kind == "vllm":
+        check_vllm()
+    shape, theirs = weights.read_config(folder), Text.load(folder)
+    ask = chat.Chat(folder, theirs, thinking=cfg.writer.thinking)
+    max_len = longest(cfg, shape.max_positions)
+    begin(cfg)  # what is wrong with the data shows before a model is read
+    interrupt, ranks = Interrupt(), shard.start()
+    blind = writer.blind(theirs)
+    engine = make_engine(cfg.engine, folder, shape, blind, device=ranks.device, max_len=max_len, rows=rows)
+    engine.load_weights(weights.stream_folder(folder, cfg.engine.dtype), 0)
+    stopped = lambda: interrupt.requested  # noqa: E731
+    held = {"engine": engine, "text": theirs, "chat": ask, "max_len": max_len, "stopped": stopped}
+    through = partial(writer.through_engine, cfg=cfg.annotator, writer=cfg.writer, **held)
+    return work(cfg, text, through, stopped=stopped)
+
+
+def begin(cfg: AnnotateConfig) -> split.Split:
+    """The folder is this run's and its documents are split. UserError names what is wrong with either."""
+    claim(cfg)
+    return split.ensure(Path(cfg.run.folder), cfg.data.paths, cfg.split)
+
+
 def work(
     cfg: AnnotateConfig,
     text: Text,
-    annotate: Callable[[list[str]], list[Outcome]],
+    through: Callable[[Iterator[Piece]], Iterable[tuple[Piece, Outcome]]],
     *,
-    batch: int = 1,
-    workers: int = 1,
     stopped: Callable[[], bool] = lambda: False,
-    abort: Callable[[], None] = lambda: None,
+    patience: int = 10,
     more: Callable[[], dict] = dict,
 ) -> int:
-    """This job's parts, `batch` chunks a call, `workers` calls at a time. Returns the exit code.
+    """This job's parts. Returns the exit code.
 
-    Once stopped() is true no more calls begin, and abort() is to end those that run. more() goes into report.json.
+    through: pieces with what became of them, as they come; once stopped() is true, those that still come. patience:
+    chunks in a row that nobody answers, after which it ends. more() goes into report.json.
     UserError if chunks are left because nobody answered: the same command goes on.
     """
     folder, (job, jobs) = Path(cfg.run.folder), share(cfg.shard)
-    claim(cfg)
-    parted = split.ensure(folder, cfg.data.paths, cfg.split)
+    parted = begin(cfg)
     progress = Progress(f"annotate {job}/{jobs}", parted.documents, cfg.run.progress_s)
     with ExitStack() as stack:
         journals = {}
@@ -160,7 +148,7 @@ def work(
                 stack.callback(journals[part].close)
         placed: dict[int, list[shards.Placed]] = {part: [] for part in journals}
         pieces = todo(cfg, text, parted, journals, placed, progress) if journals else iter(())
-        for piece, outcome in through_pool(pieces, annotate, batch, workers, stopped, abort):
+        for piece, outcome in through(pieces):
             progress.count(outcome)
             if row := as_row(piece.place, outcome):
                 journals[piece.part].add(row)
@@ -168,10 +156,10 @@ def work(
                 progress.say(progress.line())
                 for journal in journals.values():
                     journal.sync()
-            if progress.since_answer > 2 * workers + 8:  # the endpoint is gone
+            if progress.since_answer > patience:  # the endpoint is gone
                 break
         complete = not stopped() and not progress.unanswered
-        finish(folder, journals, placed, text, complete)
+        finish(cfg, journals, placed, text, complete)
     report(cfg, progress, more())
     if stopped():
         progress.say("stopped; the same command goes on")
@@ -188,9 +176,9 @@ def claim(cfg: AnnotateConfig) -> None:
     mine = {
         "chunks.tokenizer.json": shards.digest(Path(cfg.chunks.tokenizer) / "tokenizer.json"),
         "run.parts": cfg.run.parts,
-        **{f"{name}.{key}": value for name in decisive(cfg) for key, value in vars(getattr(cfg, name)).items()},
+        **{f"{name}.{key}": value for name in decisive(cfg) for key, value in settings(cfg, name).items()},
     }
-    mine = json.loads(json.dumps({key: value for key, value in mine.items() if key not in free()}))
+    mine = json.loads(json.dumps(mine))
     with split.locked(folder / ".lock"):
         path = folder / "made-of.json"
         if path.exists():
@@ -204,16 +192,6 @@ def claim(cfg: AnnotateConfig) -> None:
             write_whole(path, json.dumps(mine, indent=1) + "\n")
 
 
-def decisive(cfg: AnnotateConfig) -> list[str]:
-    """Sections that the output depends on."""
-    return ["data", "chunks", "annotator", "split", *(["endpoint"] if cfg.annotator.kind == "openai" else [])]
-
-
-def free() -> set[str]:
-    """Settings in these that it does not depend on."""
-    return {f"endpoint.{name}" for name in FREE} | {"chunks.tokenizer", "annotator.retries"}
-
-
 def todo(cfg, text, parted: split.Split, journals, placed, progress: Progress) -> Iterator[Piece]:
     """Chunks of this job's documents that no journal holds; `placed` gets every document as it passes."""
     seen = set()
@@ -225,10 +203,14 @@ def todo(cfg, text, parted: split.Split, journals, placed, progress: Progress) -
             continue
         seen.add(key)
         chunks = text.chunks(doc.text, cfg.chunks.max_tokens)
-        placed[part].append(shards.Placed(key, doc.id, split.assign(doc.text, parted.cfg), len(chunks)))
+        placed[part].append(shards.Placed(key, doc.id, home := split.assign(doc.text, parted.cfg), len(chunks)))
         for number, chunk in enumerate(chunks):
-            if (place := shards.Chunk(key, number)) not in journals[part].done:
+            if (place := shards.Chunk(key, number)) in journals[part].done:
+                continue
+            if home != "control":
                 yield Piece(part, place, chunk)
+            elif chunk.strip() and not weave.TAG.search(chunk):  # SFT would take a tag for a thought
+                journals[part].add({"key": key, "chunk": number, "raw": chunk})
 
 
 def as_row(place: shards.Chunk, outcome: Outcome) -> dict | None:
@@ -246,12 +228,13 @@ def as_row(place: shards.Chunk, outcome: Outcome) -> dict | None:
     return row | {name: n for name, n in costs.items() if n} | ({"retried": outcome.retried} if outcome.retried else {})
 
 
-def finish(folder: Path, journals, placed, text: Text, complete: bool) -> None:
+def finish(cfg: AnnotateConfig, journals, placed, text: Text, complete: bool) -> None:
     """Publish the parts, or write down how far they are."""
+    folder, with_control = Path(cfg.run.folder), cfg.split.control > 0
     for part, journal in journals.items():
         journal.sync()
         if complete:
-            shards.publish(folder, part, placed[part], journal, text)
+            shards.publish(folder, part, placed[part], journal, text, with_control=with_control)
         else:
             shards.write_status(folder, part, {"finished": False, "counts": shards.tally(journal.rows())})
 
@@ -273,6 +256,12 @@ def report(cfg: AnnotateConfig, progress: Progress, more: dict) -> None:
         progress.say(
             f"{name}: {sizes['rows']} rows, {sizes['thoughts']} thoughts, "
             f"{sizes['think_tokens']} tokens with thoughts, {sizes['raw_tokens']} without"
+        )
+    if (control := total["control"]).get("rows"):
+        missing = control["missing"]
+        progress.say(
+            f"control: {control['tokens']} raw tokens against {control['think_tokens']} annotated ones of SFT"
+            + (f"; {missing} are missing: raise split.control ({cfg.split.control})" if missing else "")
         )
 
 

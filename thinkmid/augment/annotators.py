@@ -47,7 +47,8 @@ class Outcome:
 class AnnotatorConfig:
     """Who writes the thoughts."""
 
-    kind: Literal["rules", "openai"] = "openai"  # the miniature's rules, or a model behind an endpoint
+    # the miniature's rules, a model behind an endpoint, or a model in this process
+    kind: Literal["rules", "openai", "engine"] = "openai"
     strategy: Literal["insert", "rewrite"] = "insert"  # model names places and thoughts, or returns the text with them
     page: Literal["plain", "qa"] = "plain"  # prompt: for documents, or for pages of questions and answers
     retries: int = 2  # further tries of a chunk whose answer was refused
@@ -60,11 +61,6 @@ class AnnotatorConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
-def from_write(write: Callable[[list[str]], list[str]]) -> Callable[[list[str]], list[Reply]]:
-    """Any engine in process: a function from prompts to texts becomes one from prompts to replies."""
-    return lambda asked: list(map(Reply, write(asked)))
-
-
 def by_rules(chunks: Sequence[str], cfg: AnnotatorConfig) -> list[Outcome]:
     """Thoughts by the rules of the miniature world, no calls."""
     outcomes = [Outcome(refused=unfit(chunk, cfg)) for chunk in chunks]
@@ -74,31 +70,51 @@ def by_rules(chunks: Sequence[str], cfg: AnnotatorConfig) -> list[Outcome]:
     return outcomes
 
 
+@dataclass(kw_only=True)
+class Asking:
+    """A chunk on its way through a model."""
+
+    chunk: str
+    first: str  # the question
+    prompt: str  # the question, and from the second try on what was wrong with the last answer
+    out: Outcome = field(default_factory=Outcome)
+    done: bool = False
+
+
+def begin(chunk: str, cfg: AnnotatorConfig) -> Asking:
+    """Done at once if the chunk is not fit to be asked about."""
+    if refused := unfit(chunk, cfg):
+        return Asking(chunk=chunk, first="", prompt="", out=Outcome(refused=refused), done=True)
+    question = STRATEGIES[cfg.strategy].ask(chunk, cfg.page)
+    return Asking(chunk=chunk, first=question, prompt=question)
+
+
+def hear(asking: Asking, reply: Reply, cfg: AnnotatorConfig) -> None:
+    """Take a reply: the outcome, and whether and how to ask again."""
+    out, read = asking.out, STRATEGIES[cfg.strategy].read
+    count(out, reply)
+    judge(out, asking.chunk, cfg, lambda: read(asking.chunk, complete(reply)))
+    out.said = reply.text[:SAID] if out.refused else ""
+    asking.done = not out.refused or bool(reply.fault) or out.calls > cfg.retries
+    asking.prompt = asking.prompt if asking.done else prompts.again(asking.first, out.refused)
+
+
 def by_model(chunks: Sequence[str], cfg: AnnotatorConfig, write: Callable[[list[str]], list[Reply]]) -> list[Outcome]:
     """Thoughts by a model. write gets the prompts of all chunks, then of those whose answer was refused, and so on.
 
     Where write raises Unanswered the outcomes say so.
     """
-    strategy, outcomes = STRATEGIES[cfg.strategy], [Outcome(refused=unfit(chunk, cfg)) for chunk in chunks]
-    first = {i: strategy.ask(chunks[i], cfg.page) for i, out in enumerate(outcomes) if not out.refused}
-    asked = dict(first)
-    for _ in range(cfg.retries + 1):
+    all_asked = [begin(chunk, cfg) for chunk in chunks]
+    while open_ones := [asking for asking in all_asked if not asking.done]:
         try:
-            replies = write(list(asked.values())) if asked else []
+            replies = write([asking.prompt for asking in open_ones])
         except Unanswered as error:
-            for i in asked:
-                outcomes[i].failed = str(error)
+            for asking in open_ones:
+                asking.out.failed = str(error)
             break
-        for i, reply in zip(list(asked), replies, strict=True):
-            out = outcomes[i]
-            count(out, reply)
-            judge(out, chunks[i], cfg, lambda i=i, reply=reply: strategy.read(chunks[i], complete(reply)))
-            out.said = reply.text[:SAID] if out.refused else ""
-            if out.refused and not reply.fault:
-                asked[i] = prompts.again(first[i], out.refused)
-            else:
-                del asked[i]
-    return outcomes
+        for asking, reply in zip(open_ones, replies, strict=True):
+            hear(asking, reply, cfg)
+    return [asking.out for asking in all_asked]
 
 
 def unfit(chunk: str, cfg: AnnotatorConfig) -> str:

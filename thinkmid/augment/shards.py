@@ -3,6 +3,7 @@
     journal/part-0003.jsonl   a line for each finished chunk, in the order in which they were finished; append-only
     sft-think/part-0003.jsonl sft-raw/... rl-think/... rl-raw/... heldout-think/... heldout-raw/...
                               {"id", "text"} in source order: with thoughts, and the same chunks without
+    sft-control/...           sft-raw, then chunks of the control split up to as many tokens as sft-think has
     parts/part-0003.json      counts, and sha256 of those files; written last
     manifest.json             every file with sha256, once all parts are finished
 
@@ -20,8 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from thinkmid.augment import weave
-from thinkmid.augment.split import SPLITS
+from thinkmid.augment import control, weave
+from thinkmid.augment.split import ANNOTATED
 from thinkmid.errors import UserError
 from thinkmid.log import write_whole
 from thinkmid.text import Text
@@ -108,8 +109,8 @@ def place(row: dict) -> Chunk:
 
 
 def finished(row: dict) -> bool:
-    """Accepted or refused; what nobody answered is written down for its costs only."""
-    return "text" in row or "refused" in row
+    """Accepted, refused or raw by decision; what nobody answered is written down for its costs only."""
+    return "text" in row or "refused" in row or "raw" in row
 
 
 def tally(rows: Iterable[dict]) -> dict:
@@ -119,18 +120,29 @@ def tally(rows: Iterable[dict]) -> dict:
     retried: Counter[str] = Counter()
     for row in rows:
         counts.update({name: row.get(name, 0) for name in ("calls", "prompt_tokens", "written_tokens")})
-        counts.update(chunks=finished(row), accepted="text" in row, refused="refused" in row)
+        accepted, refused_one = "text" in row, "refused" in row
+        counts.update(chunks=accepted or refused_one, accepted=accepted, refused=refused_one)
         refused.update([row["refused"]] if "refused" in row else [])
         retried.update(row.get("retried", {}))
     return {**counts, "refused_by": dict(sorted(refused.items())), "retried_by": dict(sorted(retried.items()))}
 
 
-def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text: Text) -> dict:
+def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text: Text, *, with_control: bool) -> dict:
     """The files of a part whose chunks are all finished, its status last. Returns the status."""
     rows = journal.rows()
     accepted = {place(row): row["text"] for row in rows if "text" in row}
-    files, splits = {}, {}
-    for name in SPLITS:
+    kept = {place(row): row["raw"] for row in rows if "raw" in row}
+    wanted = ((doc, Chunk(doc.key, k)) for doc in order for k in range(doc.num_chunks))
+    reserve = [(f"{doc.id}#{at.number}", kept[at]) for doc, at in wanted if at in kept]
+    files, splits, filling = {}, {}, {}
+
+    def write(kind: str, rows: Iterable[tuple[str, str]]) -> None:
+        path = f"{kind}/part-{part:04d}.jsonl"
+        lines = [json.dumps({"id": id, "text": chunk}) + "\n" for id, chunk in rows]
+        write_whole(folder / path, "".join(lines))
+        files[path] = {"rows": len(lines), "sha256": digest(folder / path)}
+
+    for name in ANNOTATED:
         documents = [doc for doc in order if doc.split == name]
         # by place: two documents may have the same id
         ids = {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
@@ -139,11 +151,13 @@ def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text
         raw = {at: "".join(piece for is_thought, piece in found if not is_thought) for at, found in pieces.items()}
         splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), text)
         for kind, chunks in (("think", woven), ("raw", raw)):
-            path = f"{name}-{kind}/part-{part:04d}.jsonl"
-            lines = [json.dumps({"id": ids[at], "text": chunk}) + "\n" for at, chunk in chunks.items()]
-            write_whole(folder / path, "".join(lines))
-            files[path] = {"rows": len(lines), "sha256": digest(folder / path)}
-    status = {"finished": True, "counts": tally(rows), "splits": splits, "files": files}
+            write(f"{name}-{kind}", [(ids[at], chunk) for at, chunk in chunks.items()])
+        if name == "sft":
+            plain = [(ids[at], chunk) for at, chunk in raw.items()]
+            filled, filling = control.fill(plain, reserve, splits[name]["think_tokens"], text)
+            if with_control:
+                write("sft-control", filled)
+    status = {"finished": True, "counts": tally(rows), "splits": splits, "control": filling, "files": files}
     write_status(folder, part, status)
     return status
 
@@ -200,7 +214,7 @@ def merge(folder: Path, parts: int) -> dict:
         files = {name: file for status in found for name, file in status["files"].items()}
         manifest = {"parts": parts, "files": dict(sorted(files.items()))}
         write_whole(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    return total | {"splits": add([status.get("splits", {}) for status in found])}
+    return total | {name: add([status.get(name, {}) for status in found]) for name in ("splits", "control")}
 
 
 def add(trees: list[dict]) -> dict:

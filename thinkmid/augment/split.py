@@ -24,7 +24,8 @@ from thinkmid.data.source import Document, data_files, read_documents, read_rows
 from thinkmid.errors import UserError
 from thinkmid.log import write_whole
 
-SPLITS = ("heldout", "rl", "sft")  # of two near-duplicates that are apart, the one named earlier stays
+SPLITS = ("heldout", "rl", "sft", "control")  # of two near-duplicates that are apart, the one named earlier stays
+ANNOTATED = SPLITS[:3]
 SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts in which each character counts as a word
 WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -37,6 +38,7 @@ class SplitConfig:
     sft: float = 0.495
     rl: float = 0.495
     heldout: float = 0.01
+    control: float = 0.0  # never annotated: fills the raw control up to the tokens of the annotated SFT half
     seed: int = 0
     ngram: int = 13  # words of the n-grams that are compared; case and punctuation do not count
     near: float = 0.5  # a document is left out if this share of its n-grams stands in another split; 0: no check
@@ -46,9 +48,9 @@ class SplitConfig:
     eval_words: int = 8  # an evaluation text shorter than ngram is looked for whole; with fewer words than this, not
 
     def __post_init__(self):
-        shares = (self.sft, self.rl, self.heldout)
+        shares = (self.sft, self.rl, self.heldout, self.control)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"sft, rl and heldout must be 0 or more and sum to 1, got {shares}")
+            raise ValueError(f"sft, rl, heldout and control must be 0 or more and sum to 1, got {shares}")
         for name, low in (("seed", 0), ("ngram", 1), ("sample", 1), ("eval_words", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -210,7 +212,8 @@ def assign(text: str, cfg: SplitConfig) -> str:
     """The split of a text: depends on its words and the seed, on nothing else."""
     hashed = blake2b(folded(text), digest_size=8, key=str(cfg.seed).encode()[:64]).digest()
     draw = int.from_bytes(hashed, "little") / 2**64
-    return "sft" if draw < cfg.sft else "rl" if draw < cfg.sft + cfg.rl else "heldout"
+    ends = (("sft", cfg.sft), ("rl", cfg.sft + cfg.rl), ("control", cfg.sft + cfg.rl + cfg.control))
+    return next((name for name, end in ends if draw < end), "heldout")
 
 
 def split_words(text: str) -> list[str]:

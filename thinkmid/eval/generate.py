@@ -1,48 +1,93 @@
-"""Questions -> generations on disk, one row a sample, each written as it ends; a run that is stopped goes on."""
+"""Prompts -> generations on disk, one row a sample, each written as it ends; a run that is stopped goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from thinkmid.errors import UserError
+from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.prompts import render, tokens
-from thinkmid.eval.tasks import posed
+from thinkmid.eval.tasks import Question, posed
 from thinkmid.log import read_rows, reopen
 from thinkmid.model import weights
-from thinkmid.rollout.engine import make_engine, seed
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.engine import Sampling, make_engine, seed
 from thinkmid.text import Text
 from thinkmid.types import Prompt
 
+KEYS = ("id", "sample")  # of a row, and of its prompt's meta: what it is a sample of
 
-def generate(cfg, sets: dict, folder: Path, ranks) -> None:
-    """Draws what is not there yet: this rank's share of every set's (question, sample) pairs. Collective."""
-    source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Text.load(source)
-    asked = {name: prompts_of(cfg, questions, text, shape) for name, questions in sets.items()}
-    longest = max(len(p.tokens) for prompts in asked.values() for p in prompts) + cfg.sampling.max_new
-    rows = cfg.sampling.max_batch
+
+def drawn_by(folder: Path, cfg: EvalConfig) -> None:
+    """UserError if the generations there were drawn by another configuration."""
+    own = json.dumps([cfg.model.folder, cfg.data.template, repr(cfg.sampling), cfg.run.seed], ensure_ascii=False)
+    mark = folder / "drawn-by.json"
+    if mark.exists() and mark.read_text() != own:
+        raise UserError(
+            f"{folder}: holds generations of another model, template, sampling or seed; take another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(own)
+
+
+def generate(cfg: EvalConfig, sets: dict, folder: Path, ranks) -> None:
+    """Draws what is not there yet of every set's (question, sample) pairs. Collective."""
+    shape, text = model_of(cfg)
+    asked = {name: prompts_of(cfg, found.questions, text, shape) for name, found in sets.items()}
+    draw(cfg, asked, cfg.sampling, folder, ranks)
+
+
+def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Text]:
+    return weights.read_config(Path(cfg.model.folder)), Text.load(cfg.model.folder)
+
+
+def draw(
+    cfg: EvalConfig,
+    asked: dict[str, list[Prompt]],
+    sampling: Sampling,
+    folder: Path,
+    ranks,
+    keys: Sequence[str] = KEYS,
+) -> None:
+    """Draws what is not there yet: this rank's share of every set's prompts. Collective.
+
+    A prompt's meta goes into its row; there, the values of keys say whether the row is that prompt's sample.
+    """
+    shape, text = model_of(cfg)
+    source, rows = Path(cfg.model.folder), sampling.max_batch
+    longest = max(len(p.tokens) for prompts in asked.values() for p in prompts) + sampling.max_new
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=longest, rows=rows)
     engine.load_weights(weights.stream_folder(source, cfg.engine.dtype), 0)
     folder.mkdir(parents=True, exist_ok=True)
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
-        have = {(row["id"], row["sample"]) for row in stored(folder, name)}
+        have = {key(row, keys) for row in stored(folder, name, keys)}
         ranks.barrier()  # all have looked before one writes
-        left = [p for p in prompts if (p.meta["id"], p.meta["sample"]) not in have]
+        left = [p for p in prompts if key(p.meta, keys) not in have]
         mine = left[ranks.rank // share :: ranks.world // share]
         write = ranks.rank % share == 0
+        alike_P_G = alike(mine)
+        seeds_P_G = [[seed(cfg.run.seed, 0, p.id, 0) for p in group] for group in alike_P_G]
         with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
-            drawn = engine.generate(mine, [[seed(cfg.run.seed, 0, q.id, 0)] for q in mine], cfg.sampling)
-            for done, (p, _, sample) in enumerate(drawn, start=1):
+            drawn = engine.generate([group[0] for group in alike_P_G], seeds_P_G, sampling)
+            for done, (p, g, sample) in enumerate(drawn, start=1):
                 if write:
-                    file.write(json.dumps(row_of(mine[p], sample, text), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row_of(alike_P_G[p][g], sample, text), ensure_ascii=False) + "\n")
                 if ranks.rank == 0 and done % 500 == 0:
                     print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
 
 
-def prompts_of(cfg, questions, text, shape) -> list[Prompt]:
+def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
+    """Prompts of the same tokens together: engines read these once."""
+    groups: dict[tuple, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(tuple(prompt.tokens), []).append(prompt)
+    return list(groups.values())
+
+
+def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Text, shape: ModelConfig) -> list[Prompt]:
     """One prompt per question and sample: a choice's options turn from sample to sample."""
     room, out = shape.max_positions - cfg.sampling.max_new, []
     for q in questions:
@@ -56,18 +101,31 @@ def prompts_of(cfg, questions, text, shape) -> list[Prompt]:
     return out
 
 
-def row_of(prompt: Prompt, sample, text) -> dict:
-    return {
-        "id": prompt.meta["id"],
-        "sample": prompt.meta["sample"],
+def row_of(prompt: Prompt, sample, text: Text) -> dict:
+    return prompt.meta | {
         "text": text.decode(sample.tokens),
         "finish": sample.finish,
         "tokens": len(sample.tokens),
         "num_think": sample.num_think,
+        "ids": sample.tokens.tolist(),
     }
 
 
-def stored(folder: Path, name: str) -> Iterator[dict]:
-    """Rows of a set, of all ranks, in order of question and sample; one that stands twice counts once."""
-    rows = {(r["id"], r["sample"]): r for path in sorted(folder.glob(f"{name}-[0-9]*.jsonl")) for r in read_rows(path)}
-    return iter([rows[key] for key in sorted(rows)])
+def key(row: dict, keys: Sequence[str]) -> tuple:
+    return tuple(row[k] for k in keys)
+
+
+def stored(folder: Path, name: str, keys: Sequence[str] = KEYS) -> list[dict]:
+    """Rows of a set, of all ranks, in order of their keys; one that stands twice counts once."""
+    paths = [p for p in sorted(folder.glob(f"{name}-*.jsonl")) if p.stem.removeprefix(f"{name}-").isdigit()]
+    rows = {key(r, keys): r for path in paths for r in read_rows(path)}
+    return [rows[k] for k in sorted(rows)]
+
+
+def whole(folder: Path, name: str, questions: Iterable[Question], samples: int) -> list[dict]:
+    """The stored rows of these questions' first samples. UserError unless all are there."""
+    ids = {q.id for q in questions}
+    rows = [r for r in stored(folder, name) if r["id"] in ids and r["sample"] < samples]
+    if len(rows) != (wanted := len(ids) * samples):
+        raise UserError(f"{folder}: {len(rows)} of {wanted} samples of {name}; eval.run without regrade draws them")
+    return rows

@@ -167,15 +167,32 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int, level: float = 0.95, roun
 
     p by flipping the signs of differences: all 2^Q ways if these are at most `rounds`, else `rounds` random ones.
     """
+    return paired_sets([(a, b)], seed=seed, level=level, rounds=rounds)
+
+
+def paired_sets(
+    sets: Sequence[tuple[np.ndarray, np.ndarray]], *, seed: int, level: float = 0.95, rounds: int = 10_000
+) -> Paired:
+    """paired() over several sets: the mean of their mean differences, each set of equal weight, as in average().
+
+    p by flipping the signs of all questions' differences, each with its weight in that mean.
+    """
+    differences = [differences_of(a, b) for a, b in sets]
+    estimates = [clustered(d, level) for d in differences]
+    weighted = np.concatenate([d / max(1, len(d)) for d in differences]) if sets else np.empty(0)
+    return Paired(
+        difference=estimates[0] if len(estimates) == 1 else average(estimates),
+        p=sign_flip_p(weighted, seed=seed, rounds=rounds),
+        better=int((weighted > 0).sum()),
+        worse=int((weighted < 0).sum()),
+    )
+
+
+def differences_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a - b of the questions for which both have a value."""
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two runs must have the same questions, not {a.shape} and {b.shape}")
-    difference = (a - b)[np.isfinite(a - b)]
-    return Paired(
-        difference=clustered(difference, level),
-        p=sign_flip_p(difference, seed=seed, rounds=rounds),
-        better=int((difference > 0).sum()),
-        worse=int((difference < 0).sum()),
-    )
+    return (a - b)[np.isfinite(a - b)]
 
 
 def sign_flip_p(difference: np.ndarray, *, seed: int, rounds: int) -> float:

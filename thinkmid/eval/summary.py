@@ -85,7 +85,44 @@ def share(values: Iterable[float]) -> float:
 
 def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0, level: float = 0.95) -> stats.Paired:
     """Two runs of one set, paired by question. ValueError: they are not of the same questions."""
+    return stats.paired(*paired_means(a, b), seed=seed, level=level)
+
+
+def compare_sets(
+    a: dict[str, Sequence[Graded]], b: dict[str, Sequence[Graded]], *, seed: int = 0, level: float = 0.95
+) -> tuple[dict[str, stats.Paired], stats.Paired]:
+    """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError as in compare."""
+    means = {}
+    for name in a:
+        try:
+            means[name] = paired_means(a[name], b[name])
+        except ValueError as error:
+            raise ValueError(f"set '{name}': {error}") from None
+    by_set = {name: stats.paired(*pair, seed=seed, level=level) for name, pair in means.items()}
+    return by_set, stats.paired_sets(list(means.values()), seed=seed, level=level)
+
+
+def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[np.ndarray, np.ndarray]:
+    """(Q,) means of the questions of both runs, in the same order."""
     table_a, table_b = tabulate(a), tabulate(b)
     if odd := set(table_a.ids) ^ set(table_b.ids):
         raise ValueError(f"{len(odd)} questions are in one run alone, '{min(odd)}' for one")
-    return stats.paired(stats.mean_at(table_a.scores), stats.mean_at(table_b.scores), seed=seed, level=level)
+    return stats.mean_at(table_a.scores), stats.mean_at(table_b.scores)
+
+
+def proportion(rows: Sequence[Graded], level: float = 0.95) -> stats.Estimate:
+    """Mean score of the rows, interval clustered by question."""
+    return stats.proportion(stats.mean_at(tabulate(rows).scores), level)
+
+
+def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:
+    """For a JSON file: the fields, a difference's among the others; None where a number is not finite."""
+    row = asdict(found)
+    row = row.pop("difference", {}) | row
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def in_words(difference: dict[str, float | None]) -> str:
+    """Of as_row: mean, interval and p."""
+    mean, low, high = (math.nan if difference[k] is None else difference[k] for k in ("mean", "low", "high"))
+    return f"{mean:+10.3f}  {f'{low:+.3f} to {high:+.3f}':<16}  p {difference['p']:.4f}"

@@ -34,6 +34,7 @@ PROGRAM = "thinkmid.mini.make"
 WORD = re.compile(r"</?think>|\w+|[^\w\s]")
 ENDLESS = sys.maxsize
 RL_STEPS = 3
+DECIDING = ("annotator", "make", "sentences", "world")  # modules: an edit of theirs makes another world
 
 
 class Sieve:
@@ -155,7 +156,7 @@ def whole(out: Path, files: dict) -> bool:
 
 def make(out: Path, args: dict) -> dict:
     """The miniature world in folder out, whole or absent. Returns its manifest; an equal one is left as it is."""
-    code = "".join(digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))
+    code = "".join(digest(Path(__file__).with_name(f"{name}.py")) for name in DECIDING)
     wanted = {"program": PROGRAM, "arguments": args, "code": sha256(code.encode()).hexdigest()}
     manifest = found(out)
     if manifest and manifest | wanted == manifest and whole(out, manifest["files"]):

@@ -1,5 +1,6 @@
-"""PROGRAM: the paper's rows in miniature, `python -m thinkmid.mini.sweep --seeds 0,1`: all stages, each starting point
-before and after RLPT, evaluated on the five sets. Interrupted, the same command goes on."""
+"""PROGRAM: the paper's rows in miniature, `python -m thinkmid.mini.sweep --seeds 0,1 --jobs 2`: every stage of every
+row, before and after RLPT, evaluated on all sets. Interrupted, the same command goes on. Ends with a table and picture.
+"""
 
 from __future__ import annotations
 
@@ -9,107 +10,129 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from thinkmid import config
 from thinkmid.errors import UserError
+from thinkmid.log import read_rows, write_whole
+from thinkmid.mini import world
 
-SETS = ("1-step", "2-step", "3-step", "4-step", "held-out-a")
+RLMT_STEPS = (60, 170, 400)
+SFT_STEPS, SFT_TOKENS = 1700, 1024  # of configs/mini-sft.toml: steps, tokens of one
+PREFIX = 73  # tokens of the longest prefix of RLMT
 LABELS = {
     "base": "base",
     "raw": "SFT(raw)",
     "think": "SFT(think)",
-    "rlmt-short": "SFT(think) + RLMT, 60 steps",
-    "rlmt": "SFT(think) + RLMT, 170 steps",
+    **{f"rlmt-{n}": f"SFT(think) + RLMT, {n} steps" for n in RLMT_STEPS},
+    # controls
+    "think-long": f"control: SFT(think), longer by the compute of {RLMT_STEPS[-1]} steps of RLMT",
+    "worked": "control: SFT(think), every thought worked through",
+    "worked-rlmt": f"control: the same + RLMT, {RLMT_STEPS[1]} steps",
 }
+PROBED = ("think", f"rlmt-{RLMT_STEPS[-1]}")  # whose thoughts are replaced
 
 
-def stages(home: Path, seed: int) -> dict[str, tuple[list[str], str]]:
-    """Name -> (command, file that is there when it is done), in the order in which they build on one another."""
-    data, sets = home / "data", [f"{name}:questions={home}/data/questions-{name}.jsonl" for name in SETS]
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    name: str
+    command: list[str]  # arguments of python -m
+    result: str  # the file, under the seed's folder, that is there when it is done
 
-    def train(program, toml, name, start, *flags, paths=""):
-        flags = [*flags, *([f"--data.paths={paths}"] if paths else [])]
-        own = [f"--run.folder={home / name}", f"--run.seed={seed}"]
+
+def stages(home: Path, seed: int) -> Iterator[Stage]:
+    """In the order in which they build on one another; each is made when those before it are done."""
+    data, worked = home / "data", home / "data-worked"
+
+    def train(program: str, toml: str, name: str, start: str, paths: str, *flags: str) -> Stage:
+        own = [f"--run.folder={home / name}", f"--run.seed={seed}", "--run.rollouts_every=0", f"--data.{paths}"]
         own += [f"--model.folder={home / start / 'export'}"] if start else []
-        return [f"thinkmid.train.{program}", f"configs/{toml}.toml", *own, *flags], f"{name}/export/thinkmid.json"
+        command = [f"thinkmid.train.{program}", f"configs/{toml}.toml", *own, *flags]
+        return Stage(name=name, command=command, result=f"{name}/export/thinkmid.json")
 
-    quiet = ["--data.val_paths=", "--data.probe_paths="]
+    def make(folder: Path, *flags: str) -> Stage:
+        command = ["thinkmid.mini.make", str(folder), "--seed", str(seed), *flags]
+        return Stage(name=folder.name, command=command, result=f"{folder.name}/manifest.json")
+
+    def sft(name: str, paths: str, *flags: str) -> Stage:
+        return train(
+            "sft", "mini-sft", name, "base", f"paths={paths}", "--data.val_paths=", "--data.probe_paths=", *flags
+        )
+
+    def rlmt(name: str, start: str, steps: int, folder: Path) -> Stage:
+        flags = [f"--run.steps={steps}", "--data.val_paths=", "--data.val_every=0"]
+        return train("rlmt", "mini-rlmt", name, start, f"paths={folder}/rl.jsonl", *flags)
+
+    yield make(data)
+    # a tokenizer that knows the signs of thoughts too
     texts = f"--fresh.tokenizer_data={data}/general.jsonl,{data}/sft-think.jsonl"
-    out = {
-        "data": (["thinkmid.mini.make", str(data), "--seed", str(seed)], "data/manifest.json"),
-        "base": train("sft", "mini-base", "base", "", texts, paths=f"{data}/general.jsonl"),
-        "raw": train("sft", "mini-sft", "raw", "base", *quiet, paths=f"{data}/sft-raw.jsonl"),
-        "think": train("sft", "mini-sft", "think", "base", *quiet, paths=f"{data}/sft-think.jsonl"),
-    }
-    for name, steps in (("rlmt-short", 60), ("rlmt", 170)):
-        flags = [f"--run.steps={steps}", "--run.rollouts_every=0"]
-        out[name] = train("rlmt", "mini-rlmt", name, "think", *flags, paths=f"{data}/rl.jsonl")
+    yield train("sft", "mini-base", "base", "", f"paths={data}/general.jsonl", texts)
+    yield sft("raw", f"{data}/sft-raw.jsonl")
+    yield sft("think", f"{data}/sft-think.jsonl")
+    for steps in RLMT_STEPS:
+        yield rlmt(f"rlmt-{steps}", "think", steps, data)
+    longer = SFT_STEPS + as_sft_steps(home / f"rlmt-{RLMT_STEPS[-1]}")
+    yield sft("think-long", f"{data}/sft-think.jsonl,{data}/rl.jsonl", f"--run.steps={longer}")
+    yield make(worked, "--mix", "0", "0", "1")
+    yield sft("worked", f"{worked}/sft-think.jsonl")
+    yield rlmt("worked-rlmt", "worked", RLMT_STEPS[1], worked)
     for name in LABELS:
-        flags = [f"--data.path={data}/questions-train.jsonl", "--run.rollouts_every=0"]
-        out[f"{name}+rlpt"] = train("rlpt", "mini-rlpt", f"{name}+rlpt", name, *flags)
-    for name in [row for label in LABELS for row in (label, f"{label}+rlpt")]:
-        flags = [f"--model.folder={home / name / 'export'}", f"--data.sets={','.join(sets)}", f"--run.seed={seed}"]
-        command = ["thinkmid.eval.run", "configs/mini-eval.toml", f"--run.folder={home / 'eval' / name}", *flags]
-        out[f"eval {name}"] = command, f"eval/{name}/results.json"
-    return out
+        yield train("rlpt", "mini-rlpt", f"{name}+rlpt", name, f"path={data}/questions-train.jsonl")
+    for row in [row for name in LABELS for row in (name, f"{name}+rlpt")]:
+        yield asked(home, "run", row, data, seed)
+    for name in PROBED:
+        yield asked(home, "thoughts", name, data, seed)
+
+
+def asked(home: Path, program: str, row: str, data: Path, seed: int) -> Stage:
+    sets = ",".join(f"{name}:questions={data}/questions-{name}.jsonl" for name in world.SETS)
+    flags = [f"--model.folder={home / row / 'export'}", f"--data.sets={sets}", f"--run.seed={seed}", "--run.samples=2"]
+    command = [f"thinkmid.eval.{program}", "configs/mini-eval.toml", f"--run.folder={home / 'eval' / row}", *flags]
+    result = {"run": "results.json", "thoughts": "thoughts.json"}[program]
+    return Stage(name=f"{program} {row}", command=command, result=f"eval/{row}/{result}")
+
+
+def as_sft_steps(rlmt: Path) -> int:
+    """SFT steps that cost what this RLMT run did, in passes of a token: one forward, two backward."""
+    rows = read_rows(rlmt / "metrics.jsonl")
+    passes = sum(row["groups"] * PREFIX + row["generated_tokens"] + 3 * row["trunk_tokens"] for row in rows)
+    return round(passes / (3 * SFT_TOKENS))
 
 
 def run(home: Path, seed: int) -> None:
     home.mkdir(parents=True, exist_ok=True)
-    for name, (command, result) in stages(home, seed).items():
-        if (home / result).exists():
+    for stage in stages(home, seed):
+        if (home / stage.result).exists():
             continue
         began = time.monotonic()
-        print(f"seed {seed}: {name} ...", end="", flush=True)
         with (home / "log.txt").open("a") as log:
-            done = subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, env=os.environ)
+            done = subprocess.run([sys.executable, "-m", *stage.command], stdout=log, stderr=log, env=os.environ)
         if done.returncode:
-            raise UserError(f"{home}/log.txt: {name} ended with code {done.returncode}; the same command goes on")
-        print(f" {time.monotonic() - began:.0f} s", flush=True)
-
-
-def table(homes: dict[int, Path]) -> dict[str, dict]:
-    """Row -> before and after RLPT: means over the sets, by seed."""
-    rows = {}
-    for name, label in LABELS.items():
-        cells = {}
-        for when, row in (("before", name), ("after", f"{name}+rlpt")):
-            found = {
-                seed: json.loads((home / "eval" / row / "results.json").read_text()) for seed, home in homes.items()
-            }
-            cells[when] = {
-                "mean": {seed: r["mean"] for seed, r in found.items()},
-                "sets": {s: [r["sets"][s]["mean"] for r in found.values()] for s in SETS},
-                "thinking": [sum(r["sets"][s]["mean_think"] for s in SETS) / len(SETS) for r in found.values()],
-            }
-        rows[label] = cells
-    return rows
-
-
-def show(rows: dict[str, dict]) -> str:
-    """A Markdown table; the mean over seeds, each seed behind it."""
-    lines = ["| | before RLPT | by seed | after RLPT | by seed |", "|---|---|---|---|---|"]
-    for label, cells in rows.items():
-        parts = []
-        for when in ("before", "after"):
-            means = list(cells[when]["mean"].values())
-            parts += [f"**{sum(means) / len(means):.3f}**", " ".join(f"{m:.3f}" for m in means)]
-        lines.append(f"| {label} | " + " | ".join(parts) + " |")
-    return "\n".join(lines)
+            raise UserError(f"{home}/log.txt: {stage.name} ended with code {done.returncode}; the same command goes on")
+        print(f"seed {seed}: {stage.name}, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m thinkmid.mini.sweep", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="commas between; a seed decides corpus, weights, order and draws")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; set OMP_NUM_THREADS to share the cores")
     args = parser.parse_args(argv)
     homes = {int(seed): args.out / f"seed-{int(seed)}" for seed in args.seeds.split(",")}
-    for seed, home in homes.items():
-        run(home, seed)
-    rows = table(homes)
-    (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(show(rows))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in [pool.submit(run, home, seed) for seed, home in homes.items()]:
+            done.result()
+
+    from thinkmid.mini import figures, results
+
+    found = results.collect(homes, LABELS, PROBED)
+    write_whole(args.out / "table.json", json.dumps(found, indent=1) + "\n")
+    (args.out / "table.md").write_text(results.markdown(found))
+    print(results.markdown(found))
+    print(figures.draw(homes, found, LABELS, RLMT_STEPS, args.out))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def describe(groups: list[Group]) -> dict[str, float]:
         "reward": float(np.nanmean(rewards)) if not np.isnan(rewards).all() else float("nan"),
         "reward_failed": float(np.isnan(rewards).mean()),
         "dead_groups": float(np.mean([advantage.is_dead(g) for g in groups])),
+        "dead_wrong": float(np.mean([not np.any(g.rewards) for g in groups])),
+        "dead_right": float(np.mean([np.all(np.equal(g.rewards, 1)) for g in groups])),
         "thinking_tokens": float(np.mean([s.num_think for s in samples])),
         "unclosed": float(1 - closed.mean()),
         "suffix_tokens": float(suffix[closed].mean()) if closed.any() else 0.0,
@@ -53,6 +55,7 @@ def measure(done: list[Update]) -> dict[str, float]:
     num_rows = sum(u.num_rows for u in done)
     return {
         **row,
+        **({"next_token_loss": sums["next_token"] / len(done)} if "next_token" in sums else {}),
         "loss": sums.get("loss", 0.0),
         "logp_gap_max": sums.get("gap_max", 0.0),
         "grad_norm": float(np.mean([u.stats.grad_norm for u in done])),
@@ -63,6 +66,14 @@ def measure(done: list[Update]) -> dict[str, float]:
     }
 
 
+def gate_line(row: dict[str, float]) -> str:
+    return (
+        f"gate, {row['groups']} held-out prompts: reward {row['reward']:.3f}, dead groups {row['dead_groups']:.0%} "
+        f"({row['dead_wrong']:.0%} all 0, {row['dead_right']:.0%} all 1), closed thoughts {1 - row['unclosed']:.0%}, "
+        f"no verdict {row['reward_failed']:.0%}"
+    )
+
+
 def advice(row: dict[str, float]) -> list[str]:
     """What the first step's samples say about the start: lines of warning, none if RL can learn from them."""
     out = []
@@ -71,12 +82,16 @@ def advice(row: dict[str, float]) -> list[str]:
             f"{row['unclosed']:.0%} of the thoughts do not close: raise sampling.max_think, set sampling.force_close, "
             "or train longer on text with thoughts first"
         )
-    if row["dead_groups"] > MOST_DEAD and row["reward"] < 0.5:
+    if row["dead_groups"] > MOST_DEAD and "likelihood" in row:  # a reward that is not right or wrong
+        out.append(
+            f"{row['dead_groups']:.0%} of the groups have equal rewards throughout: nothing tells siblings apart"
+        )
+    elif row["dead_groups"] > MOST_DEAD and row["reward"] < 0.5:
         out.append(
             f"{row['dead_groups']:.0%} of the groups have no right sample to learn from "
             f"(mean reward {row['reward']:.3f}): more siblings, a milder judge, or a longer SFT first"
         )
-    if row["dead_groups"] > MOST_DEAD and row["reward"] >= 0.5:
+    elif row["dead_groups"] > MOST_DEAD:
         out.append(f"{row['dead_groups']:.0%} of the groups are right throughout: little is left to learn here")
     return out
 
@@ -120,7 +135,7 @@ def rollout_rows(groups: list[Group], text):
         prompt = text.decode(group.prompt.tokens)
         for g, sample in enumerate(group.samples):
             parts = text.split_at_close(sample.tokens)
-            reward = group.rewards[g]
+            reward = None if np.isnan(group.rewards[g]) else group.rewards[g]
             yield {
                 "prompt_id": group.prompt.id,
                 "sibling": g,
@@ -128,8 +143,8 @@ def rollout_rows(groups: list[Group], text):
                 "thought": parts.thought,
                 "suffix": parts.suffix,
                 "reference": group.prompt.meta.get("reference"),
-                "reward": None if np.isnan(reward) else reward,
-                "verdict": {"value": None if np.isnan(reward) else int(reward), "why": group.whys[g]},
+                "reward": reward,
+                "verdict": {"value": int(reward) if reward in (0, 1) else reward, "why": group.whys[g]},
                 "finish": sample.finish,
                 "tokens": len(sample.tokens),
                 "thinking_tokens": sample.num_think,
@@ -150,7 +165,7 @@ def summary(folder) -> str:
 
     first, last = rows[:tenth], rows[-tenth:]
     before, after = mean(first, "reward"), mean(last, "reward")
-    times = f" ({after / before:.2f} times)" if before else ""
+    times = f" ({after / before:.2f} times)" if before > 0 else ""
     return (
         f"reward {before:.3f} -> {after:.3f}{times}, thinking "
         f"{mean(first, 'thinking_tokens'):.1f} -> {mean(last, 'thinking_tokens'):.1f} tokens "

@@ -70,11 +70,12 @@ class LossConfig:
     is_level: Literal["token", "sequence"] = "token"  # of that weight; "sequence": product over it, one forward more
     kl: float = 0.0  # weight of the KL to the frozen starting point; above 0 a second model is kept
     entropy: float = 0.0  # weight of an entropy bonus
+    next_token: float = 0.0  # RLMT: weight of the next-token loss on the true suffix, as raw text, in the same forward
 
     def __post_init__(self):
         if not self.denom > 0:
             raise ValueError(f"denom must be positive, got {self.denom}")
-        for name in ("clip_low", "clip_high", "is_cap", "kl"):
+        for name in ("clip_low", "clip_high", "is_cap", "kl", "next_token"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.is_level == "sequence" and not self.is_cap:
@@ -86,6 +87,43 @@ class LossConfig:
     def keeps_dead(self) -> bool:
         """KL and entropy give groups of equal rewards a gradient too."""
         return bool(self.kl or self.entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a sample of RLMT is paid for: a sum with these weights. What has weight 0 is not computed."""
+
+    judge: float = 1.0  # the judge's verdict on the continuation, 0 or 1
+    likelihood: float = 0.0  # mean log-prob of the true suffix's tokens after the thought, nats
+    gain: float = 0.0  # the same less that of the true suffix without a thought, nats
+    prefix: float = 0.0  # 1 where the continuation begins with the true suffix, byte by byte, else 0
+    prefix_tokens: int = 1  # prefix: true tokens that the continuation must begin with
+    scorer: Literal["policy", "frozen", "ema"] = "policy"  # likelihood, gain: weights that score; ema: moving average
+    baseline: Literal["policy", "frozen", "ema"] = "policy"  # gain: weights that score without a thought
+    decay: float = 0.999  # of the moving average, a step
+    unclosed: float = 0.5  # likelihood, gain: nats of a thought that never closed below the worst of its siblings'
+
+    def __post_init__(self):
+        for name in ("judge", "likelihood", "gain", "prefix", "unclosed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not (self.judge or self.likelihood or self.gain or self.prefix):
+            raise ValueError("judge, likelihood, gain and prefix are all 0: nothing is rewarded")
+        if self.prefix_tokens < 1:
+            raise ValueError(f"prefix_tokens must be at least 1, got {self.prefix_tokens}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
+
+    @property
+    def is_verdict(self) -> bool:
+        """The judge's verdict as it is, and nothing else."""
+        return (self.judge, self.likelihood, self.gain, self.prefix) == (1, 0, 0, 0)
+
+    @property
+    def weights(self) -> set[str]:
+        """Whose weights score."""
+        scorer = {self.scorer} if self.likelihood or self.gain else set()
+        return scorer | ({self.baseline} if self.gain else set())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +147,13 @@ class RLConfig:
             raise ValueError("sampling.top_p and top_k: vLLM's log-probs would be those of the cut distribution")
         if self.loss.is_level == "sequence" and self.batch.updates > 1:
             raise ValueError("loss.is_level 'sequence' is for one update per rollout, got batch.updates above 1")
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """The starting weights stay."""
+        return bool(self.loss.kl)
+
+    @property
+    def ema_decay(self) -> float:
+        """Of a moving average of the weights; 0 where nobody asks for one."""
+        return 0.0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from thinkmid import checkpoint, config
 from thinkmid.errors import UserError
@@ -49,6 +50,8 @@ class Job:
     watch: Watch
     data: str  # fingerprint of what is learnt from
     saved_step: int = -1
+    ema: Transformer | None = None  # moving average of the weights, in fp32
+    ema_decay: float = 0.0
 
     @property
     def folder(self) -> Path:
@@ -60,7 +63,7 @@ class Job:
             return
         begin = time.perf_counter()
         try:
-            tensors = optim.state_tensors(self.model, self.optimizer)
+            tensors = _tensors(self.model, self.optimizer, self.ema)
             state = {**state, "data": self.data}
             checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.run.keep)
         except checkpoint.CheckpointError as error:
@@ -69,6 +72,17 @@ class Job:
         else:
             self.saved_step = step
             self.log.event("save", step=step, seconds=round(time.perf_counter() - begin, 3))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After a step: the moving average takes its share of the weights."""
+        if self.ema is None:
+            return
+        for model in (self.ema, self.model):
+            weights.reshard(model)
+        pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True)
+        for ours, theirs in pairs:
+            _local(ours).lerp_(_local(theirs), 1 - self.ema_decay)
 
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
@@ -86,18 +100,28 @@ def claim_folder(cfg, ranks: shard.Ranks) -> None:
 
 
 def open_job(
-    cfg, source: Path, shape: ModelConfig, text: Text, *, data: str, ranks: shard.Ranks, interrupt: Interrupt
+    cfg,
+    source: Path,
+    shape: ModelConfig,
+    text: Text,
+    *,
+    data: str,
+    ranks: shard.Ranks,
+    interrupt: Interrupt,
+    ema_decay: float = 0.0,
 ) -> tuple[Job, int, dict]:
     """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {}).
 
-    Collective. data: fingerprint of what is learnt from. Nothing is written before all that may be wrong was looked at.
+    Collective. data: fingerprint of what is learnt from. ema_decay: above 0 the job has a moving average.
+    Nothing is written before all that may be wrong was looked at.
     """
     folder = Path(cfg.run.folder)
     check_vocabulary(source, shape, text)
     model = sharded_model(source, shape, cfg.model, ranks)
     optimizer = optim.adamw(model, cfg.optim)
+    ema = sharded_model(source, shape, cfg.model, ranks) if ema_decay else None
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
-    state = checkpoint.load(found, optim.state_tensors(model, optimizer)) if found else {}
+    state = checkpoint.load(found, _tensors(model, optimizer, ema)) if found else {}
     same_data(state, data, cfg.run.folder)
     start = int(found.name.rpartition("-")[2]) if found else 0
     ranks.agree(lambda: _describe_run(folder, cfg, ranks) if ranks.rank == 0 else None)
@@ -107,7 +131,21 @@ def open_job(
     saved_step = start if found else -1
     watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
     watch.beat("start", start)
-    return Job(cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, data, saved_step), start, state
+    parts = (cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, data, saved_step, ema, ema_decay)
+    return Job(*parts), start, state
+
+
+def _tensors(model: Transformer, optimizer, ema: Transformer | None) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, by name."""
+    tensors = optim.state_tensors(model, optimizer)
+    if ema is not None:
+        weights.reshard(ema)
+        tensors |= {f"ema.{name}": p.detach() for name, p in ema.named_parameters()}
+    return tensors
+
+
+def _local(p: torch.Tensor) -> torch.Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:

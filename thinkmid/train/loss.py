@@ -24,8 +24,9 @@ def text_loss(model, pack: Pack):
 
 
 def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first_update: bool, reference=None):
-    """DrGRPO on one pack. With one update per rollout the ratio is 1 and the sampler's gap is an importance weight;
-    later updates clip the ratio to the sampler itself, which needs no pass over old weights."""
+    """DrGRPO on one pack, and next-token loss where ce_w is not 0. With one update per rollout the ratio is 1 and the
+    sampler's gap is an importance weight; later updates clip the ratio to the sampler itself, which needs no pass over
+    old weights."""
     ref_logp = None
     if reference is not None:
         with torch.no_grad():
@@ -53,14 +54,20 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
         # groups without advantage are not in the pack; the others are measured whole
         skip_zero_advantage=False,
     )
-    loss, metrics, logp, _ = _through(model, pack, head)
-    sums = metrics._asdict()
+
+    def heads(hidden, weight):
+        # each leaves the other's rows out before its products
+        ce = partial(linear_cross_entropy, targets=pack.targets, row_weights=pack.ce_w, denom=1)
+        return head(hidden, weight), ce(hidden, weight)[0] if cfg.next_token else 0
+
+    (loss, metrics, logp, _), text = _through(model, pack, heads)
+    sums = metrics._asdict() | ({"next_token": text.detach() / cfg.next_token} if cfg.next_token else {})
     sums["tokens"] = sums.pop("rows")
     sums["clipped"] = sums.pop("clipped_low") + sums.pop("clipped_high")
     gap = torch.where(pack.pg_w != 0, logp - pack.logp_old, 0)
     # the estimator r - 1 - log r of KL(sampler || trainer)
     sums |= {"gap": gap.abs().sum(), "sampler_kl": (gap.expm1() - gap).sum()}
-    return loss, sums | {"gap_max": gap.abs().max() if len(gap) else gap.sum()}
+    return loss + text, sums | {"gap_max": gap.abs().max() if len(gap) else gap.sum()}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Before a run: batch arithmetic, a memory plan by phase, and what attention costs beside the rest."""
+"""Before a run: batch arithmetic, a memory plan by phase, how long it may take."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import os
 from thinkmid import config
 from thinkmid.kernels.head import CHUNK_BYTES
 from thinkmid.model.transformer import ModelConfig
+from thinkmid.train import duration
+from thinkmid.train.duration import BYTES, block_parameters, cache_bytes
 
-BYTES = {"float32": 4, "bfloat16": 2}
 VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
-
-
-def block_parameters(shape: ModelConfig) -> int:
-    """Of all blocks: what each token is multiplied with, head and embedding aside."""
-    return shape.num_parameters - shape.vocab * shape.width * (1 if shape.tied else 2) - shape.width
 
 
 def pair_cost(shape: ModelConfig) -> float:
     """FLOPs of one query-key pair over all layers, in those of one token's trip through the blocks."""
-    return shape.layers * 4 * shape.heads * shape.head_dim / (2 * block_parameters(shape))
+    return duration.pair_flops(shape) / (2 * block_parameters(shape))
 
 
 def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool) -> int:
@@ -30,12 +26,13 @@ def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool) -> int
     return kept * BYTES[dtype]
 
 
-def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int) -> dict[str, float]:
-    """Bytes per rank while training, by owner."""
+def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int, copies: int = 0) -> dict[str, float]:
+    """Bytes per rank while training, by owner. copies: of the weights, frozen or averaged."""
     n, small = shape.num_parameters, BYTES[section.dtype]
     head = shape.vocab * shape.width
     gathered = 2 * block_parameters(shape) // shape.layers + head * (1 if shape.tied else 2)
-    return {
+    kept = {"master weights of copies (fp32 shards)": copies * 4 * n / world} if copies else {}
+    return kept | {
         "master weights (fp32 shard)": 4 * n / world,
         "Adam moments (fp32 shard)": 8 * n / world,
         "gradients (fp32 shard)": 4 * n / world,
@@ -47,9 +44,8 @@ def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int) ->
 
 def rollout_phase(shape: ModelConfig, sampling, engine, max_prefix: int, rows: int) -> dict[str, float]:
     """Bytes per rank while sampling, by owner."""
-    small = BYTES[engine.dtype]
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * small
-    weights = small * shape.num_parameters / engine.tensor_parallel
+    token = cache_bytes(shape, engine.dtype)
+    weights = BYTES[engine.dtype] * shape.num_parameters / engine.tensor_parallel
     logits = {"logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8)}
     if engine.kind == "vllm":
         held = engine.kv_gb * 1e9 / (token / engine.tensor_parallel)
@@ -67,7 +63,8 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
     world = int(os.environ.get("WORLD_SIZE", 1))
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
-    train = training_phase(shape, cfg.model, b.pack_tokens, world)
+    copies = cfg.keeps_frozen + bool(cfg.ema_decay)
+    train = training_phase(shape, cfg.model, b.pack_tokens, world, copies)
     rows = min(s.max_batch, -(-samples // world))
     rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows)
     resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
@@ -87,6 +84,8 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
     training = train | _kept(rollout, ("graphs",) if sleeps else ("weights", "graphs", "KV"))
     _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout, "training": training})
+    if cfg.model.dtype == "bfloat16":
+        _print_time(duration.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
     return 0
 
 
@@ -106,6 +105,21 @@ def dry_run_sft(cfg) -> int:
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
     _print(cfg, shape, arithmetic, {"training": training_phase(shape, cfg.model, cfg.data.pack_tokens, world)})
+    if cfg.model.dtype == "bfloat16":
+        _print_time(duration.of_sft(cfg, shape, world), cfg.run.steps, "step")
+    return 0
+
+
+def dry_run_engine(cfg, shape: ModelConfig, sampling, max_prompt: int) -> int:
+    """Of a program that only samples: annotation, evaluation."""
+    rows = sampling.max_batch
+    arithmetic = [
+        f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
+    ]
+    _print(cfg, shape, arithmetic, {"rollout": rollout_phase(shape, sampling, cfg.engine, max_prompt, rows)})
+    if cfg.engine.dtype == "bfloat16":
+        plan = duration.of_answers(shape, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
+        _print_time(plan, 0, "thousand answers of a rank")
     return 0
 
 
@@ -127,6 +141,14 @@ def _print(cfg, shape, arithmetic, phases):
         print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
         for owner, size in owners.items():
             print(f"#   {_size(size):>20}  {owner}")
+
+
+def _print_time(phases: dict[str, float], steps: int, unit: str) -> None:
+    print(f"# time on H100s, an estimate and no measurement: {duration.ASSUMED} (thinkmid/train/duration.py)")
+    for phase, seconds in phases.items():
+        print(f"#   {seconds:12,.1f} s a {unit}  {phase}")
+    if steps:
+        print(f"#   {steps * sum(phases.values()) / 3600:12,.1f} h for {steps:,} steps")
 
 
 def _size(size: float) -> str:

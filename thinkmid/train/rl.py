@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
@@ -15,13 +17,15 @@ from thinkmid.rollout import sync
 from thinkmid.rollout.engine import Engine, check_vllm, collect, make_engine, seed
 from thinkmid.rollout.judge import Pending
 from thinkmid.train import advantage, exchange, job, memory, shard
-from thinkmid.train.account import Clock, Update, advice, describe, measure, rollout_rows, summary
+from thinkmid.train.account import Clock, Update, advice, describe, gate_line, measure, rollout_rows, summary
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.interrupt import EXIT, Interrupt
+from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
 from thinkmid.train.step import train_step
+from thinkmid.train.truth import next_token_units
 from thinkmid.types import Group, Prompt, Sample
 
 
@@ -34,11 +38,25 @@ class Reward(Protocol):
         """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
-def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, max_len: int, notes=()) -> int:
+def run(
+    cfg: RLConfig,
+    source,
+    shape,
+    text,
+    prompts: list[Prompt],
+    make_reward,
+    max_len: int,
+    notes=(),
+    *,
+    make_scores=lambda run, frozen: None,
+    held_out: list[Prompt] | None = None,
+    look_every: int = 0,
+) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
     make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence. notes:
-    lines about the prompts.
+    lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look at
+    before the first step and every look_every steps.
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
@@ -47,19 +65,22 @@ def run(cfg: RLConfig, source, shape, text, prompts: list[Prompt], make_reward, 
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
     data = job.fingerprint(p.tokens for p in prompts)
     job.claim_folder(cfg, ranks)
-    opened, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    options = {"data": data, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
+    opened, step, state = job.open_job(cfg, source, shape, text, **options)
     for note in notes:
         opened.log.say(f"note: {note}")
     opened.log.say(
         f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}"
     )
-    reference = job.sharded_model(source, shape, cfg.model, ranks) if cfg.loss.kl else None
+    frozen = job.sharded_model(source, shape, cfg.model, ranks) if cfg.keeps_frozen else None
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
     reward, close = make_reward(engine, ranks.device)
+    looks = {"held_out": held_out or [], "look_every": look_every}
+    more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
-        code = train(opened, cfg, engine, prompts, reward, step=step, state=state, reference=reference)
+        code = train(opened, cfg, engine, prompts, reward, step=step, state=state, **more)
     finally:
         opened.watch.rest()
         close()
@@ -99,11 +120,16 @@ def train(
     step: int,
     state: dict,
     reference=None,
+    scores: Scores | None = None,
+    held_out: Sequence[Prompt] = (),
+    look_every: int = 0,
 ) -> int:
     """Runs steps `step` to cfg.run.steps. Returns the exit code: 0, or EXIT when stopped on request and saved."""
     ranks, log, watch = run.ranks, run.log, run.watch
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
     agreement, moments = Agreement(run, cfg, engine, sync), Offload(run.optimizer)
+    if held_out and step == 0:
+        gate(log, look(run, cfg, engine, held_out, reward, scores, step, moments))
     while True:
         now = {"cursor": cursor, "skipped": skipped}
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
@@ -131,13 +157,14 @@ def train(
                 draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
                 checked = agreement.rescore(step, groups, mine, draw)
             with clock("reward"):
-                groups = [rewarded(g, pending, watch) for g, pending in zip(groups, pending_P_G, strict=True)]
+                groups = judged(run, cfg, groups, pending_P_G, mine)
                 ranks.agree(lambda: checked.update(reward.finish(step)))  # noqa: B023
-                leads = ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
-                groups = exchange.all_groups(groups if leads else [], mine if leads else [], ranks)
+                engine.sleep()
+                if scores:
+                    groups, means = scores(groups)
+                    checked.update(means)
                 refuse_unjudged(groups, cfg.run.max_failed)
             with clock("train"):
-                engine.sleep()
                 moments.back()
                 refuse_stale(groups, step)
                 lr = cfg.optim.lr_at(step, cfg.run.steps)
@@ -147,14 +174,45 @@ def train(
                 ]
             for u in done:
                 skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
+            run.follow()
         cursor, step = cursor + cfg.batch.prompts, step + 1
         row = {**describe(groups), **measure(done), **checked, "lr": lr, "skipped": skipped, **clock.row(groups)}
+        if held_out and look_every and (step % look_every == 0 or step == cfg.run.steps):
+            seen = look(run, cfg, engine, held_out, reward, scores, step, moments)
+            row |= {f"val_{name}": value for name, value in seen.items()}
         log.write(step, row)
-        if step == 1:
+        if step == 1 and not held_out:
             for line in advice(row):
                 log.say(f"warning: {line}")
         if cfg.run.rollouts_every and step % cfg.run.rollouts_every == 0:
             log.rollouts(step, rollout_rows(groups, run.text))
+
+
+def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments: Offload) -> dict[str, float]:
+    """What describe() says of samples of held-out prompts, drawn with the same numbers each time; {} when stopped."""
+    run.watch.beat("look", step)
+    if cfg.optim.offload:
+        moments.away()
+    engine.wake_weights()
+    sync.push(run.model, engine, step, getattr(torch, cfg.engine.dtype), summed=False)
+    engine.wake_cache()
+    mine = places(len(prompts), run.ranks, cfg.engine.tensor_parallel)
+    groups, pending_P_G = rollouts(run, engine, [prompts[i] for i in mine], cfg, 0, reward)
+    stopped = run.ranks.any(groups is None)
+    groups = [] if stopped else judged(run, cfg, groups, pending_P_G, mine)
+    engine.sleep()
+    groups, means = scores(groups) if scores and groups else (groups, {})
+    moments.back()
+    return {**describe(groups), **means} if groups else {}
+
+
+def gate(log, seen: dict[str, float]) -> None:
+    """Says what a look before the first step saw, and warns where nothing can be learnt."""
+    if seen:
+        log.event("gate", **seen)
+        log.say(gate_line(seen))
+        for line in advice(seen):
+            log.say(f"warning: {line}")
 
 
 @contextmanager
@@ -205,6 +263,13 @@ def rewarded(group: Group, pending: list[Pending], watch) -> Group:
     return replace(group, rewards=[v.reward for v in verdicts], whys=[v.why for v in verdicts])
 
 
+def judged(run, cfg: RLConfig, groups: list[Group], pending_P_G: list[list[Pending]], mine: list[int]) -> list[Group]:
+    """The groups of all ranks with their verdicts. Collective."""
+    groups = [rewarded(g, pending, run.watch) for g, pending in zip(groups, pending_P_G, strict=True)]
+    leads = run.ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
+    return exchange.all_groups(groups if leads else [], mine if leads else [], run.ranks)
+
+
 def refuse_unjudged(groups: list[Group], limit: float) -> None:
     whys = [why for g in groups for r, why in zip(g.rewards, g.whys, strict=True) if np.isnan(r)]
     total = sum(len(g.samples) for g in groups)
@@ -234,6 +299,8 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
         keep_dead=cfg.loss.keeps_dead,
         scope=cfg.loss.scope,
     )
+    if cfg.loss.next_token:
+        units = next_token_units(units, groups, run.text, cfg.sampling.max_suffix, cfg.loss.next_token)
     unshared = [part for unit in units for part in duplicated(unit)]
     packs_of_ranks = plan(
         units if cfg.batch.share_prefix else unshared,

@@ -5,15 +5,16 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine import check_vllm
+from thinkmid.rollout.guard import Verdict
 from thinkmid.rollout.judging import JudgeConfig, make_ask, make_reward, question_tokens, read_judge
-from thinkmid.train.config import RLConfig
+from thinkmid.train.config import RewardConfig, RLConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,16 @@ class DataConfig:
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
     max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
+    val_paths: tuple[str, ...] = ()  # held-out text, looked at before the first step: is there something to learn?
+    val_prompts: int = 32  # its prefixes that are looked at, each with batch.siblings samples
+    val_every: int = 0  # steps between further looks; 0: none
 
     def __post_init__(self):
         if not self.paths:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
-        if self.max_prefix < 0:
-            raise ValueError(f"max_prefix must be 0 or more, got {self.max_prefix}")
+        for name, low in (("max_prefix", 0), ("val_prompts", 1), ("val_every", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if (self.length > 0) != (self.prefix == "fixed"):
             raise ValueError(f"length {self.length} with prefix {self.prefix!r}: 'fixed' needs one, others take none")
 
@@ -41,6 +46,38 @@ class RLMTConfig(RLConfig):
 
     data: DataConfig
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        needs = {"reward.likelihood": self.reward.likelihood, "reward.gain": self.reward.gain}
+        needs |= {"reward.prefix": self.reward.prefix, "loss.next_token": self.loss.next_token}
+        if (asked := [name for name, weight in needs.items() if weight]) and not self.sampling.max_suffix:
+            raise ValueError(f"{asked[0]} needs sampling.max_suffix above 0: so much of the true suffix counts")
+        if self.reward.prefix and self.reward.prefix_tokens > self.sampling.max_suffix:
+            sizes = f"{self.reward.prefix_tokens} exceed sampling.max_suffix {self.sampling.max_suffix}"
+            raise ValueError(f"reward.prefix_tokens {sizes}")
+
+    @property
+    def keeps_frozen(self) -> bool:
+        return super().keeps_frozen or "frozen" in self.reward.weights
+
+    @property
+    def ema_decay(self) -> float:
+        return self.reward.decay if "ema" in self.reward.weights else 0.0
+
+
+class NoJudge:
+    """The judge of a run whose rewards come from the text alone."""
+
+    def __call__(self, prompt, sample):
+        return lambda: NOT_ASKED
+
+    def finish(self, step):
+        return {}
+
+
+NOT_ASKED = Verdict(0, "")
 
 
 def main(argv: list[str]) -> int:
@@ -49,26 +86,54 @@ def main(argv: list[str]) -> int:
     from thinkmid.model import weights
     from thinkmid.text import Text
     from thinkmid.train import memory, rl
+    from thinkmid.train.likelihood import Scores
 
     source = Path(cfg.model.folder)
     shape, text = weights.read_config(source), Text.load(source)
     max_prefix = rl.longest_prompt(cfg, shape, cfg.data.max_prefix, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix)
-    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, shape)
-    if cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
+    asks = bool(cfg.reward.judge)
+    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, shape) if asks else None
+    if asks and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
         check_vllm()
     prompts = read_prompts(cfg.data, text, max_prefix, cfg.run.seed)
-    longest = max(len(p.tokens) for p in prompts) + cfg.sampling.max_new
-    longest = min(max(longest, question_tokens(cfg.judge, cfg.sampling.max_suffix)), shape.max_positions)
+    held_out = read_held_out(cfg.data, text, max_prefix, cfg.run.seed)
+    longest = max(len(p.tokens) for p in [*prompts, *held_out]) + cfg.sampling.max_new
+    questions = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
+    longest = min(max(longest, questions), shape.max_positions)
 
     def reward(engine, device):
+        if not asks:
+            return NoJudge(), lambda: None
         max_len = cfg.engine.max_len or longest
         ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len)
         references = [p.meta["reference"] for p in prompts]
         return make_reward(cfg.judge, cfg.sampling, text, ask, references, cfg.run.seed), close
 
-    return rl.run(cfg, source, shape, text, prompts, reward, longest)
+    def scores(run, frozen):
+        if cfg.reward.is_verdict:
+            return None
+        models = {"policy": run.model, "frozen": frozen, "ema": run.ema}
+        sizes = {"max_suffix": cfg.sampling.max_suffix, "pack_tokens": cfg.batch.pack_tokens}
+        return Scores(cfg.reward, models, text, run.ranks, **sizes)
+
+    looks = {"held_out": held_out, "look_every": cfg.data.val_every}
+    return rl.run(cfg, source, shape, text, prompts, reward, longest, notes(cfg), make_scores=scores, **looks)
+
+
+def notes(cfg: RLMTConfig) -> list[str]:
+    if cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought":
+        return []
+    return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
+
+
+def read_held_out(data: DataConfig, text, max_prefix: int, seed: int) -> list:
+    """val_prompts prefixes spread evenly over the held-out text; [] without any."""
+    if not data.val_paths:
+        return []
+    found = read_prompts(replace(data, paths=data.val_paths), text, max_prefix, seed)
+    return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
 
 
 def read_prompts(data: DataConfig, text, max_prefix: int, seed: int) -> list:

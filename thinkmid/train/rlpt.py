@@ -35,6 +35,11 @@ class RLPTConfig(RLConfig):
     data: QuestionConfig
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss.next_token:
+            raise ValueError(f"loss.next_token {self.loss.next_token} is for RLMT: an answer has no true suffix")
+
 
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLPTConfig, argv, prog="torchrun -m thinkmid.train.rlpt", description=__doc__)

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 -m thinkmid.train.sft configs/mini-sft.toml
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,9 @@ class DataConfig:
     batch_tokens: int = 4096  # tokens of an optimiser step, over all ranks
     pack_tokens: int = 4096  # tokens of one forward on one rank
     max_len: int = 512  # longer documents are cut into sequences of this many tokens
+    # with run.steps 0, how long the run is: passes over the data, or tokens
+    epochs: float = 0.0
+    tokens: int = 0
 
     def __post_init__(self):
         if not self.paths:
@@ -40,6 +43,8 @@ class DataConfig:
             raise ValueError(
                 f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
             )
+        if self.epochs < 0 or self.tokens < 0:
+            raise ValueError(f"epochs {self.epochs} and tokens {self.tokens} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,12 @@ class SFTConfig:
     data: DataConfig
     optim: OptimConfig
 
+    def __post_init__(self):
+        given = {"run.steps": self.run.steps, "data.epochs": self.data.epochs, "data.tokens": self.data.tokens}
+        if sum(map(bool, given.values())) > 1:
+            both = ", ".join(f"{name} {value}" for name, value in given.items() if value)
+            raise ValueError(f"the run's length is given more than once: {both}; set all but one to 0")
+
 
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(SFTConfig, argv, prog="torchrun -m thinkmid.train.sft", description=__doc__)
@@ -62,7 +73,8 @@ def main(argv: list[str]) -> int:
     from thinkmid.train.interrupt import Interrupt
 
     if dry_run:
-        return memory.dry_run_sft(cfg)
+        at_least = -(-cfg.data.tokens // cfg.data.batch_tokens)  # epochs would need the data
+        return memory.dry_run_sft(of_length(cfg, cfg.run.steps or at_least))
     interrupt, ranks = Interrupt(), shard.start()
     job.claim_folder(cfg, ranks)
     source = Path(cfg.model.folder)
@@ -74,6 +86,7 @@ def main(argv: list[str]) -> int:
     sequences = read_sequences(cfg.data.paths, text, cfg.data.max_len)
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     data = job.fingerprint(tokens for tokens, _ in sequences)
+    cfg = of_length(cfg, num_steps(cfg, [len(tokens) for tokens, _ in sequences]))
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     try:
         code = learn(run, cfg, sequences, held_out, step, state)
@@ -158,6 +171,27 @@ def read_sequences(paths, text, max_len) -> list[tuple[np.ndarray, np.ndarray]]:
     if not out:
         raise UserError(f"{', '.join(paths)}: no document of two tokens or more")
     return out
+
+
+def of_length(cfg: SFTConfig, steps: int) -> SFTConfig:
+    return replace(cfg, run=replace(cfg.run, steps=steps), data=replace(cfg.data, epochs=0.0, tokens=0))
+
+
+def num_steps(cfg: SFTConfig, lengths: list[int]) -> int:
+    """Optimiser steps of the run; with data.epochs or data.tokens the first number that takes as much."""
+    from thinkmid.data.source import Order
+
+    passes, tokens = cfg.data.epochs, cfg.data.tokens
+    if not passes and not tokens:
+        return cfg.run.steps
+    order, step, cursor, seen = Order(len(lengths), cfg.run.seed), 0, 0, 0
+    while cursor < passes * len(lengths) or seen < tokens:
+        size = 0
+        while not size or size + lengths[order.take(cursor, 1)[0]] <= cfg.data.batch_tokens:
+            size += lengths[order.take(cursor, 1)[0]]
+            cursor += 1
+        step, seen = step + 1, seen + size
+    return step
 
 
 def take_batch(order, cursor, sequences, batch_tokens) -> tuple[list[np.ndarray], int]:

@@ -1,0 +1,114 @@
+"""The sweep: what builds on what, equal compute, and the arithmetic of its table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from thinkmid.errors import UserError
+from thinkmid.mini import results, sweep, world
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def a_step(**more) -> str:
+    return json.dumps({"step": 1, "groups": 2, "generated_tokens": 3000, "trunk_tokens": 500} | more) + "\n"
+
+
+@pytest.fixture
+def home(tmp_path):
+    write(tmp_path / f"rlmt-{sweep.RLMT_STEPS[-1]}" / "metrics.jsonl", a_step() + a_step(step=2, trunk_tokens=0))
+    return tmp_path
+
+
+def test_every_stage_starts_from_what_an_earlier_one_made(home):
+    made = set()
+    for stage in sweep.stages(home, 3):
+        for word in stage.command:
+            for part in word.partition("=")[2].split(","):
+                path = part.rpartition("=")[2]
+                if path.startswith(str(home)) and not word.startswith("--run.folder"):
+                    below = Path(path).relative_to(home)
+                    assert below.parts[0] in made, (stage.name, path)
+        made.add(Path(stage.result).parts[0])
+    assert {name + rlpt for name in sweep.LABELS for rlpt in ("", "+rlpt")} <= made
+
+
+def test_all_rows_get_the_same_post_training_and_the_same_questions(home):
+    def but_for_names(command):
+        return [word for word in command if not word.startswith(("--run.folder", "--model.folder"))]
+
+    by_program = {}
+    for stage in sweep.stages(home, 0):
+        if stage.command[0] in ("thinkmid.train.rlpt", "thinkmid.eval.run"):
+            by_program.setdefault(stage.command[0], []).append(but_for_names(stage.command))
+    for program, commands in by_program.items():
+        assert len(commands) == len(sweep.LABELS) * (2 if "eval" in program else 1)
+        assert all(command == commands[0] for command in commands)
+
+
+def test_the_longer_sft_costs_what_rlmt_did(home):
+    # two steps: 2 prefixes and 3000 tokens forward each; 500 tokens forward and backward in one of them
+    passes = 2 * (2 * sweep.PREFIX + 3000) + 3 * 500
+    assert sweep.as_sft_steps(home / f"rlmt-{sweep.RLMT_STEPS[-1]}") == round(passes / (3 * sweep.SFT_TOKENS))
+
+
+def test_a_stage_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
+    stage = sweep.Stage(name="data", command=["thinkmid.mini.no_such_program"], result="data/manifest.json")
+    monkeypatch.setattr(sweep, "stages", lambda home, seed: iter([stage]))
+    with pytest.raises(UserError, match=r"log.txt: data ended with code 1"):
+        sweep.run(tmp_path / "seed-0", 0)
+    assert "no_such_program" in (tmp_path / "seed-0" / "log.txt").read_text()
+
+
+ACCURACY = {"base": (0.1, 0.2, 0.1), "think": (0.4, 0.5, 0.3), "rlmt": (0.5, 0.7, 0.6)}
+LABELS = {"base": "base", "think": "SFT", "rlmt": "SFT + RLMT"}
+
+
+@pytest.fixture
+def homes(tmp_path):
+    homes = {seed: tmp_path / f"seed-{seed}" for seed in range(3)}
+    for name, means in ACCURACY.items():
+        for home, mean in zip(homes.values(), means, strict=True):
+            for rlpt in ("", "+rlpt"):
+                # held-out sets lower by .07, the four others higher by as much in sum
+                sets = {
+                    s: {"mean": mean + (-0.07 if s in world.HELD_OUT else 0.0525), "mean_think": 9} for s in world.SETS
+                }
+                write(home / "eval" / (name + rlpt) / "results.json", {"sets": sets})
+            by_condition = {c: {"mean": m} for c, m in (("own", mean), ("blank", mean / 2))}
+            write(home / "eval" / name / "thoughts.json", {"mean": {"conditions": by_condition}})
+    return homes
+
+
+def test_differences_are_paired_by_seed(homes):
+    found = results.collect(homes, LABELS, ["rlmt"])
+    (one,) = [d for d in found["differences"] if (d["less"], d["when"]) == ("SFT", "before")]
+    assert one["each"] == pytest.approx([0.1, 0.2, 0.3])
+    # mean .2, standard error .1 / sqrt(3), Student's t with two degrees of freedom: 4.303
+    assert one["mean"] == pytest.approx(0.2)
+    assert one["high"] - one["mean"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.02)
+    assert found["times"]["after"] == pytest.approx([5, 3.5, 6])
+
+
+def test_groups_of_sets_are_averaged_apart(homes):
+    row = results.collect(homes, LABELS, ["rlmt"])["rows"]["SFT"]["before"]
+    assert list(row["mean"].values()) == pytest.approx([0.4, 0.5, 0.3])
+    assert row["groups"]["held out"][1] == pytest.approx(0.43)
+    assert row["groups"]["in distribution"][1] == pytest.approx(0.5525)
+
+
+def test_one_seed_has_no_interval(homes):
+    found = results.collect({0: homes[0]}, LABELS, ["rlmt"])
+    assert all(d["low"] is None and d["high"] is None for d in found["differences"])
+    json.dumps(found, allow_nan=False)
+    assert "one seed" in results.markdown(found)
+
+
+def test_the_table_shows_every_seed_and_the_replaced_thoughts(homes):
+    text = results.markdown(results.collect(homes, LABELS, ["rlmt"]))
+    assert "| SFT | **0.400** | .400 .500 .300 | **0.400** | .400 .500 .300 | 9 / 9 |" in text
+    assert "| SFT + RLMT | 0.600 | 0.300 |" in text

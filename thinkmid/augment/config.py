@@ -1,0 +1,107 @@
+"""The configuration of annotation: what is annotated, by whom, where the output goes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from thinkmid.augment.annotators import AnnotatorConfig
+from thinkmid.augment.endpoint import EndpointConfig
+from thinkmid.augment.split import SplitConfig
+from thinkmid.augment.writer import WriterConfig
+from thinkmid.rollout.engine import EngineConfig
+
+# what the output depends on beside data, chunks, annotator and split; and settings in there that it does not depend on
+SECTIONS = {"rules": (), "openai": ("endpoint",), "engine": ("writer", "engine")}
+FREE = {
+    "endpoint": ("url", "key_env", "workers", "timeout_s", "retries", "pause_s", "price_prompt", "price_written"),
+    "writer": ("max_batch",),
+    "engine": ("kv_gb", "sleep", "compile", "tensor_parallel", "check_every", "check_samples", "max_gap"),
+    "chunks": ("tokenizer",),
+    "annotator": ("retries",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the output goes."""
+
+    folder: str  # everything the run writes; the same command resumes what is there
+    parts: int = 16  # files of each kind; at least as many as jobs
+    progress_s: float = 30.0  # between lines of progress
+
+    def __post_init__(self):
+        if not 1 <= self.parts <= 9999:
+            raise ValueError(f"parts must lie in 1..9999, got {self.parts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is annotated."""
+
+    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+
+    def __post_init__(self):
+        if not self.paths:
+            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkConfig:
+    """How documents are cut."""
+
+    tokenizer: str  # Hugging Face folder of the model to be trained: its tokens are counted
+    max_tokens: int = 2048  # L: of a chunk, without thoughts; cut at paragraph or sentence ends
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateConfig:
+    """Annotation."""
+
+    shard: str = ""  # i/n: this job takes the parts i, i+n, ...; empty: RANK and WORLD_SIZE, or everything
+    run: RunConfig
+    data: DataConfig
+    chunks: ChunkConfig
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    writer: WriterConfig = field(default_factory=WriterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+    def __post_init__(self):
+        _, jobs = share(self.shard)
+        if jobs > self.run.parts:
+            raise ValueError(f"{jobs} jobs for {self.run.parts} parts: raise run.parts")
+        for name in ("url", "model"):
+            if self.annotator.kind == "openai" and not getattr(self.endpoint, name):
+                raise ValueError(f"annotator.kind 'openai' needs endpoint.{name}")
+        if self.annotator.kind == "engine" and not self.writer.folder:
+            raise ValueError("annotator.kind 'engine' needs writer.folder")
+        if self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"engine.tensor_parallel {self.engine.tensor_parallel}: here each rank has an engine of its own; serve "
+                f"a larger model and use annotator.kind 'openai'"
+            )
+
+
+def share(shard: str) -> tuple[int, int]:
+    """(job, jobs) from "i/n", else from torchrun's environment."""
+    told = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+    first, slash, second = told.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise ValueError(f"shard must be i/n with i in 0..n-1, got {told!r}")
+    return int(first), int(second)
+
+
+def decisive(cfg: AnnotateConfig) -> list[str]:
+    """Sections that the output depends on."""
+    return ["data", "chunks", "annotator", "split", *SECTIONS[cfg.annotator.kind]]
+
+
+def settings(cfg: AnnotateConfig, name: str) -> dict:
+    """Those of a section that the output depends on."""
+    return {key: value for key, value in vars(getattr(cfg, name)).items() if key not in FREE.get(name, ())}

@@ -1,0 +1,108 @@
+"""Is one model better than another? Evaluations paired by question: by set and over all sets.
+
+python -m thinkmid.eval.compare RUN_A RUN_B [RUN_C ...]
+
+The runs are folders of thinkmid.eval.run with the same questions; differences are RUN_A minus each of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+from thinkmid import config
+from thinkmid.errors import UserError
+from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
+from thinkmid.log import read_rows, write_whole
+
+ALIKE = ("template", "samples", "temperature", "top_p", "max_new")  # should be the same in both
+FIELDS = {f.name for f in fields(Graded)}
+
+
+class Run(NamedTuple):
+    folder: Path
+    results: dict  # results.json
+    sets: dict[str, list[Graded]]
+
+
+def main(argv: list[str]) -> int:
+    usage = "python -m thinkmid.eval.compare"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=usage, description=__doc__, formatter_class=form)
+    parser.add_argument("a", metavar="RUN_A", type=Path)
+    parser.add_argument("others", metavar="RUN_B", type=Path, nargs="+")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="write the numbers there too")
+    args = parser.parse_args(argv)
+    a = read(args.a)
+    found = [against(a, read(folder)) for folder in args.others]
+    for row in found:
+        show(a, row)
+    if args.json:
+        about = {"a": str(a.folder), "others": found}
+        write_whole(args.json, json.dumps(about, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+def read(folder: Path) -> Run:
+    """UserError names the file that is missing or is not what an evaluation writes."""
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        names = list(results["sets"])
+    except OSError:
+        raise UserError(f"{path}: cannot read it; is {folder} the folder of an evaluation?") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the results of an evaluation") from None
+    return Run(folder, results, {name: graded(folder / "graded" / f"{name}.jsonl") for name in names})
+
+
+def graded(path: Path) -> list[Graded]:
+    rows = []
+    for number, row in enumerate(read_rows(path), start=1):
+        if row.keys() != FIELDS or row["score"] not in (None, 0, 1):
+            raise UserError(f"{path}: row {number} is not a graded sample")
+        rows.append(Graded(**row))
+    return rows
+
+
+def against(a: Run, b: Run) -> dict:
+    """Run a minus run b. UserError: they were not asked the same questions."""
+    if odd := a.sets.keys() ^ b.sets.keys():
+        has, lacks = (a, b) if min(odd) in a.sets else (b, a)
+        raise UserError(f"{lacks.folder}: has no set '{min(odd)}', {has.folder} has")
+    hashes = [run.results.get("questions", {}) for run in (a, b)]
+    for name in a.sets:
+        if all(name in h for h in hashes) and hashes[0][name] != hashes[1][name]:
+            raise UserError(f"{b.folder}: set '{name}' has other questions or answers than in {a.folder}")
+    try:
+        by_set, over_sets = compare_sets(a.sets, b.sets)
+    except ValueError as error:
+        raise UserError(f"{b.folder} against {a.folder}: {error}") from None
+    return {
+        "b": str(b.folder),
+        "warnings": warnings(a, b, all(hashes)),
+        "mean": as_row(over_sets),
+        "sets": {name: as_row(pair) for name, pair in by_set.items()},
+    }
+
+
+def warnings(a: Run, b: Run, hashed: bool) -> list[str]:
+    pairs = [(name, a.results.get(name), b.results.get(name)) for name in ALIKE]
+    lines = [f"{name} is {x} in {a.folder}, {y} in {b.folder}" for name, x, y in pairs if x != y]
+    return lines + ([] if hashed else ["a run has no hash of its questions: their ids alone were compared"])
+
+
+def show(a: Run, found: dict) -> None:
+    for line in found["warnings"]:
+        print(f"warning: {line}")
+    print(f"{a.folder} minus {found['b']}")
+    print(f"{'set':<20} {'difference':>10}  {'95 % interval':<16}  {'':8} {'better':>6} {'worse':>6}")
+    for name, d in [*found["sets"].items(), ("mean of the sets", found["mean"])]:
+        print(f"{name:<20} {in_words(d)} {d['better']:6} {d['worse']:6}")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,79 @@
+"""A stored sample -> prompts that end after a thought: its own, none, an idle one, that of another question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from thinkmid.errors import UserError
+from thinkmid.eval.swap import Key
+from thinkmid.text import CLOSE, OPEN, Text
+from thinkmid.types import Prompt
+
+CONDITIONS = ("own", "blank", "generic", "swapped")
+KEYS = ("id", "sample", "condition", "thought")  # of a row: a thought that has changed since asks for another sample
+IDLE = " Let me think about this with care before I say anything."
+
+
+class Thought(NamedTuple):
+    """What a sample holds up to its first closing tag."""
+
+    head: list[int]  # ids before the opened tag
+    ids: list[int]  # from the opened tag, if the sample and not its prompt has it, through the closing one
+    exact: bool  # the ids are those that were sampled
+
+
+def thought_of(row: dict, text: Text, opened: bool) -> Thought | None:
+    """The thought of a stored row; None where it does not open or close. opened: its prompt has the opening tag.
+
+    Encoded again where the row holds no ids, or a tag shares a token with its neighbours.
+    """
+    before, tag, rest = ("", "", row["text"]) if opened else row["text"].partition(OPEN)
+    inner, close, _ = rest.partition(CLOSE)
+    if not close or CLOSE in before:
+        return None
+    tags = ([] if opened else text.open_ids), text.close_ids
+    ids, end = row.get("ids", []), row["num_think"]
+    start = 0 if opened else find(ids, text.open_ids)
+    if text.decode(ids[:start]) == before and text.decode(ids[start:end]) == tag + inner + close:
+        return Thought(ids[:start], ids[start:end], True)
+    return Thought(text.encode(before), [*tags[0], *text.encode(inner), *tags[1]], False)
+
+
+def find(ids: Sequence[int], part: Sequence[int]) -> int:
+    """Where the part first stands in ids, their number if nowhere."""
+    return next((i for i in range(len(ids)) if ids[i : i + len(part)] == part), len(ids))
+
+
+def prompts_of(
+    asked: dict[Key, Prompt], thoughts: dict[Key, Thought], donors: dict[Key, Key], text: Text, opened: bool, room: int
+) -> list[Prompt]:
+    """A prompt for every thought and condition; without donors none is swapped.
+
+    asked: the prompts that the thoughts' samples were drawn after. room: tokens of the longest prompt. What a sample
+    wrote before it opened its thought stays. UserError: a prompt of more than room tokens.
+    """
+    out = []
+    for sample, own in thoughts.items():
+        ids_of = replaced(own.ids, text, opened)
+        if donors:
+            ids_of["swapped"] = thoughts[donors[sample]].ids
+        for condition, ids in ids_of.items():
+            tokens = [*asked[sample].tokens, *own.head, *ids]
+            id = f"{condition}/{asked[sample].id}"
+            if len(tokens) > room:
+                raise UserError(f"prompt {id}: {len(tokens)} tokens; the context leaves {room} beside the new ones")
+            meta = asked[sample].meta | {"condition": condition, "thought": text.decode(ids), "given": len(ids)}
+            if condition == "swapped":
+                meta["donor"] = list(donors[sample])
+            out.append(Prompt(id=id, tokens=tokens, meta=meta))
+    return out
+
+
+def replaced(own: list[int], text: Text, opened: bool) -> dict[str, list[int]]:
+    """Ids of the thoughts by condition, tags included; the idle one is as long as one's own."""
+    start = [] if opened else text.open_ids
+    num_inner = max(0, len(own) - len(start) - len(text.close_ids))
+    sentence = len(text.encode(IDLE))
+    idle = text.encode(IDLE * (num_inner // sentence + 1))[:num_inner]
+    return {"own": own, "blank": [*start, *text.close_ids], "generic": [*start, *idle, *text.close_ids]}

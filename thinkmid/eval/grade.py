@@ -1,0 +1,31 @@
+"""Generations -> graded samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from thinkmid.eval.summary import Graded
+from thinkmid.eval.tasks import Question, base_answer, posed
+from thinkmid.text import CLOSE, OPEN
+
+
+def grade(template: str, rows: Sequence[dict], questions: Sequence[Question], grader) -> list[Graded]:
+    """Graded samples in the order of the rows, whose ids are those of questions. grader: rollout.checking."""
+    known, found = {q.id: q for q in questions}, []
+    asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
+    for r, pending in zip(rows, asked, strict=True):
+        verdict, answer = pending(), grader.answer(r["text"])
+        opened = template.endswith("-think") or OPEN in r["text"]
+        score = None if verdict.value is None else float(verdict.value)
+        found.append(
+            Graded(
+                question=r["id"],
+                sample=r["sample"],
+                score=0.0 if opened and CLOSE not in r["text"] else score,
+                answer=None if answer is None else base_answer(known[r["id"]], r["sample"], answer),
+                truncated=r["finish"] in ("unclosed", "suffix"),
+                num_think=r["num_think"],
+                unclosed=opened and CLOSE not in r["text"],
+            )
+        )
+    return found

@@ -1,0 +1,86 @@
+"""A sweep as one picture: accuracy by row and by length of RLMT, reward and thinking length of RLMT, reward of RLPT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from thinkmid.curves import COLOURS, GREY, STYLE, columns, smooth
+from thinkmid.errors import UserError
+
+BEFORE, AFTER = COLOURS[0], COLOURS[1]
+
+
+def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tuple[int, ...], out: Path) -> Path:
+    """found: results.collect. rows: folder's name -> label. lengths: steps of the RLMT runs named rlmt-STEPS."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 9.2), layout="constrained", facecolor="white")
+        grid = figure.add_gridspec(3, 4, height_ratios=(1.15, 1, 1))
+        by_row(figure.add_subplot(grid[0, :]), found["rows"])
+        by_length(figure.add_subplot(grid[1:, :2]), found["rows"], rows, lengths)
+        longest = [home / f"rlmt-{lengths[-1]}" for home in homes.values()]
+        over_steps(figure.add_subplot(grid[1, 2]), longest, "reward", "RLMT: reward", "mean per rollout")
+        over_steps(figure.add_subplot(grid[1, 3]), longest, "thinking_tokens", "RLMT: thinking length", "tokens")
+        starts = {label: [home / f"{name}+rlpt" for home in homes.values()] for name, label in rows.items()}
+        by_start(figure.add_subplot(grid[2, 2:]), {k: v for k, v in starts.items() if not k.startswith("control")})
+        path = out / "sweep.png"
+        figure.savefig(path, dpi=130)
+    return path
+
+
+def by_row(axis: Any, rows: dict[str, dict]) -> None:
+    """Every seed a dot, their mean a bar."""
+    for at, cells in enumerate(rows.values()):
+        for when, colour, shift in (("before", BEFORE, -0.17), ("after", AFTER, 0.17)):
+            means = list(cells[when]["mean"].values())
+            axis.barh(at + shift, fmean(means), height=0.3, color=colour, alpha=0.35)
+            axis.plot(means, [at + shift] * len(means), "o", color=colour, markersize=3.5)
+            axis.annotate(
+                f"{fmean(means):.3f}", (max(means), at + shift), (6, 0), textcoords="offset points", va="center"
+            )
+    axis.set(
+        title="Accuracy, mean of all sets; a dot a seed", xlim=(0, 1), yticks=range(len(rows)), yticklabels=list(rows)
+    )
+    axis.tick_params(axis="y", labelcolor="#1f2937")
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    for colour, label in ((BEFORE, "before RLPT"), (AFTER, "after RLPT")):
+        axis.barh([0], [0], color=colour, alpha=0.6, label=label)
+    axis.legend(frameon=False, loc="lower right")
+
+
+def by_length(axis: Any, rows: dict[str, dict], names: dict[str, str], lengths: tuple[int, ...]) -> None:
+    steps = (0, *lengths)
+    cells = [rows[names[name]] for name in ("think", *(f"rlmt-{n}" for n in lengths))]
+    for when, colour in (("before", BEFORE), ("after", AFTER)):
+        by_seed = np.array([list(cell[when]["mean"].values()) for cell in cells])
+        axis.plot(steps, by_seed, color=colour, linewidth=0.8, alpha=0.4)
+        axis.plot(steps, by_seed.mean(1), "o-", color=colour, linewidth=2)
+        axis.annotate(f"{when} RLPT", (steps[-1], by_seed[-1].mean()), (6, 0), textcoords="offset points", color=colour)
+    axis.set(title="Accuracy by length of RLMT", xlabel="steps of RLMT", ylabel="mean of all sets", xticks=steps)
+    axis.margins(x=0.14)
+
+
+def over_steps(axis: Any, runs: list[Path], column: str, title: str, unit: str) -> None:
+    for run in runs:
+        axis.plot(*smooth(*columns(run)[column]), color=BEFORE, linewidth=1.2, alpha=0.7)
+    axis.set(title=title, ylabel=unit, xlabel="steps of RLMT; a line a seed")
+
+
+def by_start(axis: Any, starts: dict[str, list[Path]]) -> None:
+    for i, (label, runs) in enumerate(starts.items()):
+        curves = [columns(run)["reward"] for run in runs]
+        mean = np.mean([values for _, values in curves], axis=0)
+        axis.plot(*smooth(curves[0][0], mean), color=COLOURS[i], linewidth=1.8, label=label)
+    axis.set(
+        title="RLPT: reward by starting point, mean of the seeds", xlabel="steps of RLPT", ylabel="mean per rollout"
+    )
+    axis.legend(frameon=False, fontsize=7.5, labelcolor=GREY, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,1 @@
+"""Run folders -> one self-contained HTML page and its pictures: `python -m thinkmid.report RUN ...`."""

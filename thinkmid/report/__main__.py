@@ -1,0 +1,74 @@
+"""PROGRAM: run folders -> one HTML page that opens from disk and asks for nothing, and its pictures as PNGs.
+
+python -m thinkmid.report RUN [RUN ...] [--sweep runs/sweep/table.json] [--out report.html]
+"""
+
+import argparse
+from pathlib import Path
+
+from thinkmid.config import run
+from thinkmid.errors import UserError
+from thinkmid.log import write_whole
+from thinkmid.report import browse, page, pictures, runs, sweep, tables
+
+RUNS = "a run's folder: of training (metrics.jsonl) or evaluation (results.json), or a folder of such folders"
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    found = runs.find(args.runs)
+    if not found and not args.sweep:
+        raise UserError("nothing to report: give a run's folder or --sweep TABLE")
+    evaluated = [one for one in found if isinstance(one, runs.Evaluation)]
+    rows = sweep.sweep(args.sweep) if args.sweep else ""
+    groups, notes = browse.gather(found, args.samples, args.show_gpqa)
+    drawn = pictures.draw_all(found, folder_for(args.out))
+    sections = [
+        ("sweep", "The sweep", rows),
+        ("paper", "The paper's tables", tables.paper(evaluated)),
+        ("evaluations", "Evaluations", tables.evaluations(evaluated)),
+        ("curves", "Curves", page.pictures(drawn)),
+        ("runs", "Training runs", tables.trainings(found)),
+    ]
+    write(args.out, page.page([section for section in sections if section[2]], groups, notes))
+    for path in (*(picture.path for picture in drawn if picture.path), args.out):
+        print(path)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
+    parser.add_argument("--sweep", type=Path, help="table.json of thinkmid.mini.sweep")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        help="the page (default: %(default)s); "
+        "its pictures go beside it into NAME-png/, a run's own curves into its folder",
+    )
+    parser.add_argument("--samples", type=int, default=60, help="groups of samples per run (default: %(default)s)")
+    parser.add_argument("--show-gpqa", action="store_true", help="show texts of GPQA, whose authors ask not to")
+    args = parser.parse_args(argv)
+    if args.samples < 0:
+        raise UserError(f"--samples: expected 0 or more, got {args.samples}")
+    return args
+
+
+def folder_for(out: Path) -> Path:
+    folder = out.with_name(out.stem + "-png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make it: {error.strerror}") from None
+    return folder
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run(main)

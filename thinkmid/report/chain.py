@@ -1,0 +1,83 @@
+"""What a model went through: the chain of runs behind it, its mid-training tokens and its compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from thinkmid.report.runs import Training, number, read
+
+
+class Unknown(Exception):
+    """Why a figure cannot be computed, in words for the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of what came after the model that the first run began from, or after a fresh model's own first run."""
+
+    tokens: float  # of mid-training: SFT tokens + tokens generated in RLMT; RLPT not counted, as in the paper
+    flop: float  # 2 N per token forward, 6 N per token trained on, N all weights; judge and prefill not counted
+
+
+def chain(model: str) -> list[Training]:
+    """Runs that made a model folder, the newest first; none for a model from elsewhere. Unknown: a folder is gone."""
+    runs: list[Training] = []
+    while model:
+        folder = Path(model).parent
+        if not Path(model).is_dir():
+            raise Unknown(f"model folder {model} is not here")
+        if Path(model).name != "export" or not (folder / "metrics.jsonl").exists():
+            return runs
+        if any(folder == run.folder for run in runs):
+            raise Unknown(f"{folder} began from itself")
+        run = read(folder)
+        if not isinstance(run, Training) or not run.config:
+            raise Unknown(f"{folder} has no config.toml")
+        runs.append(run)
+        model = run.start
+    # a fresh model's first run made the base model: pre-training, not mid-training
+    return runs[:-1] if runs else runs
+
+
+def cost(model: str, runs: Sequence[Training]) -> Cost:
+    """Of a model and the chain of runs behind it. Unknown: a run did not log its tokens."""
+    weights = num_weights(Path(model)) if runs else 0
+    tokens = sum(counted(run) for run in runs if run.kind != "rlpt")
+    return Cost(tokens=tokens, flop=2 * weights * sum(map(passes, runs)))
+
+
+def counted(run: Training) -> float:
+    return total(run, "tokens" if run.kind == "sft" else "generated_tokens")
+
+
+def passes(run: Training) -> float:
+    """Tokens forward; training on one counts as three."""
+    if run.kind == "sft":
+        return 3 * total(run, "tokens")
+    return 3 * total(run, "trunk_tokens") + total(run, "generated_tokens")
+
+
+def total(run: Training, column: str) -> float:
+    values = [number(row.get(column)) for row in run.rows]
+    if not values or None in values:
+        raise Unknown(f"{run.folder}/metrics.jsonl has steps without {column}" if values else f"{run.folder}: no steps")
+    return math.fsum(value for value in values if value is not None)
+
+
+def num_weights(folder: Path) -> int:
+    """From the headers of its safetensors files."""
+    count = 0
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise Unknown(f"{folder}: {error}") from None
+    if not count:
+        raise Unknown(f"{folder} holds no safetensors")
+    return count

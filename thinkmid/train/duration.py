@@ -1,0 +1,77 @@
+"""How long a configuration may take on H100s: operations and bytes over assumed rates. Estimates, nothing measured."""
+
+from __future__ import annotations
+
+from thinkmid.model.transformer import ModelConfig
+
+PEAK = 989e12  # FLOP/s of an H100 SXM, bf16 dense: the vendor's figure
+BANDWIDTH = 3.35e12  # bytes/s of its memory: the vendor's figure
+TRAIN, PREFILL, DECODE = 0.4, 0.5, 0.6  # assumed shares of the peak, the peak and the bandwidth
+ASSUMED = (
+    f"training at {TRAIN:.0%} and prefill at {PREFILL:.0%} of {PEAK / 1e12:.0f} TFLOP/s, decoding at {DECODE:.0%} of "
+    f"{BANDWIDTH / 1e12:.2f} TB/s"
+)
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def block_parameters(shape: ModelConfig) -> int:
+    """Of all blocks: what each token is multiplied with, head and embedding aside."""
+    return shape.num_parameters - shape.vocab * shape.width * (1 if shape.tied else 2) - shape.width
+
+
+def pair_flops(shape: ModelConfig) -> float:
+    """Of one query-key pair over all layers, forward."""
+    return shape.layers * 4 * shape.heads * shape.head_dim
+
+
+def cache_bytes(shape: ModelConfig, dtype: str) -> int:
+    """Of one token's keys and values."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]
+
+
+def forward_flops(shape: ModelConfig, tokens: float, span: float, rows: float) -> float:
+    """Of tokens that each see `span` keys; `rows` of them go through the head. 2 a parameter, and attention."""
+    return tokens * (2 * block_parameters(shape) + span * pair_flops(shape)) + rows * 2 * shape.vocab * shape.width
+
+
+def training_seconds(shape: ModelConfig, section, world: int, *, tokens: float, span: float, rows: float) -> float:
+    """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
+    head = forward_flops(shape, 0, 0, rows)
+    blocks = forward_flops(shape, tokens, span, 0)
+    return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
+
+
+def of_sft(cfg, shape: ModelConfig, world: int) -> dict[str, float]:
+    """Seconds of a step: every sequence has max_len tokens, of which a token sees half."""
+    tokens, span = cfg.data.batch_tokens, cfg.data.max_len / 2
+    return {"training": training_seconds(shape, cfg.model, world, tokens=tokens, span=span, rows=tokens)}
+
+
+def of_answers(shape: ModelConfig, engine, sampling, *, prompts: float, siblings: int, prompt: int) -> dict[str, float]:
+    """Seconds in which one engine draws siblings of prompts, all of full length.
+
+    A prompt is read once. For each token of a batch the weights are read, and keys and values of what stands before:
+    bandwidth bounds it. As many sequences run at a time as the cache holds when they are half-way.
+    """
+    new, token_bytes = sampling.max_new, cache_bytes(shape, engine.dtype)
+    rows = min(sampling.max_batch, prompts * siblings)
+    if engine.kind == "vllm":
+        rows = min(rows, engine.kv_gb * 1e9 / token_bytes / (prompt / siblings + new / 2))
+    batch_bytes = BYTES[engine.dtype] * shape.num_parameters + rows * (prompt + new / 2) * token_bytes
+    return {
+        "reading prompts": forward_flops(shape, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
+        f"writing, {rows:.0f} at a time": prompts * siblings * new / rows * batch_bytes / (DECODE * BANDWIDTH),
+    }
+
+
+def of_rl(cfg, shape: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
+    """Seconds of a step at most: longest prefixes, samples of full length, no dead groups. Judge and sync left out."""
+    b, new = cfg.batch, cfg.sampling.max_new
+    samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
+    trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new
+    span = max_prefix + new / 2  # of a new token; those of a prefix see less
+    out = of_answers(
+        shape, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
+    )
+    train = training_seconds(shape, cfg.model, world, tokens=trunk, span=span, rows=samples * new)
+    return out | {"training at most, no group dead": train}

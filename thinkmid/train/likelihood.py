@@ -1,0 +1,187 @@
+"""Rewards without a judge: how likely thoughts make the text that really follows, added to the judge's verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from thinkmid.data.pack import Reply, Unit, make_pack, plan
+from thinkmid.model import weights
+from thinkmid.text import Text
+from thinkmid.train import memory
+from thinkmid.train.config import RewardConfig
+from thinkmid.train.loss import logprobs
+from thinkmid.train.shard import Ranks
+from thinkmid.train.truth import Truth, begins_true, truths
+from thinkmid.types import Group, Sample
+
+Terms = dict[str, np.ndarray]  # name of a reward -> (samples of all groups,) fp64, NaN: none
+COLUMNS = {"judge": "verdict", "prefix": "prefix_match"}  # what the metrics call them
+
+
+class Scores:
+    """Rewards of groups as weighted sums. Every rank brings the same groups and learns the same rewards."""
+
+    def __init__(
+        self,
+        cfg: RewardConfig,
+        models: dict[str, torch.nn.Module],
+        text: Text,
+        ranks: Ranks,
+        *,
+        max_suffix: int,
+        pack_tokens: int,
+    ):
+        """models: whose weights may score, by the names of RewardConfig.scorer."""
+        self._cfg, self._models, self._text, self._ranks = cfg, models, text, ranks
+        self._max_suffix, self._pack_tokens = max_suffix, pack_tokens
+
+    def __call__(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
+        """Groups with the judge's verdicts as rewards -> groups with the sums, and the terms' means. Collective."""
+        terms, row = self._terms(groups)
+        # a weight of 0 times no verdict would be no reward
+        weight_of = {name: getattr(self._cfg, name) for name in terms}
+        total = sum(weight_of[name] * values for name, values in terms.items() if weight_of[name])
+        shown = [", ".join(f"{name} {values[i]:.4g}" for name, values in terms.items()) for i in range(len(total))]
+        out, at = [], 0
+        for g in groups:
+            mine = slice(at, at := at + len(g.samples))
+            whys = [f"{why}; {more}" if why else more for why, more in zip(g.whys, shown[mine], strict=True)]
+            out.append(replace(g, rewards=total[mine].tolist(), whys=whys))
+        return out, row
+
+    def _terms(self, groups) -> tuple[Terms, dict[str, float]]:
+        """By the names of their weights, and what of them is logged."""
+        cfg, suffixes = self._cfg, truths([g.prompt for g in groups], self._text, self._max_suffix)
+        terms: Terms = {}
+        if cfg.judge:
+            terms["judge"] = np.array([r for g in groups for r in g.rewards], np.float64)
+        if cfg.prefix:
+            pairs = [(s, [*t.lead, *t.targets]) for g, t in zip(groups, suffixes, strict=True) for s in g.samples]
+            found = [begins_true(s, suffix, self._text, cfg.prefix_tokens) for s, suffix in pairs]
+            terms["prefix"] = np.array(found, np.float64)
+        row = {COLUMNS[name]: _mean(values) for name, values in terms.items()}
+        if cfg.likelihood or cfg.gain:
+            layout = Layout(groups, suffixes, self._text)
+            likely = self._likely(layout)
+            terms |= likely
+            row |= {name: _mean(values[layout.is_scored]) for name, values in likely.items()}
+        return terms, row
+
+    def _likely(self, layout: Layout) -> Terms:
+        cfg = self._cfg
+        together = cfg.scorer == cfg.baseline
+        values = self._mean_logp(cfg.scorer, layout.units(thoughts=True, bare=bool(cfg.gain) and together), layout.num)
+        terms = {"likelihood": layout.of_samples(values, cfg.unclosed)}
+        if cfg.gain:
+            if not together:
+                bare = self._mean_logp(cfg.baseline, layout.units(thoughts=False, bare=True), layout.num)
+                values = np.where(np.isnan(values), bare, values)
+            terms["gain"] = terms["likelihood"] - layout.of_prompts(values)
+        return terms
+
+    @torch.no_grad()
+    def _mean_logp(self, name: str, units: list[Unit], num: int) -> np.ndarray:
+        """(num,) fp64: mean log-prob of the tokens with next-token weight, by the number in the stream adv; NaN where
+        there are none or it is not finite. At temperature 1: the text was not drawn at ours."""
+        model, ranks = self._models[name], self._ranks
+        cost = memory.pair_cost(model.cfg)
+        packs_of_ranks = plan(units, capacity=self._pack_tokens, ranks=ranks.world, pair_cost=cost)
+        parts = [torch.zeros(2, 0, dtype=torch.float64, device=ranks.device)]
+        for batch in packs_of_ranks[ranks.rank]:
+            pack = make_pack(batch, ranks.device)
+            parts.append(torch.stack([pack.adv.double(), logprobs(model, pack).double()]))
+        weights.reshard(model)  # a copy's head would stay gathered through the training phase
+        number, logp = torch.cat(parts, dim=1).cpu().numpy()
+        number = number.astype(np.int64)
+        # a reply lies on one rank whole, so adding up ranks rounds nothing
+        mine = np.stack([np.bincount(number, logp, num), np.bincount(number, minlength=num)])
+        everyone = [np.frombuffer(part).reshape(2, num) for part in ranks.gather_bytes(mine.tobytes())]
+        sums, counts = np.sum(everyone, axis=0)
+        mean = np.divide(sums, counts, out=np.full(num, np.nan), where=counts > 0)
+        return np.where(np.isfinite(mean), mean, np.nan)
+
+
+class Layout:
+    """A step's thoughts and bare prompts, numbered, as units to score: a group's equal thoughts are scored once, so
+    that they get the same reward to the last bit."""
+
+    def __init__(self, groups: list[Group], suffixes: list[Truth], text: Text):
+        self._suffixes = suffixes
+        self.num = 0  # numbers given: one for each distinct thought and one for each bare prompt
+        self._thoughts_P: list[dict[bytes, tuple[int, np.ndarray]]] = []
+        self._slots_P_G: list[list[int]] = []  # -1: never closed
+        self._bare_P: list[int] = []
+        for group in groups:
+            thoughts: dict[bytes, tuple[int, np.ndarray]] = {}
+            slots = [self._slot(thoughts, closed(s, text)) for s in group.samples]
+            self._thoughts_P.append(thoughts)
+            self._slots_P_G.append(slots)
+            self._bare_P.append(self._next())
+
+    def units(self, *, thoughts: bool, bare: bool) -> list[Unit]:
+        out = []
+        for truth, known, number in zip(self._suffixes, self._thoughts_P, self._bare_P, strict=True):
+            replies = [_reply(thought, truth, slot) for slot, thought in known.values()] if thoughts else []
+            unit = truth.unit(replies) if replies and len(truth.targets) else None
+            out += truth.beside(unit, 1.0, number) if bare else [unit] if unit else []
+        return out
+
+    def of_samples(self, values: np.ndarray, below: float) -> np.ndarray:
+        """(samples,) of values (num,). A thought that never closed lies `below` under the worst of its siblings' that
+        did; where none did, or the suffix has no token to predict, all are 0. A score that failed is NaN."""
+        out = []
+        for truth, slots in zip(self._suffixes, self._slots_P_G, strict=True):
+            is_open = np.array(slots) < 0
+            if is_open.all() or not len(truth.targets):
+                out.append(np.zeros(len(slots)))
+                continue
+            mine = values[slots]
+            out.append(np.where(is_open, np.fmin.reduce(mine[~is_open]) - below, mine))
+        return np.concatenate(out)
+
+    def of_prompts(self, values: np.ndarray) -> np.ndarray:
+        """(samples,) of values (num,): what each sample's prompt has without a thought, 0 where of_samples is 0."""
+        out = []
+        for truth, number, slots in zip(self._suffixes, self._bare_P, self._slots_P_G, strict=True):
+            out.append(np.full(len(slots), values[number] if len(truth.targets) and max(slots) >= 0 else 0.0))
+        return np.concatenate(out)
+
+    @property
+    def is_scored(self) -> np.ndarray:
+        """(samples,) bool: closed, and with a suffix to predict."""
+        pairs = zip(self._suffixes, self._slots_P_G, strict=True)
+        return np.array([slot >= 0 and len(truth.targets) > 0 for truth, slots in pairs for slot in slots])
+
+    def _slot(self, thoughts, thought) -> int:
+        if thought is None:
+            return -1
+        key = thought.tobytes()
+        if key not in thoughts:
+            thoughts[key] = (self._next(), thought)
+        return thoughts[key][0]
+
+    def _next(self) -> int:
+        self.num += 1
+        return self.num - 1
+
+
+def closed(sample: Sample, text: Text) -> np.ndarray | None:
+    """The tokens of a thought, its first closing tag included; None without one. What the last of them holds beyond
+    the tag stays: tokens as drawn."""
+    num = text.split_at_close(sample.tokens).num_think
+    return None if num is None else sample.tokens[:num].astype(np.int64)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that there are; NaN without any."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _reply(thought: np.ndarray, truth: Truth, number: int) -> Reply:
+    tokens = np.concatenate([thought, truth.lead, truth.targets])
+    marks = np.arange(len(tokens)) >= len(tokens) - len(truth.targets)
+    return replace(Reply.text(tokens, marks.astype(np.float32)), adv=np.full(len(tokens), number, np.float32))
