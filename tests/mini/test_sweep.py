@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 
 from thinkmid.errors import UserError
 from thinkmid.mini import results, sweep, world
@@ -62,6 +63,11 @@ def test_a_stage_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"log.txt: data ended with code 1"):
         sweep.run(tmp_path / "seed-0", 0)
     assert "no_such_program" in (tmp_path / "seed-0" / "log.txt").read_text()
+
+
+def test_seeds_that_are_no_numbers_are_one_line(capsys):
+    assert exit_code(sweep, ["--seeds", "0,x"]) == 2
+    assert capsys.readouterr().err == "error: --seeds 0,x: not whole numbers with commas between\n"
 
 
 ACCURACY = {"base": (0.1, 0.2, 0.1), "think": (0.4, 0.5, 0.3), "rlmt": (0.5, 0.7, 0.6)}

@@ -22,15 +22,16 @@ def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tup
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 9.2), layout="constrained", facecolor="white")
-        grid = figure.add_gridspec(3, 4, height_ratios=(1.15, 1, 1))
-        by_row(figure.add_subplot(grid[0, :]), found["rows"])
-        by_length(figure.add_subplot(grid[1:, :2]), found["rows"], rows, lengths)
+        figure = Figure(figsize=(13, 11), layout="constrained", facecolor="white")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))  # the labels of one leave the other its width
+        by_row(top.add_subplot(), found["rows"])
+        grid = bottom.add_gridspec(2, 4)
+        by_length(bottom.add_subplot(grid[:, :2]), found["rows"], rows, lengths)
         longest = [home / f"rlmt-{lengths[-1]}" for home in homes.values()]
-        over_steps(figure.add_subplot(grid[1, 2]), longest, "reward", "RLMT: reward", "mean per rollout")
-        over_steps(figure.add_subplot(grid[1, 3]), longest, "thinking_tokens", "RLMT: thinking length", "tokens")
+        over_steps(bottom.add_subplot(grid[0, 2]), longest, "reward", "RLMT: reward", "mean per rollout")
+        over_steps(bottom.add_subplot(grid[0, 3]), longest, "thinking_tokens", "RLMT: thinking length", "tokens")
         starts = {label: [home / f"{name}+rlpt" for home in homes.values()] for name, label in rows.items()}
-        by_start(figure.add_subplot(grid[2, 2:]), {k: v for k, v in starts.items() if not k.startswith("control")})
+        by_start(bottom.add_subplot(grid[1, 2:]), {k: v for k, v in starts.items() if not k.startswith("control")})
         path = out / "sweep.png"
         figure.savefig(path, dpi=130)
     return path
@@ -39,22 +40,21 @@ def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tup
 def by_row(axis: Any, rows: dict[str, dict]) -> None:
     """Every seed a dot, their mean a bar."""
     for at, cells in enumerate(rows.values()):
-        for when, colour, shift in (("before", BEFORE, -0.17), ("after", AFTER, 0.17)):
+        shown = []
+        for when, colour, shift in (("before", BEFORE, -0.18), ("after", AFTER, 0.18)):
             means = list(cells[when]["mean"].values())
-            axis.barh(at + shift, fmean(means), height=0.3, color=colour, alpha=0.35)
+            axis.barh(at + shift, fmean(means), height=0.32, color=colour, alpha=0.35)
             axis.plot(means, [at + shift] * len(means), "o", color=colour, markersize=3.5)
-            axis.annotate(
-                f"{fmean(means):.3f}", (max(means), at + shift), (6, 0), textcoords="offset points", va="center"
-            )
-    axis.set(
-        title="Accuracy, mean of all sets; a dot a seed", xlim=(0, 1), yticks=range(len(rows)), yticklabels=list(rows)
-    )
+            shown.append(f"{fmean(means):.3f}")
+        axis.annotate("  ".join(shown), (1, at), (6, 0), ("axes fraction", "data"), "offset points", va="center")
+    axis.set(title="Accuracy, mean of all sets; a dot a seed", xlim=(0, 1), yticks=range(len(rows)))
+    axis.set_yticklabels(list(rows))
     axis.tick_params(axis="y", labelcolor="#1f2937")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     for colour, label in ((BEFORE, "before RLPT"), (AFTER, "after RLPT")):
         axis.barh([0], [0], color=colour, alpha=0.6, label=label)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper right")
 
 
 def by_length(axis: Any, rows: dict[str, dict], names: dict[str, str], lengths: tuple[int, ...]) -> None:
@@ -72,7 +72,7 @@ def by_length(axis: Any, rows: dict[str, dict], names: dict[str, str], lengths: 
 def over_steps(axis: Any, runs: list[Path], column: str, title: str, unit: str) -> None:
     for run in runs:
         axis.plot(*smooth(*columns(run)[column]), color=BEFORE, linewidth=1.2, alpha=0.7)
-    axis.set(title=title, ylabel=unit, xlabel="steps of RLMT; a line a seed")
+    axis.set(title=title, ylabel=unit, xlabel="steps; a line a seed")
 
 
 def by_start(axis: Any, starts: dict[str, list[Path]]) -> None:
@@ -83,4 +83,4 @@ def by_start(axis: Any, starts: dict[str, list[Path]]) -> None:
     axis.set(
         title="RLPT: reward by starting point, mean of the seeds", xlabel="steps of RLPT", ylabel="mean per rollout"
     )
-    axis.legend(frameon=False, fontsize=7.5, labelcolor=GREY, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, fontsize=7.5, labelcolor=GREY, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2)

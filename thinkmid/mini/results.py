@@ -27,13 +27,15 @@ def collect(homes: dict[int, Path], labels: dict[str, str], probed: Sequence[str
         label: {when: cell(homes, name + suffix) for when, suffix in WHEN.items()} for name, label in labels.items()
     }
     order = [label for label in labels.values() if not label.startswith("control")]
+    against = [labels["think"], *(label for label in rows if label not in order)]
+    pairs = [*pairwise(order), *((label, order[-1]) for label in against if label != order[-2])]
     return {
         "seeds": list(homes),
         "rows": rows,
         "differences": [
             {"less": a, "more": b, "when": when} | difference(rows[a][when]["mean"], rows[b][when]["mean"])
             for when in WHEN
-            for a, b in (*pairwise(order), *((c, order[-1]) for c in rows if c not in order))
+            for a, b in pairs
         ],
         "times": {when: times(rows[order[0]]["after"]["mean"], rows[order[-1]][when]["mean"]) for when in WHEN},
         "thoughts": {labels[name]: conditions(homes, name) for name in probed},

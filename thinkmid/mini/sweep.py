@@ -115,13 +115,28 @@ def run(home: Path, seed: int) -> None:
         print(f"seed {seed}: {stage.name}, {time.monotonic() - began:.0f} s", flush=True)
 
 
+def seeds_of(words: str) -> list[int]:
+    if not all(word.strip().isdecimal() for word in words.split(",")):
+        raise UserError(f"--seeds {words}: not whole numbers with commas between")
+    return list(dict.fromkeys(map(int, words.split(","))))
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m thinkmid.mini.sweep", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="commas between; a seed decides corpus, weights, order and draws")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; set OMP_NUM_THREADS to share the cores")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        choices=range(1, 65),
+        metavar="JOBS",
+        help="seeds at a time; set OMP_NUM_THREADS to share the cores",
+    )
     args = parser.parse_args(argv)
-    homes = {int(seed): args.out / f"seed-{int(seed)}" for seed in args.seeds.split(",")}
+    if not Path("configs/mini-rlmt.toml").exists():
+        raise UserError("configs/mini-rlmt.toml: no such file; the sweep runs from the project's folder")
+    homes = {seed: args.out / f"seed-{seed}" for seed in seeds_of(args.seeds)}
     with ThreadPoolExecutor(args.jobs) as pool:
         for done in [pool.submit(run, home, seed) for seed, home in homes.items()]:
             done.result()
