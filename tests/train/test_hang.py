@@ -71,15 +71,17 @@ def test_a_judge_that_never_answers(home):
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=listen, args=(server, []), daemon=True).start()
         port = server.getsockname()[1]
-        judge = ["--judge.kind=remote", "--judge.model=m", "--judge.timeout_s=0.5", "--judge.retries=0"]
-        judge += ["--judge.canary_every=0"]
-        code, _, err, _ = run(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{port}/v1")
+        judge = ["--judge.kind=remote", "--judge.model=m", "--judge.retries=0", "--judge.canary_every=0"]
+        silent = ["--judge.timeout_s=0.5", f"--judge.url=http://127.0.0.1:{port}/v1"]
+        code, _, err, _ = run(home, "judge", *judge, *silent)
     assert code == 1
     line = r"error \(rank 0\): \d+ of 20 samples have no verdict, most of them for: judge failed: timeout"
     assert re.search(line, err)
     with ThreadingHTTPServer(("127.0.0.1", 0), Yes) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        goes_on(home, "judge", *judge, f"--judge.url=http://127.0.0.1:{server.server_port}/v1")
+        # patient: what answers here shares its cores with the ranks
+        patient = ["--judge.timeout_s=60", f"--judge.url=http://127.0.0.1:{server.server_port}/v1"]
+        goes_on(home, "judge", *judge, *patient)
         server.shutdown()
 
 

@@ -25,10 +25,10 @@ def main(argv: list[str]) -> None:
     drawn = pictures.draw_all(found, folder_for(args.out))
     sections = [
         ("sweep", "The sweep", rows),
-        ("paper", "The paper's tables", tables.paper(evaluated)),
-        ("evaluations", "Evaluations", tables.evaluations(evaluated)),
         ("curves", "Curves", page.pictures(drawn)),
         ("runs", "Training runs", tables.trainings(found)),
+        ("evaluations", "Evaluations", tables.evaluations(evaluated)),
+        ("paper", "The paper's tables", tables.paper(evaluated)),
     ]
     write(args.out, page.page([section for section in sections if section[2]], groups, notes))
     for path in (*(picture.path for picture in drawn if picture.path), args.out):
