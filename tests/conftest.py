@@ -2,7 +2,9 @@
 
 import multiprocessing.util
 import os
+import signal
 import sys
+from contextlib import contextmanager
 
 # on tensors this small threads cost more than they bring; before torch is imported, here and in children
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,9 +47,23 @@ def _no_process_group_outlives_its_module():
         dist.destroy_process_group()
 
 
+@contextmanager
+def signal_handlers_put_back():
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_are_put_back():
+    with signal_handlers_put_back():
+        yield
+
+
 def exit_code(program, argv) -> int:
     """Of a program, as its command line would end."""
-    with pytest.raises(SystemExit) as end:
+    with signal_handlers_put_back(), pytest.raises(SystemExit) as end:
         config.run(program.main, list(argv))
     return end.value.code
 

@@ -52,14 +52,6 @@ def small(made, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def _signal_handlers_are_put_back():
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
-
-
 def rows(out, kind):
     files = sorted(Path(out).glob(f"*-{kind}/*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,9 +16,8 @@ import misbehave
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, exit_code, random_model
 
-from thinkmid import config
 from thinkmid.augment import annotate, annotators, writer
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.chat import Chat
@@ -245,27 +243,10 @@ def start(argv, ranks=1):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def program(argv):
-    with pytest.raises(SystemExit) as end:
-        config.run(annotate.main, argv)
-    return end.value.code
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers_are_put_back():
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(world):
     """What the tiny model makes of a few documents: refusals, with what it said."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    assert program(flags(world, "undisturbed")) == 0
-    for number, handler in old.items():
-        signal.signal(number, handler)
+    assert exit_code(annotate, flags(world, "undisturbed")) == 0
     return world / "undisturbed"
 
 
@@ -279,7 +260,7 @@ def test_the_tiny_model_is_asked_again_and_what_it_says_does_not_depend_on_the_b
     assert Counter(row["calls"] for row in rows if row["refused"] != "blank").keys() == {2}
     assert len({row["said"] for row in rows}) > 20
     assert {row["refused"] for row in rows} >= {"cut off", "no marked answer"}
-    assert program(flags(world, "one", "--writer.max_batch", "1")) == 0
+    assert exit_code(annotate, flags(world, "one", "--writer.max_batch", "1")) == 0
     assert by_place(journal(world / "one")) == by_place(rows)
 
 
@@ -320,7 +301,7 @@ def test_killed_and_resumed_on_two_ranks_the_tiny_model_says_the_same_and_nothin
 def test_a_mistake_with_the_engine_is_one_line(world, undisturbed, capsys, more, line):
     if "kind" in more[0] and len(more) == 2 and __import__("importlib.util").util.find_spec("vllm"):
         pytest.skip("vllm is installed")
-    assert program(flags(world, "undisturbed", *more)) == 2
+    assert exit_code(annotate, flags(world, "undisturbed", *more)) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: " + line.format(world=world))
     assert told.count("\n") == 1

@@ -91,7 +91,7 @@ def homes(tmp_path):
 
 
 def test_differences_are_paired_by_seed(homes):
-    found = results.collect(homes, LABELS, ["rlmt"])
+    found = results.collect(homes, LABELS, {}, ["rlmt"])
     (one,) = [d for d in found["differences"] if (d["less"], d["when"]) == ("SFT", "before")]
     assert one["each"] == pytest.approx([0.1, 0.2, 0.3])
     # mean .2, standard error .1 / sqrt(3), Student's t with two degrees of freedom: 4.303
@@ -101,20 +101,20 @@ def test_differences_are_paired_by_seed(homes):
 
 
 def test_groups_of_sets_are_averaged_apart(homes):
-    row = results.collect(homes, LABELS, ["rlmt"])["rows"]["SFT"]["before"]
+    row = results.collect(homes, LABELS, {}, ["rlmt"])["rows"]["SFT"]["before"]
     assert list(row["mean"].values()) == pytest.approx([0.4, 0.5, 0.3])
     assert row["groups"]["held out"][1] == pytest.approx(0.43)
     assert row["groups"]["in distribution"][1] == pytest.approx(0.5525)
 
 
 def test_one_seed_has_no_interval(homes):
-    found = results.collect({0: homes[0]}, LABELS, ["rlmt"])
+    found = results.collect({0: homes[0]}, LABELS, {}, ["rlmt"])
     assert all(d["low"] is None and d["high"] is None for d in found["differences"])
     json.dumps(found, allow_nan=False)
     assert "one seed" in results.markdown(found)
 
 
 def test_the_table_shows_every_seed_and_the_replaced_thoughts(homes):
-    text = results.markdown(results.collect(homes, LABELS, ["rlmt"]))
+    text = results.markdown(results.collect(homes, LABELS, {}, ["rlmt"]))
     assert "| SFT | **0.400** | .400 .500 .300 | **0.400** | .400 .500 .300 | 9 / 9 |" in text
     assert "| SFT + RLMT | 0.600 | 0.300 |" in text

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -34,13 +33,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def world(home, tmp_path, monkeypatch):
-    """A copy to work in; signal handlers are put back afterwards."""
+    """A copy to work in."""
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in old.items():
-        signal.signal(number, handler)
+    return tmp_path
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tup
         over_steps(bottom.add_subplot(grid[0, 2]), longest, "reward", "RLMT: reward", "mean per rollout")
         over_steps(bottom.add_subplot(grid[0, 3]), longest, "thinking_tokens", "RLMT: thinking length", "tokens")
         starts = {label: [home / f"{name}+rlpt" for home in homes.values()] for name, label in rows.items()}
-        by_start(bottom.add_subplot(grid[1, 2:]), {k: v for k, v in starts.items() if not k.startswith("control")})
+        by_start(bottom.add_subplot(grid[1, 2:]), starts)
         path = out / "sweep.png"
         figure.savefig(path, dpi=130)
     return path

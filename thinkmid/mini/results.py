@@ -18,26 +18,28 @@ GROUPS = {"all": world.SETS, "in distribution": tuple(world.STEPS), "held out": 
 WHEN = {"before": "", "after": "+rlpt"}  # RLPT
 
 
-def collect(homes: dict[int, Path], labels: dict[str, str], probed: Sequence[str]) -> dict:
+def collect(homes: dict[int, Path], rows: dict[str, str], controls: dict[str, str], probed: Sequence[str]) -> dict:
     """{"seeds", "rows": label -> {"before", "after"}, "differences", "thoughts"}, plain values for a JSON file.
 
-    Means over the sets of a group, each set of equal weight; lists and dicts over seeds in the order of homes.
+    rows, controls: name of a folder -> label; rows in the order that is claimed. Means over the sets of a group, each
+    set of equal weight; lists and dicts over seeds in the order of homes.
     """
-    rows = {
+    labels = rows | controls
+    cells = {
         label: {when: cell(homes, name + suffix) for when, suffix in WHEN.items()} for name, label in labels.items()
     }
-    order = [label for label in labels.values() if not label.startswith("control")]
-    against = [labels["think"], *(label for label in rows if label not in order)]
+    order = list(rows.values())
+    against = [rows["think"], *controls.values()]
     pairs = [*pairwise(order), *((label, order[-1]) for label in against if label != order[-2])]
     return {
         "seeds": list(homes),
-        "rows": rows,
+        "rows": cells,
         "differences": [
-            {"less": a, "more": b, "when": when} | difference(rows[a][when]["mean"], rows[b][when]["mean"])
+            {"less": a, "more": b, "when": when} | difference(cells[a][when]["mean"], cells[b][when]["mean"])
             for when in WHEN
             for a, b in pairs
         ],
-        "times": {when: times(rows[order[0]]["after"]["mean"], rows[order[-1]][when]["mean"]) for when in WHEN},
+        "times": {when: times(cells[order[0]]["after"]["mean"], cells[order[-1]][when]["mean"]) for when in WHEN},
         "thoughts": {labels[name]: conditions(homes, name) for name in probed},
     }
 

@@ -23,16 +23,18 @@ from thinkmid.mini import world
 RLMT_STEPS = (60, 170, 400)
 SFT_STEPS, SFT_TOKENS = 1700, 1024  # of configs/mini-sft.toml: steps, tokens of one
 PREFIX = 73  # tokens of the longest prefix of RLMT
-LABELS = {
+ROWS = {
     "base": "base",
     "raw": "SFT(raw)",
     "think": "SFT(think)",
     **{f"rlmt-{n}": f"SFT(think) + RLMT, {n} steps" for n in RLMT_STEPS},
-    # controls
+}
+CONTROLS = {
     "think-long": f"control: SFT(think), longer by the compute of {RLMT_STEPS[-1]} steps of RLMT",
     "worked": "control: SFT(think), every thought worked through",
     "worked-rlmt": f"control: the same + RLMT, {RLMT_STEPS[1]} steps",
 }
+LABELS = ROWS | CONTROLS
 PROBED = ("think", f"rlmt-{RLMT_STEPS[-1]}")  # whose thoughts are replaced
 
 
@@ -143,11 +145,11 @@ def main(argv: list[str]) -> None:
 
     from thinkmid.mini import figures, results
 
-    found = results.collect(homes, LABELS, PROBED)
+    found = results.collect(homes, ROWS, CONTROLS, PROBED)
     write_whole(args.out / "table.json", json.dumps(found, indent=1) + "\n")
     (args.out / "table.md").write_text(results.markdown(found))
     print(results.markdown(found))
-    print(figures.draw(homes, found, LABELS, RLMT_STEPS, args.out))
+    print(figures.draw(homes, found, ROWS, RLMT_STEPS, args.out))
 
 
 if __name__ == "__main__":
