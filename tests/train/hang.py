@@ -3,10 +3,12 @@
 engine: a step of rank 1's engine never returns. dies: rank 1 is killed. Each in step 2, whose time is printed.
 """
 
+import atexit
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from thinkmid import config
 from thinkmid.rollout.native import NativeEngine
@@ -25,7 +27,13 @@ def spoilt(run, what):
     return _run
 
 
+def threads_of_gloo():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print(f"threads of gloo at the end: {sum('gloo' in name for name in names)}", flush=True)
+
+
 if __name__ == "__main__":
+    atexit.register(threads_of_gloo)  # the first to come is the last to be called
     what, *argv = sys.argv[1:]
     if what in ("engine", "dies"):
         NativeEngine._run = spoilt(NativeEngine._run, what)

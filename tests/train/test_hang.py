@@ -20,8 +20,6 @@ PROGRAM = Path(__file__).with_name("hang.py")
 TIMEOUT_S = 8
 STEPS = 4
 
-ABORTED_AT_EXIT = "terminate called without an active exception"
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -45,9 +43,10 @@ def stack(home, what, rank):
 
 
 def goes_on(home, what, *flags):
-    code, _, err, _ = run(home, f"{what}-again", *flags, "--run.timeout_s=120")
-    # known defect: gloo's threads now and then abort a rank that has finished and is leaving; what it wrote is whole
-    assert code == 0 or ABORTED_AT_EXIT in err, err[-2000:]
+    code, out, err, _ = run(home, f"{what}-again", *flags, "--run.timeout_s=120")
+    assert code == 0, err[-2000:]
+    # they would now and then abort a rank that has finished
+    assert out.count("threads of gloo at the end: 0") == 2, out[-2000:]
     assert [row["step"] for row in read_rows(home / what / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 

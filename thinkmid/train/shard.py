@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -85,19 +86,27 @@ def start() -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    fresh = not dist.is_initialized()
+    if fresh:
         # gloo for the host's tensors on every machine, NCCL for the device's
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         where = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=TIMEOUT, **where)
-        atexit.register(_leave)
-    return Ranks(rank, world, device, init_device_mesh(device.type, (world,)))
+    mesh = init_device_mesh(device.type, (world,))
+    if fresh:
+        atexit.register(_leave, mesh)
+    return Ranks(rank, world, device, mesh)
 
 
-def _leave() -> None:
-    """At an orderly exit: gloo's threads, left alive, now and then abort the process, and its exit code is lost."""
+def _leave(mesh: DeviceMesh) -> None:
+    """At an orderly exit: gloo's threads, left alive, now and then abort the process, and its exit code is lost.
+
+    They end with the last reference to their group. DTensor's caches hold the mesh for ever, and the mesh its groups.
+    """
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        getattr(mesh, "_pg_registry", {}).clear()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
