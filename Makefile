@@ -1,6 +1,6 @@
 # make rlmt   the main job in miniature: corpus, base, SFT, RL mid-training, curves; minutes on two CPU cores
 # make test   the test suite
-# make mini   the paper's rows in miniature: every stage, before and after RLPT, a table and a picture; SEEDS=0,1,2 JOBS=2
+# make mini   the paper's rows in miniature: every stage, before and after RLPT, a table and a picture; SEEDS=0,1,2
 # make rlmt-vllm   the same with vLLM inside two ranks and a model as judge, 20 steps
 # make test-vllm   the tests that need vLLM; both in an environment of its own, .venv-vllm, for it pins its own versions
 # make lint   ruff
@@ -11,7 +11,7 @@
 PYTHON ?= python3
 RANKS ?= 1
 SEEDS ?= 0
-JOBS ?= 1
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
 
 PY := .venv/bin/python
@@ -42,7 +42,7 @@ runs/mini-data/manifest.json: $(READY)
 	@touch $@
 
 mini: $(READY)
-	OMP_NUM_THREADS=$(shell echo $$(( ($(THREADS) + $(JOBS) - 1) / $(JOBS) ))) $(PY) -m thinkmid.mini.sweep --seeds $(SEEDS) --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m thinkmid.mini.sweep --seeds $(SEEDS) --jobs $(JOBS)
 
 rlmt-vllm: runs/mini-vllm/export/thinkmid.json
 

@@ -1,6 +1,8 @@
 """The sweep: what builds on what, equal compute, and the arithmetic of its table."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,17 +27,21 @@ def home(tmp_path):
     return tmp_path
 
 
-def test_every_stage_starts_from_what_an_earlier_one_made(home):
-    made = set()
+def test_every_stage_waits_for_all_that_it_reads(home):
+    made = {}  # folder: the file that says it is whole
     for stage in sweep.stages(home, 3):
+        if stage.command[0] == "thinkmid.eval.thoughts":  # in the folder of an evaluation
+            assert stage.result.replace("thoughts", "results") in stage.needs
+            continue
+        assert set(stage.needs) <= set(made.values())
         for word in stage.command:
             for part in word.partition("=")[2].split(","):
                 path = part.rpartition("=")[2]
                 if path.startswith(str(home)) and not word.startswith("--run.folder"):
                     below = Path(path).relative_to(home)
-                    assert below.parts[0] in made, (stage.name, path)
-        made.add(Path(stage.result).parts[0])
-    assert {name + rlpt for name in sweep.LABELS for rlpt in ("", "+rlpt")} <= made
+                    assert made[below.parts[0]] in stage.needs, (stage.name, path)
+        made[stage.result if "eval" in stage.result else Path(stage.result).parts[0]] = stage.result
+    assert {name + rlpt for name in sweep.LABELS for rlpt in ("", "+rlpt")} <= set(made)
 
 
 def test_all_rows_get_the_same_post_training_and_the_same_questions(home):
@@ -57,12 +63,41 @@ def test_the_longer_sft_costs_what_rlmt_did(home):
     assert sweep.as_sft_steps(home / f"rlmt-{sweep.RLMT_STEPS[-1]}") == round(passes / (3 * sweep.SFT_TOKENS))
 
 
+NO_SUCH = ["thinkmid.mini.no_such_program"]
+
+
 def test_a_stage_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
-    stage = sweep.Stage(name="data", command=["thinkmid.mini.no_such_program"], result="data/manifest.json")
-    monkeypatch.setattr(sweep, "stages", lambda home, seed: iter([stage]))
+    first = sweep.Stage(name="data", command=NO_SUCH, needs=(), result="data/manifest.json")
+    second = sweep.Stage(name="base", command=NO_SUCH, needs=(first.result,), result="base/export/thinkmid.json")
+    monkeypatch.setattr(sweep, "stages", lambda home, seed: iter([first, second]))
     with pytest.raises(UserError, match=r"log.txt: data ended with code 1"):
-        sweep.run(tmp_path / "seed-0", 0)
+        sweep.run({0: tmp_path / "seed-0"}, 2)
     assert "no_such_program" in (tmp_path / "seed-0" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 8])
+def test_stages_run_beside_one_another_but_never_before_what_they_need(tmp_path, monkeypatch, jobs):
+    homes, lock, now, most, order = {0: tmp_path / "0", 1: tmp_path / "1"}, threading.Lock(), [], [], []
+
+    def work(seed, home, stage):
+        assert all((home / need).exists() for need in stage.needs)
+        with lock:
+            now.append(stage)
+            most.append(len(now))
+        time.sleep(0.005)
+        write(home / stage.result, stage.name)
+        with lock:
+            now.remove(stage)
+            order.append((seed, stage.name))
+        return stage.name
+
+    monkeypatch.setattr(sweep, "work", work)
+    write(homes[0] / "data/manifest.json", "done before")
+    expected = {(seed, stage.name) for seed, home in homes.items() for stage in sweep.stages(home, seed)}
+    sweep.run(homes, jobs)
+    assert max(most) == jobs
+    assert len(order) == len(set(order))
+    assert set(order) == expected - {(0, "data")}
 
 
 def test_seeds_that_are_no_numbers_are_one_line(capsys):
