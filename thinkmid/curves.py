@@ -44,6 +44,7 @@ RL = (
             ("judge_cached", "cached"),
             ("judge_decided", "by rule"),
             ("judge_failed", "failed"),
+            ("judge_given_up", "given up"),
         ),
     ),
     Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),

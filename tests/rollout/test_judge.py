@@ -257,7 +257,7 @@ def test_the_row_counts_each_verdict_once_and_starts_over():
     row = judge.row()
     assert row.pop("judge_p_yes") == pytest.approx(0.6)
     assert row.pop("judge_wait_s") > 0
-    assert row == {"judge_asked": 3, "judge_decided": 3, "judge_cached": 1, "judge_failed": 1}
+    assert row == {"judge_asked": 3, "judge_decided": 3, "judge_cached": 1, "judge_failed": 1, "judge_given_up": 0}
     empty = judge.row()
     assert math.isnan(empty.pop("judge_p_yes"))
     assert set(empty.values()) == {0}

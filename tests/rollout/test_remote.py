@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from thinkmid.errors import UserError
+from thinkmid.rollout.breaker import Breaker
 from thinkmid.rollout.judge import JudgeError, ModelJudge
-from thinkmid.rollout.remote import RemoteAsk
+from thinkmid.rollout.remote import GIVE_UP, RemoteAsk
 
 REFERENCE = "The river rose overnight, and the lower bridge was closed to carts."
 KEY = "sk-not-for-any-log"
@@ -254,6 +255,48 @@ def test_requests_go_out_before_anyone_waits_for_them(remote, server):
             break
         time.sleep(0.01)
     assert server.calls["yes"] == 1
+
+
+def read(judge, names):
+    """Verdicts of candidates that make the stub behave so, all asked before one is read."""
+    pending = [judge(f"behave: {name} {i}", REFERENCE) for i, name in enumerate(names)]
+    return [answer() for answer in pending]
+
+
+def test_a_dead_endpoint_is_given_up_and_taken_back(remote, server):
+    notes, timeout_s = [], 0.4
+    judge = ModelJudge(remote(timeout_s=timeout_s, note=notes.append), template="short", seed=0)
+    began = time.perf_counter()
+    verdicts, row = read(judge, ["hang"] * 60), judge.row()
+    # without giving up: 15 rounds of the 4 workers, then 60 retries one after the other
+    assert time.perf_counter() - began < 15 * timeout_s
+    assert server.calls["hang"] < GIVE_UP + 2 * 4
+    assert {v.value for v in verdicts} == {None}, "failed, never 0"
+    whys = Counter(v.why for v in verdicts)
+    given_up = "judge failed: not asked, the endpoint was given up (timeout)"
+    assert set(whys) <= {given_up, "judge failed: timeout"}
+    assert (row["judge_failed"], row["judge_given_up"]) == (60, whys[given_up])
+    assert row["judge_given_up"] > 30
+    assert notes == ["the judge's endpoint is given up until it answers again: timeout"]
+    # one question in all goes through after a pause, and the first answer brings the endpoint back
+    time.sleep(1.5 * timeout_s)
+    assert [v.value for v in read(judge, ["yes"])] == [1]
+    assert notes[1:] == ["the judge's endpoint answers again"]
+    assert [v.value for v in read(judge, ["yes", "no"] * 5)] == [1, 0] * 5
+    assert judge.row()["judge_given_up"] == 0
+
+
+@pytest.mark.parametrize("name", ["refused", "always500", "chatty", "html"])
+def test_an_endpoint_that_answers_anything_is_not_given_up(remote, server, monkeypatch, name):
+    notes = []
+    # without a silence to wait for, so that the number alone would do
+    monkeypatch.setattr("thinkmid.rollout.remote.Breaker", lambda limit, quiet_s: Breaker(limit, 0.0))
+    verdicts = read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), [name] * 3 * GIVE_UP)
+    assert server.calls[name] == 3 * GIVE_UP
+    assert {v.value for v in verdicts} == {None}
+    assert notes == []
+    read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), ["reset"] * 3 * GIVE_UP)
+    assert len(notes) == 1
 
 
 def test_the_request_is_greedy_short_and_asks_for_log_probs(remote, server):

@@ -23,6 +23,10 @@ class JudgeError(Exception):
     """No answer, or none that can be read. One line says why."""
 
 
+class NotAsked(JudgeError):
+    """Nobody was asked, since nobody has answered for long."""
+
+
 def malformed(parts: Split) -> Verdict | None:
     """0 for a sample without exactly one closing tag; nobody is asked about it."""
     if parts.num_tags == 1:
@@ -92,9 +96,12 @@ class ModelJudge:
         return pending
 
     def row(self) -> dict[str, float]:
-        """Counts of verdicts since the last call; seconds from asking to reading the answer; mean P(yes)."""
+        """Counts of verdicts since the last call; seconds from asking to reading the answer; mean P(yes).
+
+        Those given up, for which nobody was asked in the end, are among those that failed.
+        """
         sums, self._sums = self._sums, defaultdict(float)
-        row = {f"judge_{name}": sums[name] for name in ("asked", "decided", "cached", "failed")}
+        row = {f"judge_{name}": sums[name] for name in ("asked", "decided", "cached", "failed", "given_up")}
         row["judge_wait_s"] = sums["wait_s"] / max(1, sums["read"])
         answered = sums["read"] - sums["failed"]
         row["judge_p_yes"] = sums["p_yes"] / answered if answered else float("nan")
@@ -111,6 +118,7 @@ class ModelJudge:
             except JudgeError as error:  # this sample leaves its group's baseline; the run goes on
                 verdict = Verdict(None, f"judge failed: {error}")
                 self._sums["failed"] += 1
+                self._sums["given_up"] += isinstance(error, NotAsked)
             self._sums["read"] += 1
             self._sums["wait_s"] += time.perf_counter() - began
             self._sums["p_yes"] += verdict.p_yes or 0.0

@@ -115,10 +115,12 @@ def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step
     return {"judge_canary": report.share}
 
 
-def make_ask(judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, text, theirs, device, max_len: int):
+def make_ask(
+    judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, text, theirs, device, max_len: int, note
+):
     """(who answers the judge's questions, what to call in the end); (None, ...) for judges by rule.
 
-    theirs: of read_judge. config, engine, text, max_len: the policy's.
+    theirs: of read_judge. config, engine, text, max_len: the policy's. note(line): is told what happens to an endpoint.
     """
     from thinkmid.model import weights
     from thinkmid.rollout.ask import EngineAsk, SwapAsk
@@ -129,7 +131,7 @@ def make_ask(judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engin
         return None, nothing
     if judge.kind == "remote":
         key, options = os.environ.get(judge.key_env, ""), {"workers": judge.workers, "retries": judge.retries}
-        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, **options)
+        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, note=note, **options)
         return remote, remote.close
     if judge.kind == "policy":
         return EngineAsk(engine, text, max_len), nothing

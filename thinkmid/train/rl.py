@@ -54,9 +54,9 @@ def run(
 ) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
-    make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence. notes:
-    lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look at
-    before the first step and every look_every steps.
+    make_reward(engine, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the longest sequence.
+    notes: lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look
+    at before the first step and every look_every steps.
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
@@ -76,7 +76,7 @@ def run(
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
-    reward, close = make_reward(engine, ranks.device)
+    reward, close = make_reward(engine, ranks.device, opened.log.note)
     looks = {"held_out": held_out or [], "look_every": look_every}
     more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
