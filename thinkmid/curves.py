@@ -38,7 +38,7 @@ RL = (
     TIME,
     Panel(
         "Judge",
-        "continuations of rank 0",
+        "continuations",
         (
             ("judge_asked", "asked"),
             ("judge_cached", "cached"),

@@ -12,6 +12,7 @@ from typing import Literal
 from thinkmid.errors import UserError
 from thinkmid.rollout import templates
 from thinkmid.rollout.engine import EngineConfig, Sampling, make_engine
+from thinkmid.types import Tally
 
 CANARIES = 9  # references in a look at the judge
 QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
@@ -99,8 +100,9 @@ def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, references: l
     return ContinuationReward(text, model, max_suffix=sampling.max_suffix, look=look)
 
 
-def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step: int) -> dict[str, float]:
-    """Every canary_every steps: questions whose answers are known. UserError names what the judge gets wrong."""
+def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step: int) -> Tally:
+    """Every canary_every steps: questions whose answers are known, the same on every rank. UserError names what the
+    judge gets wrong."""
     from thinkmid.rollout import canary
 
     if not judge.canary_every or step % judge.canary_every:
@@ -112,7 +114,7 @@ def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step
     report = canary.run(ask, judge.template, seed + step, list(zip(texts[1:], texts, strict=False)))
     if report.share < judge.canary_min:
         raise UserError(f"step {step}: the judge fails on known answers: {report.line()} (judge.canary_min)")
-    return {"judge_canary": report.share}
+    return {"judge_canary": (report.share, 1)}
 
 
 def make_ask(

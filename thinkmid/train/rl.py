@@ -26,7 +26,7 @@ from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
 from thinkmid.train.step import train_step
 from thinkmid.train.truth import next_token_units
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import Group, Prompt, Sample, Tally
 
 
 class Reward(Protocol):
@@ -34,7 +34,7 @@ class Reward(Protocol):
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending: ...
 
-    def finish(self, step: int) -> dict[str, float]:
+    def finish(self, step: int) -> Tally:
         """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
@@ -158,7 +158,7 @@ def train(
                 checked = agreement.rescore(step, groups, mine, draw)
             with clock("reward"):
                 groups = judged(run, cfg, groups, pending_P_G, mine)
-                ranks.agree(lambda: checked.update(reward.finish(step)))  # noqa: B023
+                checked |= exchange.finished(reward, step, ranks, cfg.engine.tensor_parallel)
                 engine.sleep()
                 if scores:
                     groups, means = scores(groups)
