@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 
 from thinkmid.errors import UserError
 from thinkmid.rollout.breaker import Breaker
@@ -19,6 +21,7 @@ MIN_MASS = 0.1  # of yes and no together among these: with less the model was sa
 # questions in a row: an endpoint that loses one in ten loses so many once in 10^8, and a dead one has lost them after
 # the first deadline where workers are as many
 GIVE_UP = 8
+LOG_PROBS = {"logprobs": True, "top_logprobs": TOP}
 
 
 class RemoteAsk:
@@ -26,7 +29,8 @@ class RemoteAsk:
 
     One try lasts timeout_s without a byte, the whole request timeout_s for each try and the pauses between them. After
     GIVE_UP requests in a row that nobody answered, and timeout_s in which nothing was heard, questions fail unasked
-    but for one each timeout_s, until that one is answered; an HTTP error is an answer.
+    but for one each timeout_s, until that one is answered; an HTTP error is an answer. An endpoint that refuses
+    log-probs before it ever accepted them is asked without from then on.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class RemoteAsk:
         # the client pauses 0.5 s, 1 s, ... 8 s
         self._deadline_s = timeout_s * (retries + 1) + sum(min(8.0, 0.5 * 2**i) for i in range(retries)) + 0.5
         self._grace_s = timeout_s + 1.0
-        self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens, "logprobs": True, "top_logprobs": TOP}
+        self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens}
+        self._log_probs, self._accepted, self._lock = LOG_PROBS, False, threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         self._mine, self._clients = threading.local(), set[openai.OpenAI]()
         self._breaker, self._lost = Breaker(GIVE_UP, timeout_s), ""
@@ -106,10 +111,9 @@ class RemoteAsk:
         watchdog.daemon = True
         watchdog.start()
         try:
-            messages = [{"role": "user", "content": prompt}]
-            reply = client.chat.completions.with_raw_response.create(messages=messages, **self._body)
+            reply = self._reply(client, [{"role": "user", "content": prompt}])
             self._heard()
-            return p_yes(reply.content)
+            return p_yes(reply)
         except JudgeError:
             raise
         # whatever an endpoint does to the client costs one verdict, not the run; texts of errors may hold the key
@@ -122,6 +126,25 @@ class RemoteAsk:
             raise JudgeError(why) from None
         finally:
             watchdog.cancel()
+
+    def _reply(self, client, messages: list[dict]) -> bytes:
+        create = partial(client.chat.completions.with_raw_response.create, messages=messages, **self._body)
+        log_probs = self._log_probs
+        try:
+            reply = create(**log_probs).content
+        except self._openai.APIStatusError as error:
+            # once accepted, they stay: the verdicts of a run are all read in one way
+            if not log_probs or self._accepted or not refuses_log_probs(error.status_code, error.response.text):
+                raise
+            reply = create().content  # fails too if the fault lies elsewhere, and then nothing is concluded
+            with self._lock:
+                first, self._log_probs = bool(self._log_probs), {}
+            if first:
+                why = f"refuses log-probs (HTTP {error.status_code})"
+                self._notes.append(f"the judge's endpoint {why}: P(yes) is 1 or 0, by the text of its answers")
+            return reply
+        self._accepted |= bool(log_probs)
+        return reply
 
     def _heard(self) -> None:
         if self._breaker.heard():
@@ -147,6 +170,10 @@ class RemoteAsk:
         if isinstance(error, self._openai.APIStatusError):
             return f"HTTP {error.status_code}"
         return f"no connection ({type(error.__cause__ or error).__name__})"
+
+
+def refuses_log_probs(status: int, body: str) -> bool:
+    return status in (400, 422) and re.search("log.?prob", body, re.IGNORECASE) is not None
 
 
 def p_yes(reply: bytes) -> float:
