@@ -38,12 +38,13 @@ RL = (
     TIME,
     Panel(
         "Judge",
-        "continuations of rank 0",
+        "continuations",
         (
             ("judge_asked", "asked"),
             ("judge_cached", "cached"),
             ("judge_decided", "by rule"),
             ("judge_failed", "failed"),
+            ("judge_given_up", "given up"),
         ),
     ),
     Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),

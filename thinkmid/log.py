@@ -104,6 +104,11 @@ class Log:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._append(self.events, {"time": now, "kind": kind, **fields})
 
+    def note(self, text: str) -> None:
+        """Say it, and keep it as an event."""
+        self.say(f"note: {text}")
+        self.event("note", text=text)
+
     def rollouts(self, step: int, rows: Iterable[dict]) -> None:
         """Everything sampled in one step, in rollouts/step-000040.jsonl."""
         if self.on:

@@ -1,4 +1,4 @@
-"""Prompt, Sample, Group, Pack: the only things that travel between folders."""
+"""Prompt, Sample, Group, Pack: the only things that travel between folders, beside a Tally for the log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+# metrics of one rank's part of a step: numbers add up over ranks, pairs (sum, count) become means
+Tally = dict[str, float | tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)

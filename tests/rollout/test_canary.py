@@ -79,7 +79,8 @@ def test_failures_are_neither_right_nor_wrong():
         "same": (1, 3, 2), "other": (1, 3, 1), "attack": (2, 2, 0),
     }  # fmt: skip
     assert report.share == 0.5
-    assert report.line() == "judge canaries: same 1/1, other 1/2, attack 2/2 right, 3 failed; weakest: other (50%)"
+    why = "3 failed, most of them for: timeout"
+    assert report.line() == f"judge canaries: same 1/1, other 1/2, attack 2/2 right, {why}; weakest: other (50%)"
     silent = canary.run(lambda prompt: lambda: answer(None), "short", 1, PAIRS)
     assert silent.share == 0, "who never answers is not trusted"
 

@@ -255,12 +255,12 @@ def test_the_row_counts_each_verdict_once_and_starts_over():
     for candidate in ("Snow fell.", "Rain fell.", "Hail fell.", "Snow fell.", "", "Answer: yes", RIVER):
         judge(candidate, RIVER)()
     row = judge.row()
-    assert row.pop("judge_p_yes") == pytest.approx(0.6)
-    assert row.pop("judge_wait_s") > 0
-    assert row == {"judge_asked": 3, "judge_decided": 3, "judge_cached": 1, "judge_failed": 1}
-    empty = judge.row()
-    assert math.isnan(empty.pop("judge_p_yes"))
-    assert set(empty.values()) == {0}
+    assert row.pop("judge_p_yes") == (pytest.approx(1.2), 2)
+    wait_s, num_read = row.pop("judge_wait_s")
+    assert wait_s > 0
+    assert num_read == 3
+    assert row == {"judge_asked": 3, "judge_decided": 3, "judge_cached": 1, "judge_failed": 1, "judge_given_up": 0}
+    assert set(judge.row().values()) == {0, (0, 0)}
 
 
 @pytest.mark.parametrize(

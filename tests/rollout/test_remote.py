@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from thinkmid.errors import UserError
+from thinkmid.rollout.breaker import Breaker
 from thinkmid.rollout.judge import JudgeError, ModelJudge
-from thinkmid.rollout.remote import RemoteAsk
+from thinkmid.rollout.remote import GIVE_UP, RemoteAsk
 
 REFERENCE = "The river rose overnight, and the lower bridge was closed to carts."
 KEY = "sk-not-for-any-log"
@@ -67,7 +68,7 @@ class Stub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         name = body["messages"][0]["content"].partition("behave: ")[2].split()[0]
         self.server.calls[name] += 1
         self.server.last = self.headers, body, self.path
@@ -90,6 +91,19 @@ class Stub(BaseHTTPRequestHandler):
 
     def refused(self, name):
         self.send(b'{"error": {"message": "' + KEY.encode() + b'"}}', 401)
+
+    def refuses(self, name):
+        """log-probs; refuses422: says so where they stand. refuses-everything: and what comes without them."""
+        told = b'{"detail": [{"loc": ["body", "top_logprobs"], "msg": "Extra inputs are not permitted"}]}'
+        told = told if name == "refuses422" else b'{"error": {"message": "this model gives no LogProbs"}}'
+        asked = {"logprobs", "top_logprobs"} & self.body.keys()
+        refused = asked or name == "refuses-everything"
+        self.send(told if refused else reply("Yes"), (422 if name == "refuses422" else 400) if refused else 200)
+
+    refuses422 = refuses_everything = refuses
+
+    def bad(self, name):
+        self.send(b'{"error": {"message": "the prompt is too long"}}', 400)
 
     def half(self, name):
         self.send(reply("yes"), length=10_000)
@@ -254,6 +268,83 @@ def test_requests_go_out_before_anyone_waits_for_them(remote, server):
             break
         time.sleep(0.01)
     assert server.calls["yes"] == 1
+
+
+def read(judge, names):
+    """Verdicts of candidates that make the stub behave so, all asked before one is read."""
+    pending = [judge(f"behave: {name} {i}", REFERENCE) for i, name in enumerate(names)]
+    return [answer() for answer in pending]
+
+
+def test_a_dead_endpoint_is_given_up_and_taken_back(remote, server):
+    notes, timeout_s = [], 0.4
+    judge = ModelJudge(remote(timeout_s=timeout_s, note=notes.append), template="short", seed=0)
+    began = time.perf_counter()
+    verdicts, row = read(judge, ["hang"] * 60), judge.row()
+    # without giving up: 15 rounds of the 4 workers, then 60 retries one after the other
+    assert time.perf_counter() - began < 15 * timeout_s
+    assert server.calls["hang"] < GIVE_UP + 2 * 4
+    assert {v.value for v in verdicts} == {None}, "failed, never 0"
+    whys = Counter(v.why for v in verdicts)
+    given_up = "judge failed: not asked, the endpoint was given up (timeout)"
+    assert set(whys) <= {given_up, "judge failed: timeout"}
+    assert (row["judge_failed"], row["judge_given_up"]) == (60, whys[given_up])
+    assert row["judge_given_up"] > 30
+    assert notes == ["the judge's endpoint is given up until it answers again: timeout"]
+    # one question in all goes through after a pause, and the first answer brings the endpoint back
+    time.sleep(1.5 * timeout_s)
+    assert [v.value for v in read(judge, ["yes"])] == [1]
+    assert notes[1:] == ["the judge's endpoint answers again"]
+    assert [v.value for v in read(judge, ["yes", "no"] * 5)] == [1, 0] * 5
+    assert judge.row()["judge_given_up"] == 0
+
+
+@pytest.mark.parametrize("name", ["refused", "always500", "chatty", "html"])
+def test_an_endpoint_that_answers_anything_is_not_given_up(remote, server, monkeypatch, name):
+    notes = []
+    # without a silence to wait for, so that the number alone would do
+    monkeypatch.setattr("thinkmid.rollout.remote.Breaker", lambda limit, quiet_s: Breaker(limit, 0.0))
+    verdicts = read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), [name] * 3 * GIVE_UP)
+    assert server.calls[name] == 3 * GIVE_UP
+    assert {v.value for v in verdicts} == {None}
+    assert notes == []
+    read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), ["reset"] * 3 * GIVE_UP)
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(("name", "status"), [("refuses", 400), ("refuses422", 422)])
+def test_an_endpoint_that_refuses_log_probs_is_asked_without_and_the_run_told_once(remote, server, name, status):
+    notes = []
+    judge = ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0)
+    first = read(judge, [name] * 8)
+    assert {(v.value, v.p_yes) for v in first} == {(1, 1.0)}
+    assert 9 <= server.calls[name] <= 8 + 4, "each worker is refused once at most"
+    assert len(notes) == 1
+    assert f"refuses log-probs (HTTP {status})" in notes[0]
+    calls = server.calls[name]
+    assert judge(f"behave: {name} again", REFERENCE)().value == 1
+    assert server.calls[name] == calls + 1
+    assert server.last[1].keys() == {"messages", "model", "temperature", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("names", "calls"),
+    [
+        (["bad"], 1),  # says nothing of log-probs
+        (["refuses-everything"], 2),  # they were not what was wrong
+        (["sure", "refuses"], 1),  # accepted before
+    ],
+)
+def test_other_refusals_fail_and_log_probs_are_still_asked_for(remote, server, names, calls):
+    notes = []
+    ask = remote(note=notes.append, workers=1)
+    judge = ModelJudge(ask, template="short", seed=0, retries=0)
+    *_, verdict = read(judge, names)
+    assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 400")
+    assert server.calls[names[-1]] == calls
+    assert read(judge, ["unsure"])[0].p_yes == pytest.approx(0.75)
+    assert server.last[1]["logprobs"] is True
+    assert notes == []
 
 
 def test_the_request_is_greedy_short_and_asks_for_log_probs(remote, server):

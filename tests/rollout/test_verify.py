@@ -234,11 +234,9 @@ def test_siblings_with_one_answer_ask_once():
     assert grader(texts[0], r"x+\frac{1}{3}")().value == 0
     assert grader(r"\boxed{4}", "4")().value == 1
     row = grader.row()
-    assert row.pop("verify_wait_s") > 0
+    assert row.pop("verify_wait_s") > (0, 0)
     assert row == {"verify_asked": 2, "verify_exact": 1, "verify_failed": 0, "verify_cached": 3}
-    assert grader.row() == dict.fromkeys(
-        ["verify_asked", "verify_exact", "verify_failed", "verify_cached", "verify_wait_s"], 0
-    )
+    assert set(grader.row().values()) == {0, (0, 0)}
     grader.close()
 
 

@@ -125,6 +125,7 @@ class Report:
     """How a judge fared with questions whose answers are known."""
 
     kinds: dict[str, Count] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)  # why those failed that did
 
     @property
     def weakest(self) -> str:
@@ -137,8 +138,9 @@ class Report:
 
     def line(self) -> str:
         parts = [f"{kind} {c.right}/{c.asked - c.failed}" for kind, c in self.kinds.items()]
-        failed = sum(c.failed for c in self.kinds.values())
-        end = f", {failed} failed" if failed else ""
+        end = ""
+        if self.faults:
+            end = f", {len(self.faults)} failed, most of them for: {max(self.faults, key=self.faults.count)}"
         return f"judge canaries: {', '.join(parts)} right{end}; weakest: {self.weakest} ({self.share:.0%})"
 
 
@@ -165,8 +167,10 @@ def run(ask: Ask, template: str, seed: int, pairs: list[tuple[str, str]], num_at
         count.asked += 1
         try:
             p = answer()
-            count.right += (p > 0.5) == wanted and 0 <= p <= 1
-            count.failed += not 0 <= p <= 1
-        except JudgeError:
+            if not 0 <= p <= 1:
+                raise JudgeError(f"P(yes) = {p}")
+            count.right += (p > 0.5) == wanted
+        except JudgeError as error:
             count.failed += 1
+            report.faults.append(str(error))
     return report

@@ -12,15 +12,19 @@ from thinkmid.rollout.guard import Verdict, decide
 from thinkmid.rollout.once import Once, Pending, digest
 from thinkmid.rollout.templates import nonce, render
 from thinkmid.text import Split, Text
-from thinkmid.types import Prompt, Sample
+from thinkmid.types import Prompt, Sample, Tally
 
 Judge = Callable[[str, str], Pending]  # of candidate and reference; a judge sees neither prefix nor thought
 Ask = Callable[[str], Callable[[], float]]  # of a whole judge prompt; what it returns gives P(yes) or raises JudgeError
-Look = Callable[[int], dict[str, float]]  # of a step: metrics of an examination of the judge itself
+Look = Callable[[int], Tally]  # of a step: metrics of an examination of the judge itself
 
 
 class JudgeError(Exception):
     """No answer, or none that can be read. One line says why."""
+
+
+class NotAsked(JudgeError):
+    """Nobody was asked, since nobody has answered for long."""
 
 
 def malformed(parts: Split) -> Verdict | None:
@@ -47,7 +51,7 @@ class ContinuationReward:
         cut = self._text.split_at_close(sample.tokens[: parts.num_think + self._max_suffix])
         return self._judge(cut.suffix, self._reference(prompt.meta["reference"]))
 
-    def finish(self, step: int) -> dict[str, float]:
+    def finish(self, step: int) -> Tally:
         """After the last verdict of a step: the judge's metrics since then, none for a judge by rule."""
         row = self._judge.row() if hasattr(self._judge, "row") else {}
         return row | (self._look(step) if self._look else {})
@@ -91,13 +95,15 @@ class ModelJudge:
         self._sums["cached" if known else "asked"] += 1
         return pending
 
-    def row(self) -> dict[str, float]:
-        """Counts of verdicts since the last call; seconds from asking to reading the answer; mean P(yes)."""
+    def row(self) -> Tally:
+        """Counts of verdicts since the last call; means of the seconds from asking to reading the answer and of P(yes).
+
+        Those given up, for which nobody was asked in the end, are among those that failed.
+        """
         sums, self._sums = self._sums, defaultdict(float)
-        row = {f"judge_{name}": sums[name] for name in ("asked", "decided", "cached", "failed")}
-        row["judge_wait_s"] = sums["wait_s"] / max(1, sums["read"])
-        answered = sums["read"] - sums["failed"]
-        row["judge_p_yes"] = sums["p_yes"] / answered if answered else float("nan")
+        row: Tally = {f"judge_{name}": sums[name] for name in ("asked", "decided", "cached", "failed", "given_up")}
+        row["judge_wait_s"] = sums["wait_s"], sums["read"]
+        row["judge_p_yes"] = sums["p_yes"], sums["read"] - sums["failed"]
         return row
 
     def _start(self, candidate, reference) -> Pending:
@@ -111,6 +117,7 @@ class ModelJudge:
             except JudgeError as error:  # this sample leaves its group's baseline; the run goes on
                 verdict = Verdict(None, f"judge failed: {error}")
                 self._sums["failed"] += 1
+                self._sums["given_up"] += isinstance(error, NotAsked)
             self._sums["read"] += 1
             self._sums["wait_s"] += time.perf_counter() - began
             self._sums["p_yes"] += verdict.p_yes or 0.0

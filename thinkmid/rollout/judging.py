@@ -12,6 +12,7 @@ from typing import Literal
 from thinkmid.errors import UserError
 from thinkmid.rollout import templates
 from thinkmid.rollout.engine import EngineConfig, Sampling, make_engine
+from thinkmid.types import Tally
 
 CANARIES = 9  # references in a look at the judge
 QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
@@ -99,8 +100,9 @@ def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, references: l
     return ContinuationReward(text, model, max_suffix=sampling.max_suffix, look=look)
 
 
-def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step: int) -> dict[str, float]:
-    """Every canary_every steps: questions whose answers are known. UserError names what the judge gets wrong."""
+def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step: int) -> Tally:
+    """Every canary_every steps: questions whose answers are known, the same on every rank. UserError names what the
+    judge gets wrong."""
     from thinkmid.rollout import canary
 
     if not judge.canary_every or step % judge.canary_every:
@@ -112,13 +114,15 @@ def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step
     report = canary.run(ask, judge.template, seed + step, list(zip(texts[1:], texts, strict=False)))
     if report.share < judge.canary_min:
         raise UserError(f"step {step}: the judge fails on known answers: {report.line()} (judge.canary_min)")
-    return {"judge_canary": report.share}
+    return {"judge_canary": (report.share, 1)}
 
 
-def make_ask(judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, text, theirs, device, max_len: int):
+def make_ask(
+    judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, text, theirs, device, max_len: int, note
+):
     """(who answers the judge's questions, what to call in the end); (None, ...) for judges by rule.
 
-    theirs: of read_judge. config, engine, text, max_len: the policy's.
+    theirs: of read_judge. config, engine, text, max_len: the policy's. note(line): is told what happens to an endpoint.
     """
     from thinkmid.model import weights
     from thinkmid.rollout.ask import EngineAsk, SwapAsk
@@ -129,7 +133,7 @@ def make_ask(judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engin
         return None, nothing
     if judge.kind == "remote":
         key, options = os.environ.get(judge.key_env, ""), {"workers": judge.workers, "retries": judge.retries}
-        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, **options)
+        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, note=note, **options)
         return remote, remote.close
     if judge.kind == "policy":
         return EngineAsk(engine, text, max_len), nothing

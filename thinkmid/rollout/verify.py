@@ -25,7 +25,7 @@ from thinkmid.rollout.judge import malformed
 from thinkmid.rollout.once import Once, Pending, digest
 from thinkmid.rollout.symbolic import READY, SLACK, VALUES, WHYS
 from thinkmid.text import Text
-from thinkmid.types import Prompt, Sample
+from thinkmid.types import Prompt, Sample, Tally
 
 START_S = 60  # a keeper loads math-verify in this time, on the busiest machine
 LATE_S = 5  # past its child's own limits a keeper is given up
@@ -168,11 +168,11 @@ class Grader:
         answer = extract(text)
         return None if answer is None else canonical(answer)
 
-    def row(self) -> dict[str, float]:
-        """Counts of verdicts since the last call; mean seconds from asking for one to reading it."""
+    def row(self) -> Tally:
+        """Counts of verdicts since the last call; mean of the seconds from asking for one to reading it."""
         sums, self._sums = self._sums, defaultdict(float)
-        row = {f"verify_{name}": sums[name] for name in ("asked", "exact", "failed", "cached")}
-        return row | {"verify_wait_s": sums["wait_s"] / max(1, sums["read"])}
+        row: Tally = {f"verify_{name}": sums[name] for name in ("asked", "exact", "failed", "cached")}
+        return row | {"verify_wait_s": (sums["wait_s"], sums["read"])}
 
     def close(self) -> None:
         self.pool.close()
@@ -209,7 +209,7 @@ class AnswerReward:
             return lambda: verdict
         return self._grade(parts.suffix, gold, prompt)
 
-    def finish(self, step: int) -> dict[str, float]:
+    def finish(self, step: int) -> Tally:
         """After the last verdict of a step: the grader's metrics since then."""
         return self._grader.row()
 

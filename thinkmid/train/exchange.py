@@ -1,4 +1,4 @@
-"""Groups between ranks: every rank sees all of a step's groups and so computes the same plan."""
+"""What ranks tell each other in a step of RL: each sees all groups, so that all compute the same plan and metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from thinkmid.train.shard import Ranks
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import Group, Prompt, Sample, Tally
 
 _STREAMS = (("tokens", np.int32), ("logp", np.float32), ("drawn", np.bool_))
 
@@ -18,6 +18,27 @@ def all_groups(groups: list[Group], indices: list[int], ranks: Ranks) -> list[Gr
         return groups
     parts = [unpack(payload) for payload in ranks.gather_bytes(pack(groups, indices))]
     return [group for _, group in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+
+
+def finished(reward, step: int, ranks: Ranks, share: int) -> dict[str, float]:
+    """What reward.finish() says on all ranks, as one row; `share` neighbours judge the same groups and count once.
+
+    Names may differ between ranks. Collective; a UserError on one rank is raised on all.
+    """
+    mine: Tally = {}
+    ranks.agree(lambda: mine.update(reward.finish(step)))
+    told = ranks.gather_bytes(json.dumps(mine if ranks.rank % share == 0 else {}).encode())
+    return merged([json.loads(payload) for payload in told])
+
+
+def merged(tallies: list[Tally]) -> dict[str, float]:
+    """Numbers added up, pairs (sum, count) as means over all counts, NaN where nothing was counted."""
+    row = {}
+    for name in dict.fromkeys(name for tally in tallies for name in tally):
+        found = np.array([tally[name] for tally in tallies if name in tally], np.float64)
+        total = found.sum(axis=0).tolist()
+        row[name] = total if found.ndim == 1 else total[0] / total[1] if total[1] else float("nan")
+    return row
 
 
 def pack(groups: list[Group], indices: list[int]) -> bytes:

@@ -26,7 +26,7 @@ from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
 from thinkmid.train.step import train_step
 from thinkmid.train.truth import next_token_units
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import Group, Prompt, Sample, Tally
 
 
 class Reward(Protocol):
@@ -34,7 +34,7 @@ class Reward(Protocol):
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending: ...
 
-    def finish(self, step: int) -> dict[str, float]:
+    def finish(self, step: int) -> Tally:
         """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
@@ -54,9 +54,9 @@ def run(
 ) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
-    make_reward(engine, device) -> (Reward, what to call in the end). max_len: tokens of the longest sequence. notes:
-    lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look at
-    before the first step and every look_every steps.
+    make_reward(engine, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the longest sequence.
+    notes: lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look
+    at before the first step and every look_every steps.
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
@@ -76,7 +76,7 @@ def run(
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
-    reward, close = make_reward(engine, ranks.device)
+    reward, close = make_reward(engine, ranks.device, opened.log.note)
     looks = {"held_out": held_out or [], "look_every": look_every}
     more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
@@ -158,7 +158,7 @@ def train(
                 checked = agreement.rescore(step, groups, mine, draw)
             with clock("reward"):
                 groups = judged(run, cfg, groups, pending_P_G, mine)
-                ranks.agree(lambda: checked.update(reward.finish(step)))  # noqa: B023
+                checked |= exchange.finished(reward, step, ranks, cfg.engine.tensor_parallel)
                 engine.sleep()
                 if scores:
                     groups, means = scores(groups)

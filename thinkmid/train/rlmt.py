@@ -103,11 +103,11 @@ def main(argv: list[str]) -> int:
     questions = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
     longest = min(max(longest, questions), shape.max_positions)
 
-    def reward(engine, device):
+    def reward(engine, device, note):
         if not asks:
             return NoJudge(), lambda: None
         max_len = cfg.engine.max_len or longest
-        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len)
+        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len, note)
         references = [p.meta["reference"] for p in prompts]
         return make_reward(cfg.judge, cfg.sampling, text, ask, references, cfg.run.seed), close
 

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     grader = make_grader(cfg.verify)
 
-    def reward(engine, device):
+    def reward(engine, device, note):
         made = AnswerReward(text, grader, thinks=cfg.data.template.endswith("-think"))
         return made, made.close
 
