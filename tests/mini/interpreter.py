@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+DOUBLE, HALF = {"doubles", "doubled", "twice", "again"}, {"half", "halved"}
 DOWN = {"gives", "loses", "sells", "takes", "removes", "picks", "fewer", "minus"}
 BOXES = {"box", "bag", "jar"}
 NAMES = {"Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kim", "Leo"}
@@ -12,8 +13,8 @@ NAMES = {"Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jo"
 class Result:
     stated: int | None  # None after a question without its answer
     values: list[int]  # from the start value to the result
-    steps: list[tuple]  # (family, key, change); a copied value has the family "link"
-    start: str  # the quantity whose value was stated
+    steps: list[tuple]  # (family, key, change as in "+3" or "/2"); a copied value has the family "link"
+    start: str  # the quantity whose value was stated, a box by its own name
     thing: str | None
 
 
@@ -51,10 +52,11 @@ def thing_of(words):
 
 
 def fact_of(words, number):
-    """(quantity, the quantity that it comes from or None, family, key, number)"""
+    """(quantity, the quantity that it comes from or None, family, key, number or change)"""
     letters = [w for w in words if len(w) == 1 and w.islower()]
     people = [w for w in words if w in NAMES]
-    change = -number if number and DOWN & set(words) else number
+    sign = "*" if DOUBLE & set(words) else "/" if HALF & set(words) else "-" if DOWN & set(words) else "+"
+    change = f"{sign}{2 if sign in '*/' else number}"
     if words[0] == "On":
         return people[0], people[0], "event", words[1], change
     if words[0] == "At":
@@ -64,17 +66,26 @@ def fact_of(words, number):
     if len(letters) == 2:
         return letters[1], letters[0], "sum", letters[1], change
     if letters and people:
-        return letters[0], people[0], "link", letters[0], 0
+        return letters[0], people[0], "link", letters[0], "+0"
     if BOXES & set(words) and people:
-        return "box", people[0], "link", words[1], 0
+        return "box", people[0], "link", words[1], "+0"
     if number is not None:
-        return (letters or ["box" if BOXES & set(words) else people[0]])[0], None, "start", None, number
+        name = (letters or ["box" if BOXES & set(words) else people[0]])[0]
+        return name, None, "start", words[1] if name == "box" else name, number
     return None
 
 
 def tell(known, name, source, family, key, change):
     if source is None:
-        known[name] = ([change], [], name)
+        known[name] = ([change], [], key)
     else:
         values, steps, start = known[source]
-        known[name] = ([*values, values[-1] + change], [*steps, (family, key, change)], start)
+        known[name] = ([*values, changed(values[-1], change)], [*steps, (family, key, change)], start)
+
+
+def changed(value, change):
+    if change == "*2":
+        return value + value
+    if change == "/2":
+        return value // 2 if value % 2 == 0 else value / 2  # notes may halve anything, stories do not
+    return value + int(change)

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import run
+from interpreter import changed, run
 
 from thinkmid.augment import weave
 from thinkmid.errors import UserError
@@ -47,20 +47,21 @@ def test_one_thought_before_each_stated_result_ends_with_it(mix):
 def test_full_thoughts_take_every_step_once_and_add_up():
     for text in DOCUMENTS:
         for (thought, _), result in zip(thoughts(annotate(text, PURE["full"])), run(text), strict=True):
-            sums = re.findall(r" (\w+): (\d+)(?: ([+-]) (\d+) = (\d+))?\.", thought)
+            sums = re.findall(r" (\w+): (\d+)(?: ([+*/-]) (\d+) = (\d+))?\.", thought)
             assert [int(last or first) for _, first, _, _, last in sums] == result.values
             assert [key for key, *_ in sums[1:]] == [key for _, key, _ in result.steps]
             for _, first, sign, amount, last in sums:
-                assert not sign or int(first) + int(sign + amount) == int(last)
+                assert not sign or changed(int(first), sign + amount) == int(last)
 
 
-def test_merged_thoughts_are_one_right_sum():
+def test_merged_thoughts_are_one_right_formula():
     for text in DOCUMENTS:
         for (thought, _), result in zip(thoughts(annotate(text, PURE["merge"])), run(text), strict=True):
             left, right = thought.rstrip(".").split(" = ")
-            assert sum(int(term) for term in re.findall(r"[+-]?\d+", left.replace(" ", ""))) == int(right)
+            assert re.fullmatch(r"[ ()0-9+*/-]+", left)
+            assert eval(left) == int(right)
             changes = [change for family, _, change in result.steps if family != "link"]
-            assert [int(term) for term in re.findall(r"[+-]\d+", left.replace(" ", ""))] == changes
+            assert re.findall(r"[+*/-]\d+", re.sub(r"[ ()]", "", left)) == changes
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,13 @@ def test_merged_thoughts_are_one_right_sum():
             -9,
             " 4 - 3 = 1.",
             " Ana: 4. bag: 4. two: 4 - 3 = 1.",
+        ),
+        (
+            "Ana owns 8 pens. On Monday Ana finds 3 more. On Friday Ana gets as many again. On Sunday Ana loses half. "
+            "In the end Ana has 11 pens.",
+            -28,
+            " (8 + 3) * 2 / 2 = 11.",
+            " Ana: 8. Monday: 8 + 3 = 11. Friday: 11 * 2 = 22. Sunday: 22 / 2 = 11.",
         ),
         (
             "Suppose r is 9. Take r plus 4 to get s. We see that s minus 2 is t. In the end t must be 11.",
@@ -121,6 +129,7 @@ def test_the_text_alone_decides():
     "text",
     [
         "Ana has 5 pens. On Monday Ana finds 2 more. So Ana has 8 pens.",  # wrong
+        "Ana has 5 pens. On Monday Ana sells half of the pens. So Ana has 2 pens.",  # no whole number
         "Ana has 5 pens. On Monday Ana eats 2. So Ana has 3 pens.",  # no such sentence
         "Ana has 5 pens. On Monday Ben finds 2 more. So Ben has 2 pens.",  # nobody said what Ben had
         "Next to Ana, Ben has 2 more. Next to Ben, Ana has 2 fewer. So Ben has 5 pens.",  # a circle

@@ -39,8 +39,9 @@ def test_stated_results_follow_from_the_facts_and_stay_small():
         assert results
         for result in results:
             assert result.stated == result.values[-1]
-            assert all(1 <= value <= 24 for value in result.values)
-            assert all(abs(change) in (1, 2, 3, 4) for family, _, change in result.steps if family != "link")
+            assert all(1 <= value <= world.LARGEST for value in result.values)
+            changes = {change for family, _, change in result.steps if family != "link"}
+            assert changes <= {"*2", "/2"} | {f"{sign}{n}" for sign in "+-" for n in range(1, world.CHANGE + 1)}
 
 
 def test_a_set_of_k_steps_takes_k_steps_of_one_family():
@@ -78,7 +79,7 @@ def test_a_value_is_copied_only_from_a_stated_count():
 def test_every_wording_is_read_back_as_what_was_said():
     words = {"who": "Ana", "other": "Ben", "box": "jar", "x": "p", "y": "q", "day": "Monday", "hour": "two"}
     for kind, wordings in WORDINGS.items():
-        for n in (1, 2, 24):
+        for n in (1, 2, world.LARGEST):
             for sentence in {say(random.Random(i), kind, thing="pen", n=n, **words) for i in range(60)}:
                 back, found = read(sentence)
                 assert back == kind or (sentence.startswith("Answer: It") and back.endswith("answer"))
@@ -90,6 +91,8 @@ def test_shares_of_questions_continuations_and_notes():
     questions = sum(text.startswith("Question:") for text in DOCUMENTS) / len(DOCUMENTS)
     people = [run(text) for text in DOCUMENTS if not text.startswith("Question:")]
     people = [results for results in people if results[0].steps[-1][0] in ("event", "comparison")]
+    changes = [change for text in DOCUMENTS for r in run(text) for family, _, change in r.steps if family != "link"]
+    assert 0.2 < sum(change[0] in "*/" for change in changes) / len(changes) <= world.SCALED
     assert abs(questions - 0.20) < 0.03
     assert abs(sum(len(results) == 2 for results in people) / len(people) - 0.5) < 0.05
     assert sum(not run(text) for text in GENERAL) == len(GENERAL) / 2
@@ -97,7 +100,7 @@ def test_shares_of_questions_continuations_and_notes():
 
 def test_every_number_is_digits_after_a_space():
     for text in [*DOCUMENTS, *GENERAL]:
-        assert all(text[at.start() - 1] == " " and 1 <= int(at[0]) <= 24 for at in re.finditer(r"\d+", text))
+        assert all(text[at.start() - 1] == " " and 1 <= int(at[0]) <= world.LARGEST for at in re.finditer(r"\d+", text))
 
 
 def test_one_thing_is_singular_and_more_are_plural():

@@ -8,13 +8,13 @@ from hashlib import sha256
 
 from thinkmid.augment import weave
 from thinkmid.errors import UserError
-from thinkmid.mini.sentences import read
+from thinkmid.mini.sentences import after, read
 
-MIX = (0.65, 0.05, 0.30)  # shares of the documents whose thoughts are a hunch, a merge, full
+MIX = (0.55, 0.05, 0.40)  # shares of the documents whose thoughts are a hunch, a merge, full
 HUNCHES = (" Let me see. It must be {}.", " Let me think. It is {}.", " I guess that it is {}.")
 SENTENCE = re.compile(r"( ?Question:| ?Answer:)?( ?[^.?:]+[.?])")
 
-Chain = list[tuple[str, int]]  # (label, start value), then (label, change) for each step
+Chain = list[tuple[str, str, int]]  # (label, "+", start value), then (label, sign, n) for each step; a link adds 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Unreadable(ValueError):
 
 def sites(text: str) -> list[Site]:
     """The results that the text states, each recomputed from the facts before it. Raises Unreadable."""
-    known: dict[str, list[tuple]] = {}  # quantity: (the quantity that it starts from, label, n), then (label, change)
+    known: dict[str, list[tuple]] = {}  # quantity: (the quantity that it starts from, *link of the chain), then links
     found, asked, end = [], {}, 0
     for match in SENTENCE.finditer(text):
         lead, sentence = match[1] or "", match[2].strip()
@@ -48,9 +48,9 @@ def sites(text: str) -> list[Site]:
             words = asked | words
             name = quantity(words)
             chain = trace(known, name)
-            if sum(n for _, n in chain) != words["n"]:
+            if values(chain)[-1] != words["n"]:
                 raise Unreadable(f"the result at character {match.start(2)} is not {words['n']}")
-            known[name] = [(None, words.get("box", name), words["n"])]
+            known[name] = [(None, words.get("box", name), "+", words["n"])]
             found.append(Site(at=match.start(2), chain=chain, thing=words.get("thing")))
         elif kind != "filler":
             note(known, kind, words)
@@ -61,23 +61,24 @@ def sites(text: str) -> list[Site]:
 
 def note(known: dict[str, list[tuple]], kind: str, words: dict) -> None:
     """Write one fact into what is known."""
-    change = words.get("n", 0) * (-1 if kind.endswith("-") else 1)
-    match kind.rstrip("+-"):
+    family, sign = (kind[:-1], kind[-1]) if kind[-1] in "+-*/" else (kind, "+")
+    step = (sign, words.get("n", 2))
+    match family:
         case "person" | "box" | "letter":
             name = quantity(words)
-            known[name] = [(None, words.get("box", name), change)]
+            known[name] = [(None, words.get("box", name), *step)]
         case "box link":
-            known["box"] = [(words["who"], words["box"], 0)]
+            known["box"] = [(words["who"], words["box"], "+", 0)]
         case "letter link":
-            known[words["x"]] = [(words["who"], words["x"], 0)]
+            known[words["x"]] = [(words["who"], words["x"], "+", 0)]
         case "comparison":
-            known[words["who"]] = [(words["other"], words["who"], change)]
+            known[words["who"]] = [(words["other"], words["who"], *step)]
         case "sum":
-            known[words["y"]] = [(words["x"], words["y"], change)]
+            known[words["y"]] = [(words["x"], words["y"], *step)]
         case "event":
-            known.setdefault(words["who"], []).append((words["day"], change))
+            known.setdefault(words["who"], []).append((words["day"], *step))
         case "hour":
-            known.setdefault("box", []).append((words["hour"], change))
+            known.setdefault("box", []).append((words["hour"], *step))
 
 
 def quantity(words: dict) -> str:
@@ -91,11 +92,21 @@ def trace(known: dict[str, list[tuple]], name: str) -> Chain:
     left = dict(known)
     while name is not None:
         match left.pop(name, []):  # a circle comes back to a name that is gone
-            case [(name, label, n), *steps]:
-                chain = [(label, n), *steps, *chain]
+            case [(name, *link), *steps] if len(link) == 3:
+                chain = [tuple(link), *steps, *chain]
             case _:
                 raise Unreadable(f"{name} has no value")
     return chain
+
+
+def values(chain: Chain) -> list[int]:
+    """The value at each link. Raises Unreadable where half of an odd number is asked for."""
+    found = [0]
+    for label, sign, n in chain:
+        if sign == "/" and found[-1] % n:
+            raise Unreadable(f"{label}: {found[-1]} has no half")
+        found.append(after(found[-1], sign, n))
+    return found[1:]
 
 
 def style_of(text: str, mix: tuple[float, float, float] = MIX) -> str:
@@ -108,26 +119,27 @@ def style_of(text: str, mix: tuple[float, float, float] = MIX) -> str:
 
 def hunch(chain: Chain) -> str:
     """Nothing but the result, as in `Let me see. It must be 20.`; the start value picks the wording."""
-    return HUNCHES[chain[0][1] % len(HUNCHES)].format(sum(n for _, n in chain))
+    return HUNCHES[chain[0][2] % len(HUNCHES)].format(values(chain)[-1])
 
 
 def merge(chain: Chain) -> str:
-    """All steps in one sum, as in `21 + 1 - 3 + 1 = 20.`"""
-    return f" {chain[0][1]}{''.join(signed(n) for _, n in chain[1:])} = {sum(n for _, n in chain)}."
+    """All steps in one formula, as in `(21 + 1 - 3) * 2 = 38.`"""
+    formula, is_sum = str(chain[0][2]), False
+    for _, sign, n in chain[1:]:
+        if n:
+            scales = sign in "*/"
+            formula = f"({formula})" if scales and is_sum else formula
+            formula, is_sum = f"{formula} {sign} {n}", not scales
+    return f" {formula} = {values(chain)[-1]}."
 
 
 def full(chain: Chain) -> str:
-    """One labelled sum for each step, as in `Ana: 21. Dan: 21 + 1 = 22. Cleo: 22 - 3 = 19.`"""
-    (label, value), *steps = chain
-    sums = [f" {label}: {value}."]
-    for label, n in steps:
-        value += n
-        sums.append(f" {label}: {value - n}{signed(n)} = {value}." if n else f" {label}: {value}.")
-    return "".join(sums)
-
-
-def signed(n: int) -> str:
-    return f" + {n}" if n > 0 else f" - {-n}" if n < 0 else ""
+    """One labelled step after the other, as in `Ana: 21. Dan: 21 + 1 = 22. Cleo: 22 / 2 = 11.`"""
+    reached = values(chain)
+    said = [f" {chain[0][0]}: {reached[0]}."]
+    for (label, sign, n), before, value in zip(chain[1:], reached, reached[1:], strict=False):
+        said.append(f" {label}: {before} {sign} {n} = {value}." if n else f" {label}: {value}.")
+    return "".join(said)
 
 
 def annotate(text: str, mix: tuple[float, float, float] = MIX) -> str:

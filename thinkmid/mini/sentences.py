@@ -14,7 +14,7 @@ HOURS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 # Every step either carries a key of its own (weekday, hour) before its number, or names what it starts from first:
 # a small model finds the next step by reading forwards, and learns nothing from texts where it must count or look back.
-# A kind that ends in + or - adds or takes away n.
+# A kind that ends in + or - adds or takes away n, one that ends in * or / doubles or halves.
 WORDINGS = {
     "person": ("{who} has {n} {thing}.", "{who} owns {n} {thing}.", "{who} starts with {n} {thing}."),
     "box": ("The {box} holds {n} {thing}.", "A {box} holds {n} {thing}.", "The {box} contains {n} {thing}."),
@@ -34,6 +34,16 @@ WORDINGS = {
         "On {day} {who} loses {n} {thing}.",
         "On {day} {who} sells {n}.",
     ),
+    "event*": (
+        "On {day} {who} doubles them.",
+        "On {day} {who} doubles the {thing}.",
+        "On {day} {who} gets as many again.",
+    ),
+    "event/": (
+        "On {day} {who} gives half to {other}.",
+        "On {day} {who} loses half.",
+        "On {day} {who} sells half of the {thing}.",
+    ),
     "comparison+": (
         "Compared with {other}, {who} has {n} more {thing}.",
         "Compared with {other}, {who} owns {n} more.",
@@ -43,6 +53,16 @@ WORDINGS = {
         "Compared with {other}, {who} has {n} fewer {thing}.",
         "Compared with {other}, {who} owns {n} fewer.",
         "Next to {other}, {who} has {n} fewer.",
+    ),
+    "comparison*": (
+        "Compared with {other}, {who} has twice as many {thing}.",
+        "Compared with {other}, {who} owns twice as many.",
+        "Next to {other}, {who} has twice as many.",
+    ),
+    "comparison/": (
+        "Compared with {other}, {who} has half as many {thing}.",
+        "Compared with {other}, {who} owns half as many.",
+        "Next to {other}, {who} has half as many.",
     ),
     "hour+": (
         "At {hour} {who} puts in {n}.",
@@ -54,8 +74,20 @@ WORDINGS = {
         "At {hour} {who} removes {n} {thing}.",
         "At {hour} {who} picks out {n}.",
     ),
+    "hour*": (
+        "At {hour} {who} doubles it.",
+        "At {hour} {who} doubles the {thing}.",
+        "At {hour} {who} puts in as many again.",
+    ),
+    "hour/": (
+        "At {hour} {who} takes out half.",
+        "At {hour} {who} removes half of the {thing}.",
+        "At {hour} {who} picks out half.",
+    ),
     "sum+": ("Here {x} plus {n} makes {y}.", "Take {x} plus {n} to get {y}.", "We see that {x} plus {n} is {y}."),
     "sum-": ("Here {x} minus {n} makes {y}.", "Take {x} minus {n} to get {y}.", "We see that {x} minus {n} is {y}."),
+    "sum*": ("Here {x} doubled makes {y}.", "Take {x} doubled to get {y}.", "We see that {x} doubled is {y}."),
+    "sum/": ("Here {x} halved makes {y}.", "Take {x} halved to get {y}.", "We see that {x} halved is {y}."),
     "person result": (
         "So {who} has {n} {thing}.",
         "Now {who} has {n} {thing}.",
@@ -97,6 +129,20 @@ WORDINGS = {
         "The moon is bright.",
     ),
 }
+
+
+def after(value: int, sign: str, n: int) -> int:
+    """The value after a step, as in 3 * 2; halves are rounded down."""
+    match sign:
+        case "+":
+            return value + n
+        case "-":
+            return value - n
+        case "*":
+            return value * n
+        case "/":
+            return value // n
+    raise ValueError(f"sign {sign!r} is none of + - * /")
 
 
 def say(rng: random.Random, kind: str, *, thing: str = "", n: int = 0, **words: str) -> str:

@@ -20,9 +20,9 @@ from thinkmid.errors import UserError
 from thinkmid.log import read_rows, write_whole
 from thinkmid.mini import world
 
-RLMT_STEPS = (60, 170, 400)
-SFT_STEPS, SFT_TOKENS = 1700, 1024  # of configs/mini-sft.toml: steps, tokens of one
-PREFIX = 73  # tokens of the longest prefix of RLMT
+RLMT_STEPS = (100, 200, 400)
+SFT_STEPS, SFT_TOKENS = 2000, 1024  # of configs/mini-sft.toml: steps, tokens of one
+PREFIX = 76  # tokens of the longest prefix of RLMT
 ROWS = {
     "base": "base",
     "raw": "SFT(raw)",
