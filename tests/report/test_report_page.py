@@ -269,7 +269,7 @@ def test_a_folder_stands_for_the_runs_in_it(tmp_path):
         ),
         (
             lambda run: jsonl(eval_run(run) / "generations" / "gsm8k-001.jsonl", [{"text": "x"}]),
-            "{run}/generations: rows of gsm8k are not as eval.run writes them ('id')",
+            "{run}/generations/gsm8k-001.jsonl:1: 'id' is missing or not of its kind",
         ),
     ],
 )
