@@ -15,7 +15,7 @@ PROGRAMS = {name for name, tree in TREES.items() if "'__main__'" in ast.dump(tre
 
 # a module imports its own level and those below; a folder's level holds for what is in it
 LEVELS = [
-    {"thinkmid", "_csrc", "errors", "types", "log", "config", "kernels"},
+    {"thinkmid", "_csrc", "errors", "types", "files", "log", "config", "kernels"},
     {"model", "data", "text", "checkpoint", "augment", "curves", "mini"},
     {"rollout", "train", "augment.writer", "augment.config"},
     {"train.rl", "eval", "report", "mini.results", "mini.figures"},

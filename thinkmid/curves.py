@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thinkmid.errors import UserError
+from thinkmid.files import is_number
 from thinkmid.log import PHASES, plain, read_rows
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,): float64, finite, n > 0
@@ -140,12 +141,12 @@ def columns(folder: str | Path) -> dict[str, Curve]:
     """Curves of the numbers in a run's metrics.jsonl, and `dead_share`, in per cent. A null is no point."""
     path = Path(folder) / "metrics.jsonl"
     points: dict[str, list[tuple[float, float]]] = {}
-    rows = [row for row in read_rows(path) if _is_number(row.get("step"))]
+    rows = [row for row in read_rows(path) if is_number(row.get("step"))]
     for row in rows:
-        if _is_number(row.get("dead_groups")):
+        if is_number(row.get("dead_groups")):
             row["dead_share"] = 100 * row["dead_groups"]
         for name, value in row.items():
-            if name != "step" and _is_number(value):
+            if name != "step" and is_number(value):
                 points.setdefault(name, []).append((row["step"], value))
     if not points:
         raise UserError(f"{path}: " + ("no numbers to draw" if rows else "no rows yet"))
@@ -164,10 +165,6 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
 def window_of(num_points: int) -> int:
     """Points in the moving average, an odd number: 1, that is none, for curves too short to smooth."""
     return 1 if num_points < 40 else max(5, num_points // 20 | 1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:

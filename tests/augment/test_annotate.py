@@ -303,6 +303,54 @@ def test_a_folder_made_with_other_settings_or_data_is_refused(mini, capsys):
     )
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_a_damaged_record_of_settings_is_named(mini, capsys, text):
+    assert call(capsys, "a.toml")[0] == 0
+    Path("r/made-of.json").write_text(text)
+    code, _, err = call(capsys, "a.toml")
+    assert code == 2
+    assert err.startswith("error: r/made-of.json: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("victim", "change"),
+    [
+        ("split/manifest.json", lambda d: d.pop("documents")),
+        *[
+            ("parts/part-0000.json", change)
+            for change in (
+                lambda d: d.update(files=3),
+                lambda d: d["files"].update({"sft-think/part-0000.jsonl": None}),
+                lambda d: d["counts"].update(calls="7"),
+                lambda d: d["counts"].update(refused_by=[]),
+                lambda d: d["splits"]["sft"].pop("rows"),
+                lambda d: d.pop("control"),
+            )
+        ],
+    ],
+)
+def test_a_damaged_record_of_what_is_done_is_made_again(mini, capsys, victim, change):
+    assert call(capsys, "a.toml")[0] == 0
+    path, before = Path("r", victim), files("r")
+    whole, report = path.read_bytes(), json.loads(Path("r/report.json").read_text())
+    change(record := json.loads(whole))
+    path.write_text(json.dumps(record))
+    assert call(capsys, "a.toml")[::2] == (0, "")
+    assert (path.read_bytes(), files("r")) == (whole, before)
+    assert json.loads(Path("r/report.json").read_text()) | {"last_run": 0} == report | {"last_run": 0}
+
+
+def test_a_place_that_is_not_the_runs_is_refused_and_left_alone(mini, capsys):
+    Path("theirs").mkdir()
+    Path("theirs/config.toml").write_text("x")
+    Path("file").touch()
+    for folder, line in (("theirs", "holds the run of another program"), ("file", "cannot be written (File exists)")):
+        code, _, err = call(capsys, "a.toml", f"--run.folder={folder}")
+        assert (code, err.partition(";")[0].strip()) == (2, f"error: {folder}: {line}")
+    assert [path.read_text() for path in Path("theirs").iterdir()] == ["x"]
+
+
 def test_two_processes_cannot_write_one_part(small):
     cfg = misbehave.settings(small)
     inner = []

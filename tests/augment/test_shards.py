@@ -41,6 +41,22 @@ def test_a_damaged_line_is_named_and_a_second_writer_refused(tmp_path):
     Journal(path).close()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *["3", "null", "[" * 100_000, "{}"],
+        *[json.dumps(row(n, text="a")) for n in ([], None, "0", True)],
+        *[json.dumps(row(0, **{name: None})) for name in ("text", "raw", "refused", "calls", "retried")],
+        *[json.dumps(row(0, **wrong)) for wrong in ({"calls": "3"}, {"retried": []}, {"retried": {"a": "b"}})],
+    ],
+)
+def test_a_line_that_nobody_wrote_so_is_named(tmp_path, line):
+    path = tmp_path / "journal"
+    path.write_text(json.dumps(row(0, text="a", calls=1, retried={"blank": 1})) + f"\n{line}\n")
+    with pytest.raises(UserError, match=r"journal:2: damaged"):
+        Journal(path)
+
+
 def test_what_nobody_answered_is_not_done_and_costs_what_it_cost(tmp_path):
     journal = Journal(tmp_path / "journal")
     journal.add(row(0, failed="timeout", calls=2, written_tokens=7, retried={"cut off": 2}))

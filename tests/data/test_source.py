@@ -6,6 +6,7 @@ import builtins
 import gzip
 import importlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkmid.data.source import Document, Order, read_documents
+from thinkmid.data.source import Document, Order, read_documents, read_rows
 from thinkmid.errors import UserError
 
 ROWS = [
@@ -40,9 +41,8 @@ def expected(path: Path, rows: list) -> list[Document]:
     """Documents by hand."""
     documents = []
     for n, row in enumerate(rows, start=1):
-        rest = {key: value for key, value in row.items() if key not in ("id", "text")}
         where = f"{path}:{n}"
-        documents.append(Document(id=str(row.get("id", where)), text=row["text"], where=where, row=rest))
+        documents.append(Document(id=str(row.get("id", where)), text=row["text"], where=where))
     return documents
 
 
@@ -62,7 +62,7 @@ def test_zstd_files_of_several_frames_are_read_to_the_end(tmp_path):
     assert [document.text for document in read_documents([tmp_path / "a.jsonl.zst"])] == ["one", "two", "three"]
 
 
-def test_parquet_rows_are_documents_with_their_other_columns(tmp_path):
+def test_parquet_rows_are_documents(tmp_path):
     rows = [{"id": str(n), "text": f"text {n}", "score": n / 2} for n in range(2500)]
     path = write_parquet(tmp_path / "rows.parquet", rows)
     assert list(read_documents([path])) == expected(path, rows)
@@ -72,7 +72,7 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xff\xef\xbb\xbf\n")
     (document,) = read_documents([tmp_path / "a.txt"])
     assert document.text == "one\r\ntwo\0\ufffd\ufeff\n"
-    assert (document.id, document.where, document.row) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1", {})
+    assert (document.id, document.where) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1")
 
 
 def test_a_folder_is_read_in_sorted_order_without_strangers(tmp_path):
@@ -140,6 +140,27 @@ def test_parquet_rows_without_text_are_named(tmp_path):
         list(read_documents([write_parquet(tmp_path / "a.parquet", [{"body": "x"}])]))
     with pytest.raises(UserError, match=r'b.parquet:2: "text" must be a string, not null'):
         list(read_documents([write_parquet(tmp_path / "b.parquet", [{"text": "x"}, {"text": None}])]))
+
+
+@pytest.mark.parametrize(("kind", "value"), [("date32", 3_000_000), ("ns", 1), ("us", 2**62)])
+def test_a_parquet_date_that_python_has_not_is_named_where_it_is_wanted(tmp_path, kind, value):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = pyarrow.array([value], pyarrow.int32() if kind == "date32" else pyarrow.int64())
+    dates = when.cast(pyarrow.date32() if kind == "date32" else pyarrow.timestamp(kind))
+    parquet.write_table(pyarrow.table({"text": ["a"], "at": dates}), tmp_path / "a.parquet")
+    assert [document.text for document in read_documents([tmp_path / "a.parquet"])] == ["a"]
+    with pytest.raises(UserError, match=r"a.parquet:1: cannot be read"):
+        list(read_rows([tmp_path / "a.parquet"]))
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "hanging.jsonl").symlink_to("nowhere.jsonl")
+    for path in (*tmp_path.iterdir(), tmp_path / ("x" * 5000), tmp_path / "\0"):
+        with pytest.raises(UserError, match=r"(pipe.jsonl|loop.jsonl|hanging.jsonl|xx|\0): no such file or folder"):
+            list(read_documents([path]))
 
 
 def test_a_missing_path_is_named_before_anything_is_read(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import TINY, exit_code, random_model
 
+from thinkmid.errors import UserError
 from thinkmid.eval import generate, run
+from thinkmid.eval.conditions import KEYS
 from thinkmid.model import weights
 from thinkmid.rollout.engine import seed
 from thinkmid.text import Text, train_tokenizer
@@ -120,9 +122,29 @@ def test_generations_are_graded_again_without_an_engine(world, capsys):
     assert "47 of 48 samples of own" in capsys.readouterr().err
 
 
+ROW = {"id": "q", "sample": 0, "text": "", "finish": "eos", "num_think": 0, "ids": [5]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(name, None) for name in (*ROW, "condition", "thought", "given")],
+        *[("id", 3), ("id", []), ("sample", "0"), ("sample", True), ("sample", -1), ("text", {}), ("finish", 1)],
+        *[("num_think", 1.5), ("num_think", 10**400), ("ids", "5"), ("ids", ["5"]), ("ids", [-1]), ("ids", [2**40])],
+    ],
+)
+def test_a_stored_row_that_nobody_wrote_so_is_named(tmp_path, field, value):
+    row = ROW | {"condition": "own", "thought": "", "given": 0}
+    older = {name: value for name, value in row.items() if name != "ids"}
+    lines = (json.dumps(r) + "\n" for r in (older, row, row | {field: value}))
+    (tmp_path / "a-000.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=f"a-000.jsonl:3: '{field}' is missing or not of its kind"):
+        generate.stored(tmp_path, "a", KEYS)
+
+
 def test_a_set_whose_name_begins_another_sets_name_has_its_own_rows_alone(tmp_path):
     for stem, sample in (("a-000", 0), ("a-001", 1), ("a-2-000", 2)):
-        (tmp_path / f"{stem}.jsonl").write_text(json.dumps({"id": "q", "sample": sample}) + "\n")
+        (tmp_path / f"{stem}.jsonl").write_text(json.dumps(ROW | {"sample": sample}) + "\n")
     assert [r["sample"] for r in generate.stored(tmp_path, "a")] == [0, 1]
     assert [r["sample"] for r in generate.stored(tmp_path, "a-2")] == [2]
 
@@ -133,6 +155,33 @@ def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
     assert "another model, template, sampling or seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mark", ["", "{", "\xff", None])
+def test_a_damaged_mark_is_named_as_what_it_is(world, capsys, mark):
+    path = Path("out/drawn-by.json")
+    path.parent.mkdir()
+    path.mkdir() if mark is None else path.write_text(mark, "latin-1")
+    assert call() == 2
+    assert capsys.readouterr().err.startswith("error: out/drawn-by.json: damaged, or of another model")
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(world, capsys, monkeypatch):
+    draw, codes = world.generate, []
+
+    def meanwhile(*args):
+        codes.append(call())
+        yield from draw(*args)
+
+    monkeypatch.setattr(world, "generate", meanwhile)
+    assert call() == 0
+    assert codes == [2]
+    assert capsys.readouterr().err == "error: out: another process works there\n"
+    assert len(world.drawn) == 4 * len(QUESTIONS)
+
+
+def tree():
+    return {path: path.is_file() and path.read_bytes() for path in Path("..").rglob("*")}
+
+
 @pytest.mark.parametrize(
     ("flag", "line"),
     [
@@ -141,10 +190,26 @@ def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
         ("--data.template=boxt", "unknown template 'boxt'"),
         ("--run.samples=0", "samples 0"),
         ("--data.sets=a:questions=none.jsonl", "none.jsonl"),
+        ("--data.sets=a:questions=" + "x" * 5000, "no such file or folder"),
+        ("--data.sets=questions=", "sets: 'questions=' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
+        *[
+            (f"--data.sets={name}:questions=set.jsonl", "a name is 1 to 60 letters")
+            for name in ("", "../../b", "a/b", "a[x]*", "a\0", ".a", "-a", "a" * 61)
+        ],
+        ("--run.seed=-1", "run: seed must be at least 0, got -1"),
+        ("--run.regrade=true", "0 of 48 samples of own; eval.run without regrade draws them"),
+        ("--model.folder=nope", "nope/config.json"),
+        ("--run.folder=set.jsonl", "set.jsonl: cannot be written (File exists)"),
+        ("--run.folder=theirs", "theirs: holds the run of another program; take another folder"),
     ],
 )
-def test_a_mistake_is_one_line(world, capsys, flag, line):
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(world, capsys, flag, line):
+    Path("theirs").mkdir()
+    Path("theirs/config.toml").touch()
+    before = tree()
     assert call(flag) == 2
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
+    assert tree() == before
+    assert call() == 0

@@ -194,6 +194,22 @@ def test_a_run_without_steps_is_shown_as_one(tmp_path, metrics):
     assert f"{run}: no rollouts kept" in text
 
 
+def test_values_that_nobody_logged_break_no_page(tmp_path):
+    rl, long = rl_run(tmp_path / "rl", start="x" * 5000), "x" * 5000
+    with open(rl / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": s, "reward": r}) + "\n" for s, r in ((10**400, 0.3), (4, 10**400)))
+    own = eval_run(tmp_path / "eval", model=long, sets=("own",), config=f'[data]\nsets = ["own:questions={long}"]\n')
+    with open(own / "graded" / "own.jsonl", "a") as file:
+        file.write(json.dumps({"question": "q9", "sample": []}) + "\n")
+    results = json.loads((own / "results.json").read_text())
+    results["sets"] |= {"huge": {"mean": 10**400}, "../own": {}, "*": {}, long: {}}
+    (own / "results.json").write_text(json.dumps(results))
+    page, text = report(tmp_path, rl, own)
+    assert page.row(str(rl))[3:5] == ["4", "reward 0.100 → 0.300"]
+    assert page.row("huge")[1] == "–"
+    assert [s["reward"] for s in groups_of(text)[-1]["samples"]] == [1, 0]
+
+
 def test_a_torn_last_row_is_left_out(tmp_path):
     run = rl_run(tmp_path / "rl")
     with open(run / "metrics.jsonl", "a") as file:
@@ -269,7 +285,7 @@ def test_a_folder_stands_for_the_runs_in_it(tmp_path):
         ),
         (
             lambda run: jsonl(eval_run(run) / "generations" / "gsm8k-001.jsonl", [{"text": "x"}]),
-            "{run}/generations: rows of gsm8k are not as eval.run writes them ('id')",
+            "{run}/generations/gsm8k-001.jsonl:1: 'id' is missing or not of its kind",
         ),
     ],
 )

@@ -26,6 +26,7 @@ from thinkmid.augment.pool import through_pool
 from thinkmid.augment.progress import Progress
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
+from thinkmid.files import locked, read_json
 from thinkmid.log import write_whole
 from thinkmid.text import Text
 from thinkmid.train.interrupt import EXIT, Interrupt
@@ -171,7 +172,7 @@ def work(
 
 
 def claim(cfg: AnnotateConfig) -> None:
-    """The folder is this run's. UserError names the first setting in which it is another's."""
+    """The folder is this run's. UserError: another program's; the first setting in which it is another run's."""
     folder = Path(cfg.run.folder)
     mine = {
         "chunks.tokenizer.json": shards.digest(Path(cfg.chunks.tokenizer) / "tokenizer.json"),
@@ -179,17 +180,20 @@ def claim(cfg: AnnotateConfig) -> None:
         **{f"{name}.{key}": value for name in decisive(cfg) for key, value in settings(cfg, name).items()},
     }
     mine = json.loads(json.dumps(mine))
-    with split.locked(folder / ".lock"):
-        path = folder / "made-of.json"
+    path, about = folder / "made-of.json", folder / "config.toml"
+    if about.exists() and not path.exists():
+        raise UserError(f"{folder}: holds the run of another program; name another run.folder")
+    with locked(folder / ".lock"):
         if path.exists():
-            other = json.loads(path.read_bytes())
+            other = read_json(path)
             differ = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
             if differ:
                 was, now = other.get(differ[0]), mine.get(differ[0])
                 raise UserError(f"{folder}: was begun with {differ[0]} = {was}, now {now}; name another run.folder")
         else:
-            config.save_run(folder, cfg, config.environment())
             write_whole(path, json.dumps(mine, indent=1) + "\n")
+        if not about.exists():
+            config.save_run(folder, cfg, config.environment())
 
 
 def todo(cfg, text, parted: split.Split, journals, placed, progress: Progress) -> Iterator[Piece]:

@@ -4,7 +4,7 @@
     sft-think/part-0003.jsonl sft-raw/... rl-think/... rl-raw/... heldout-think/... heldout-raw/...
                               {"id", "text"} in source order: with thoughts, and the same chunks without
     sft-control/...           sft-raw, then chunks of the control split up to as many tokens as sft-think has
-    parts/part-0003.json      counts, and sha256 of those files; written last
+    parts/part-0003.json      counts, and sha256 of those files and of itself; written last
     manifest.json             every file with sha256, once all parts are finished
 
 A part belongs to a document by the document's hash, so it holds the same rows whoever made it, and when.
@@ -24,8 +24,17 @@ from typing import NamedTuple
 from thinkmid.augment import control, weave
 from thinkmid.augment.split import ANNOTATED
 from thinkmid.errors import UserError
+from thinkmid.files import check_row, is_count, is_text, read_json
 from thinkmid.log import write_whole
 from thinkmid.text import Text
+
+# fields of a journal's rows
+PLACE = {"key": is_text, "chunk": is_count}
+SAID = {
+    **dict.fromkeys(("text", "raw", "refused"), is_text),
+    **dict.fromkeys(("calls", "prompt_tokens", "written_tokens"), is_count),
+    "retried": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
+}
 
 
 class Chunk(NamedTuple):
@@ -80,8 +89,8 @@ class Journal:
     def _row(self, number: int, line: bytes) -> dict:
         try:
             row = json.loads(line)
-            place(row)
-        except (ValueError, LookupError, TypeError):
+            check_row("", row, PLACE, SAID)
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{self.path}:{number}: damaged; delete the line, its chunk is done again") from None
         return row
 
@@ -180,16 +189,20 @@ def status_path(folder: Path, part: int) -> Path:
 
 
 def write_status(folder: Path, part: int, status: dict) -> None:
-    write_whole(status_path(folder, part), json.dumps(status, indent=1) + "\n")
+    write_whole(status_path(folder, part), json.dumps(status | {"sha256": seal(status)}, indent=1) + "\n")
 
 
 def read_status(folder: Path, part: int) -> dict:
-    """The status of a part, {} if it has none."""
+    """The status of a part; {} if it has none or one that was altered, so that the part is put together again."""
     try:
-        status = json.loads(status_path(folder, part).read_bytes())
-    except (OSError, ValueError):
+        status = read_json(status_path(folder, part))
+    except UserError:
         return {}
-    return status if isinstance(status, dict) else {}
+    return status if status.pop("sha256", "") == seal(status) else {}
+
+
+def seal(status: dict) -> str:
+    return sha256(json.dumps(status, sort_keys=True).encode()).hexdigest()
 
 
 def is_whole(folder: Path, part: int) -> bool:

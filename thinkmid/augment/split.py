@@ -7,12 +7,10 @@ split/manifest.json     counts, settings, source files, sha256 of documents.json
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b, sha256
@@ -22,6 +20,7 @@ import numpy as np
 
 from thinkmid.data.source import Document, data_files, read_documents, read_rows
 from thinkmid.errors import UserError
+from thinkmid.files import is_count, locked
 from thinkmid.log import write_whole
 
 SPLITS = ("heldout", "rl", "sft", "control")  # of two near-duplicates that are apart, the one named earlier stays
@@ -85,23 +84,15 @@ def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
     return Split(cfg=cfg, dropped=dropped, documents=manifest["documents"])
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def read_manifest(folder: Path) -> dict | None:
     """The manifest, if it is there and the list is what it says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         listed = (folder / "documents.jsonl").read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    same = isinstance(manifest, dict) and sha256(listed).hexdigest() == manifest.get("sha256")
-    return manifest if same else None
+    good = isinstance(manifest, dict) and is_count(manifest.get("documents"))
+    return manifest if good and sha256(listed).hexdigest() == manifest.get("sha256") else None
 
 
 def sources(paths: Iterable[str]) -> list[list]:

@@ -31,7 +31,6 @@ class Document:
     id: str  # the row's own, else `where`
     text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
     where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
-    row: dict[str, Any]  # the other fields
 
 
 def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
@@ -40,7 +39,7 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
     UserError names the file and line: as in read_rows; no "text", or not a string; nothing left at all.
     """
     empty = True
-    for where, row in read_rows(paths):
+    for where, row in read_rows(paths, only=("id", "text")):
         document = as_document(where, row)
         if document.text.strip():
             empty = False
@@ -56,9 +55,8 @@ def as_document(where: str, row: dict[str, Any]) -> Document:
         raise UserError(f'{where}: "text" must be a string, not {json_kind(row["text"])}')
     if not isinstance(row.get("id", ""), str | int | None):
         raise UserError(f'{where}: "id" must be a string, not {json_kind(row["id"])}')
-    rest = {key: value for key, value in row.items() if key not in ("id", "text")}
     own = row.get("id")
-    return Document(id=where if own is None or own == "" else str(own), text=row["text"], where=where, row=rest)
+    return Document(id=where if own is None or own == "" else str(own), text=row["text"], where=where)
 
 
 def json_kind(value: Any) -> str:
@@ -66,16 +64,17 @@ def json_kind(value: Any) -> str:
     return kinds.get(type(value), "an object")
 
 
-def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every row in .jsonl (also .gz, .zst) and .parquet files; a .txt or .md file is one {"text": ...}.
 
     A folder stands for the files of these kinds below it, sorted by path; hidden files and links that lead out of the
     folder are left out. UserError names file and line: missing path, unknown kind, file or row that cannot be read.
+    only: the columns that a parquet file is read for, if it has the last of these.
     """
     for file in [file for path in paths for file in data_files(Path(path))]:
         name = file.name.lower()
         if name.endswith(".parquet"):
-            yield from parquet_rows(file)
+            yield from parquet_rows(file, only)
         elif name.endswith((".txt", ".md")):
             yield f"{file}:1", {"text": b"".join(lines(file)).decode("utf-8", errors="replace")}
         else:
@@ -85,8 +84,8 @@ def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, dict[str, Any]
 
 
 def data_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.exists():
+    if not os.path.isdir(path):  # these take a path of any length; a pipe, which may never end, is no file
+        if not os.path.isfile(path):
             raise UserError(f"{path}: no such file or folder")
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
@@ -94,7 +93,8 @@ def data_files(path: Path) -> list[Path]:
     found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     known = [file for file in shown if file.name.lower().endswith(SUFFIXES)]
-    return sorted(file for file in known if file.resolve().is_relative_to(path.resolve()))
+    inside = sorted(file for file in known if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path)))
+    return [file for name in inside for file in data_files(name)]
 
 
 def lines(file: Path) -> Iterator[bytes]:
@@ -133,15 +133,18 @@ def json_row(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(file: Path, only: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     pyarrow, parquet = optional("pyarrow", file), optional("pyarrow.parquet", file)
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
+            names = table.schema_arrow.names
+            columns = [name for name in only if name in names] if only and only[-1] in names else None
+            batches = table.iter_batches(batch_size=1024, columns=columns)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
                 yield f"{file}:{number}", row
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # a year that Python has not
         raise UserError(f"{file}:{number + 1}: cannot be read ({' '.join(str(error).split())})") from error
 
 

@@ -16,10 +16,13 @@ from typing import NamedTuple
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
+from thinkmid.eval.tasks import NAME
+from thinkmid.files import check_row, is_count, is_text, read_json
 from thinkmid.log import read_rows, write_whole
 
 ALIKE = ("template", "samples", "temperature", "top_p", "max_new")  # should be the same in both
 FIELDS = {f.name for f in fields(Graded)}
+KINDS = {"question": is_text, "sample": is_count, "num_think": is_count}
 
 
 class Run(NamedTuple):
@@ -49,21 +52,20 @@ def main(argv: list[str]) -> int:
 def read(folder: Path) -> Run:
     """UserError names the file that is missing or is not what an evaluation writes."""
     path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        names = list(results["sets"])
-    except OSError:
-        raise UserError(f"{path}: cannot read it; is {folder} the folder of an evaluation?") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the results of an evaluation") from None
-    return Run(folder, results, {name: graded(folder / "graded" / f"{name}.jsonl") for name in names})
+    results = read_json(path)
+    sets = results.get("sets")
+    tables = isinstance(sets, dict) and isinstance(results.get("questions", {}), dict)
+    if not tables or not all(map(NAME.fullmatch, sets)):
+        raise UserError(f"{path}: not the results of an evaluation")
+    return Run(folder, results, {name: graded(folder / "graded" / f"{name}.jsonl") for name in sets})
 
 
 def graded(path: Path) -> list[Graded]:
     rows = []
     for number, row in enumerate(read_rows(path), start=1):
         if row.keys() != FIELDS or row["score"] not in (None, 0, 1):
-            raise UserError(f"{path}: row {number} is not a graded sample")
+            raise UserError(f"{path}:{number}: not a graded sample")
+        check_row(f"{path}:{number}", row, KINDS)
         rows.append(Graded(**row))
     return rows
 

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from thinkmid.errors import UserError
 from thinkmid.eval.swap import Key
+from thinkmid.files import Kinds, is_count, is_text
 from thinkmid.text import CLOSE, OPEN, Text
 from thinkmid.types import Prompt
 
 CONDITIONS = ("own", "blank", "generic", "swapped")
-KEYS = ("id", "sample", "condition", "thought")  # of a row: a thought that has changed since asks for another sample
+# of a row: a thought that has changed since asks for another sample
+KEYS: Kinds = {"id": is_text, "sample": is_count, "condition": is_text, "thought": is_text, "given": is_count}
 IDLE = " Let me think about this with care before I say anything."
 
 

@@ -23,6 +23,8 @@ class EvalRun:
     def __post_init__(self):
         if self.samples < 1 or not all(k >= 1 for k in self.ks):
             raise ValueError(f"samples {self.samples} and ks {self.ks} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,10 @@ class SetsConfig:
 
     def __post_init__(self):
         for entry in self.sets:
-            if "=" not in entry:
+            if not entry.partition("=")[2]:
                 raise ValueError(f"sets: {entry!r} must be LAYOUT=PATH or NAME:LAYOUT=PATH")
+            if not tasks.NAME.fullmatch(name_of(entry)):
+                raise ValueError(f"sets: {entry!r}: a name is 1 to 60 letters, digits, blanks, . + - _, no sign first")
         if len(names := [name_of(entry) for entry in self.sets]) != len(set(names)) or not names:
             raise ValueError(f"sets needs different names, got {', '.join(names) or 'none'}")
 

@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.prompts import render, tokens
 from thinkmid.eval.tasks import Question, posed
-from thinkmid.log import read_rows, reopen
+from thinkmid.files import Kinds, check_row, is_count, is_text, locked
+from thinkmid.log import read_rows, reopen, write_whole
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine import Sampling, make_engine, seed
 from thinkmid.text import Text
 from thinkmid.types import Prompt
 
-KEYS = ("id", "sample")  # of a row, and of its prompt's meta: what it is a sample of
+MARK = "drawn-by.json"
+KEYS: Kinds = {"id": is_text, "sample": is_count}  # of a row, and of its prompt's meta: what it is a sample of
+DRAWN: Kinds = {"text": is_text, "finish": is_text, "num_think": is_count}
 
 
-def drawn_by(folder: Path, cfg: EvalConfig) -> None:
-    """UserError if the generations there were drawn by another configuration."""
-    own = json.dumps([cfg.model.folder, cfg.data.template, repr(cfg.sampling), cfg.run.seed], ensure_ascii=False)
-    mark = folder / "drawn-by.json"
-    if mark.exists() and mark.read_text() != own:
-        raise UserError(
-            f"{folder}: holds generations of another model, template, sampling or seed; take another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(own)
+def is_ids(value: Any) -> bool:
+    numbers = isinstance(value, list) and {*map(type, value)} <= {int}
+    return numbers and 0 <= min(value, default=0) <= max(value, default=0) < 2**31
+
+
+def drawn_by(cfg: EvalConfig) -> str:
+    """What generations depend on."""
+    return json.dumps([cfg.model.folder, cfg.data.template, repr(cfg.sampling), cfg.run.seed], ensure_ascii=False)
+
+
+def check_folder(folder: Path, cfg: EvalConfig) -> None:
+    """UserError if another program's run is there, or generations that another configuration drew."""
+    mark = folder / MARK
+    if not mark.exists() and (folder / "config.toml").exists():
+        raise UserError(f"{folder}: holds the run of another program; take another folder")
+    if mark.exists() and not (mark.is_file() and mark.read_text("utf-8", "replace") == drawn_by(cfg)):
+        raise UserError(f"{mark}: damaged, or of another model, template, sampling or seed; take another folder")
 
 
 def generate(cfg: EvalConfig, sets: dict, folder: Path, ranks) -> None:
     """Draws what is not there yet of every set's (question, sample) pairs. Collective."""
     shape, text = model_of(cfg)
     asked = {name: prompts_of(cfg, found.questions, text, shape) for name, found in sets.items()}
-    draw(cfg, asked, cfg.sampling, folder, ranks)
+    with alone(folder.parent, ranks):
+        draw(cfg, asked, cfg.sampling, folder, ranks)
+
+
+def alone(folder: Path, ranks):
+    """While this rank draws for the run in the folder. UserError: a rank of another process does."""
+    return locked(folder / f".lock-{ranks.rank:03d}", wait=False)
 
 
 def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Text]:
@@ -49,7 +66,7 @@ def draw(
     sampling: Sampling,
     folder: Path,
     ranks,
-    keys: Sequence[str] = KEYS,
+    keys: Kinds = KEYS,
 ) -> None:
     """Draws what is not there yet: this rank's share of every set's prompts. Collective.
 
@@ -61,6 +78,8 @@ def draw(
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=longest, rows=rows)
     engine.load_weights(weights.stream_folder(source, cfg.engine.dtype), 0)
     folder.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        write_whole(folder.parent / MARK, drawn_by(cfg))
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys) for row in stored(folder, name, keys)}
@@ -111,14 +130,21 @@ def row_of(prompt: Prompt, sample, text: Text) -> dict:
     }
 
 
-def key(row: dict, keys: Sequence[str]) -> tuple:
+def key(row: dict, keys: Kinds) -> tuple:
     return tuple(row[k] for k in keys)
 
 
-def stored(folder: Path, name: str, keys: Sequence[str] = KEYS) -> list[dict]:
-    """Rows of a set, of all ranks, in order of their keys; one that stands twice counts once."""
+def stored(folder: Path, name: str, keys: Kinds = KEYS) -> list[dict]:
+    """Rows of a set, of all ranks, in order of their keys; one that stands twice counts once.
+
+    UserError names the row that is not as draw() writes them.
+    """
     paths = [p for p in sorted(folder.glob(f"{name}-*.jsonl")) if p.stem.removeprefix(f"{name}-").isdigit()]
-    rows = {key(r, keys): r for path in paths for r in read_rows(path)}
+    rows = {}
+    for path in paths:
+        for number, row in enumerate(read_rows(path), start=1):
+            check_row(f"{path}:{number}", row, {**keys, **DRAWN}, {"ids": is_ids})
+            rows[key(row, keys)] = row
     return [rows[k] for k in sorted(rows)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -42,9 +43,9 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     where is "file:line", or "file:row" in parquet and json. UserError names file and row.
     """
-    if path.is_file() and path.suffix.lower() == ".csv":
+    if os.path.isfile(path) and path.suffix.lower() == ".csv":
         yield from csv_rows(path)
-    elif path.is_file() and path.suffix.lower() == ".json":
+    elif os.path.isfile(path) and path.suffix.lower() == ".json":
         yield from json_list(path)
     else:
         # the README.md of a downloaded folder holds no questions

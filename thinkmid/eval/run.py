@@ -16,19 +16,20 @@ from thinkmid.rollout.checking import make_grader
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.run", description=__doc__)
 
-    from thinkmid.eval.generate import drawn_by
+    from thinkmid.eval.generate import check_folder
 
     sets = sets_of(cfg)
     if dry_run:
         return plan(cfg, sets)
     folder = Path(cfg.run.folder)
-    drawn_by(folder, cfg)
+    check_folder(folder, cfg)
     grader = make_grader(cfg.verify)
     try:
         rank, done = (0, None) if cfg.run.regrade else draw(cfg, sets, folder)
         if rank == 0:
+            found = graded(cfg, sets, folder, grader)
             config.save_run(folder, cfg, config.environment())
-            report(folder, cfg, sets, graded(cfg, sets, folder, grader))
+            report(folder, cfg, sets, found)
         if done:
             done()
     finally:

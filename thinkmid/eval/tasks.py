@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from thinkmid.eval import layouts
 from thinkmid.eval.layouts import Fields, Kind
 from thinkmid.text import CLOSE, OPEN
 
+NAME = re.compile(r"\w[\w.+ -]{0,59}")  # of a set: files are called so
 LETTERS = "ABCDEFGHIJ"
 WITHHELD = "(text withheld)"
 

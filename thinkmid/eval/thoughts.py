@@ -30,7 +30,7 @@ class Probe:
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
 
-    from thinkmid.eval.generate import drawn_by
+    from thinkmid.eval.generate import check_folder
 
     if not cfg.sampling.max_suffix:
         raise UserError("sampling.max_suffix 0 leaves nothing to draw after a thought")
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
         print(config.to_toml(cfg))
         return 0
     folder = Path(cfg.run.folder)
+    check_folder(folder, cfg)
     probes = probes_of(cfg, sets, folder / "generations")
-    drawn_by(folder, cfg)
     grader = make_grader(cfg.verify)
     try:
         rank, done = (0, None) if cfg.run.regrade else draw(cfg, probes, folder)
@@ -93,7 +93,8 @@ def draw(cfg: EvalConfig, probes: dict[str, Probe], folder: Path):
     sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
     asked = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
     if asked:
-        generate.draw(cfg, asked, sampling, folder / "thoughts", ranks, conditions.KEYS)
+        with generate.alone(folder, ranks):
+            generate.draw(cfg, asked, sampling, folder / "thoughts", ranks, conditions.KEYS)
     ranks.barrier()
     return ranks.rank, ranks.barrier
 

@@ -7,7 +7,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from thinkmid.errors import UserError
 from thinkmid.eval import tasks
 from thinkmid.eval.generate import stored
 from thinkmid.log import read_rows
@@ -119,13 +118,8 @@ def evaluation(run: Evaluation, limit: int, show_gpqa: bool) -> tuple[list[dict]
 
 
 def generations(run: Evaluation, name: str) -> list[dict]:
-    """Stored rows of a set, by question and sample; [] for a name that is no plain file name. UserError."""
-    try:
-        return stored(run.folder / "generations", name) if Path(name).name == name else []
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run.folder}/generations: rows of {name} are not as eval.run writes them ({error})") from None
+    """Stored rows of a set, by question and sample; [] for a name that no set can have. UserError."""
+    return stored(run.folder / "generations", name) if tasks.NAME.fullmatch(name) else []
 
 
 def of_set(run: Evaluation, name: str, rows: list[dict], limit: int, show_gpqa: bool) -> tuple[list[dict], str]:
@@ -161,9 +155,9 @@ def asked(layout: str, path: str) -> tuple[dict[str, tasks.Question], str]:
         return {}, f", their text not shown: {error}"
 
 
-def verdicts(path: Path) -> dict[tuple[str, Any], dict]:
+def verdicts(path: Path) -> dict[tuple[str, str], dict]:
     rows: Iterator[dict] = iter(read_rows(path) if path.exists() else [])
-    return {(str(row.get("question")), row.get("sample")): row for row in rows}
+    return {(str(row.get("question")), str(row.get("sample"))): row for row in rows}
 
 
 def generation_group(
@@ -172,7 +166,7 @@ def generation_group(
     out = {"where": where, "id": visible(rows[0]["id"])[:200], "reference": None}
     out["prompt"] = HIDDEN if hide else cut(tasks.posed(question).text) if question else ""
     out["gold"] = cut(question.gold) if question and not hide else None
-    out["samples"] = [generation(row, graded.get((str(row["id"]), row["sample"]), {}), hide) for row in rows]
+    out["samples"] = [generation(row, graded.get((row["id"], str(row["sample"])), {}), hide) for row in rows]
     return out
 
 

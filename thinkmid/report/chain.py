@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ def chain(model: str) -> list[Training]:
     runs: list[Training] = []
     while model:
         folder = Path(model).parent
-        if not Path(model).is_dir():
+        if not os.path.isdir(model):  # which no path breaks, however long
             raise Unknown(f"model folder {model} is not here")
         if Path(model).name != "export" or not (folder / "metrics.jsonl").exists():
             return runs

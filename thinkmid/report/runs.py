@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
+from thinkmid.files import is_number, read_json
 from thinkmid.log import read_rows
 
 
@@ -98,18 +97,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/config.toml: cannot read it: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot read it: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
 def section(table: Any, name: str) -> dict[str, Any]:
     """A table's table, {} where there is none."""
     found = table.get(name) if isinstance(table, dict) else None
@@ -118,5 +105,4 @@ def section(table: Any, name: str) -> dict[str, Any]:
 
 def number(value: Any) -> float | None:
     """A finite number, None for anything else."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    return float(value) if good else None
+    return float(value) if is_number(value) else None

@@ -9,7 +9,8 @@ import numpy as np
 
 from thinkmid.errors import UserError
 from thinkmid.eval import stats
-from thinkmid.report.runs import number, read_json, section
+from thinkmid.files import read_json
+from thinkmid.report.runs import number, section
 from thinkmid.report.tables import NONE, PAPER, as_dict, as_list, figure, five_mean, table
 from thinkmid.report.text import escape
 

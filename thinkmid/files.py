@@ -1,0 +1,66 @@
+"""What a program reads again in a run's folder, and mistrusts: objects, fields of rows, who else is at work there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from thinkmid.errors import UserError
+
+Kinds = Mapping[str, Callable[[Any], bool]]  # field -> whether a value may stand in it
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError: there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot read it: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def check_row(where: str, row: dict, must: Kinds, may: Kinds | None = None) -> None:
+    """UserError names the first field that is not of its kind or, of those in must, is not there."""
+    wrong = [name for name, fits in must.items() if not fits(row.get(name))]
+    wrong += [name for name, fits in (may or {}).items() if name in row and not fits(row[name])]
+    if wrong:
+        raise UserError(f"{where}: '{wrong[0]}' is missing or not of its kind")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Finite, and so far below the largest float that sums and squares are too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time; the others wait, or get a UserError. It makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: another process works there") from None
+        except OSError:  # a file system without locks: nobody is kept out
+            pass
+        yield
