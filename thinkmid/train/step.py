@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from thinkmid.data.pack import Unit, make_pack
+from thinkmid.model import weights
 from thinkmid.train.shard import Ranks
 from thinkmid.types import Pack
 
@@ -55,6 +56,8 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        # what a forward without a backward left whole holds the old weights
+        weights.reshard(model)
     else:
         names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().splitlines()
         stats.broken = names or ["the gradient, though every loss is finite"]
