@@ -198,7 +198,8 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+        # a copy on the host too: numpy would take hold of the storage, and moments could not leave theirs any more
+        yield tensor.detach().to("cpu", copy=True).reshape(-1).view(torch.uint8).numpy().data
 
 
 def _begin(tmp: Path) -> None:
