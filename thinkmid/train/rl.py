@@ -138,7 +138,7 @@ def train(
             run.save(step, now)
         if step == cfg.run.steps:
             return 0
-        with stopped_is_saved(run, step, now, moments):
+        with stopped_is_saved(run, step, now, engine, moments):
             clock = Clock(watch, step)
             with clock("sync"):
                 if cfg.optim.offload:
@@ -151,8 +151,7 @@ def train(
                 mine = places(len(taken), ranks, cfg.engine.tensor_parallel)
                 groups, pending_P_G = rollouts(run, engine, [prompts[taken[i]] for i in mine], cfg, step, reward)
                 if ranks.any(groups is None or run.interrupt.requested):
-                    moments.back()
-                    run.save(step, now)  # the half-done step is drawn again, the same, after a restart
+                    save_in_mid_step(run, step, now, engine, moments)
                     return EXIT
                 draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
                 checked = agreement.rescore(step, groups, mine, draw)
@@ -216,14 +215,20 @@ def gate(log, seen: dict[str, float]) -> None:
 
 
 @contextmanager
-def stopped_is_saved(run, step, now, moments):
+def stopped_is_saved(run, step, now, engine, moments):
     """What stops the run in mid-step, on every rank at once, costs that step alone."""
     try:
         yield
     except UserError:
-        moments.back()
-        run.save(step, now)
+        save_in_mid_step(run, step, now, engine, moments)
         raise
+
+
+def save_in_mid_step(run, step, now, engine, moments) -> None:
+    """The half-done step is drawn again, the same, after a restart."""
+    engine.sleep()  # the moments went because they do not fit beside it
+    moments.back()
+    run.save(step, now)
 
 
 def places(num: int, ranks, share: int) -> list[int]:
