@@ -92,3 +92,10 @@ def test_the_engine_sleeps_before_the_moments_come_back_and_the_run_goes_on(home
     assert steps(home / stops.__name__) == [1, 2, 3]
     # once a step, and where the run stopped
     assert engine_states == ["asleep"] * 4
+
+
+def test_an_engine_without_room_for_the_longest_prompt_is_refused_before_anything_starts(home, capsys):
+    flags = [*rlmt_flags(home, "short"), "--engine.kind", "vllm", "--engine.max-len", "22"]
+    assert exit_code(rlmt, flags) == 2
+    assert "engine.max_len 22: a prompt of 13 tokens + " in capsys.readouterr().err
+    assert not (home / "short").exists()

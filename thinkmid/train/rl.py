@@ -58,6 +58,7 @@ def run(
     lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look at
     before the first step and every look_every steps.
     """
+    check_room(cfg, [*prompts, *(held_out or [])])
     if cfg.engine.kind == "vllm":
         check_vllm()
     interrupt, ranks = Interrupt(), shard.start()
@@ -108,6 +109,14 @@ def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
             new = f"sampling.max_think {s.max_think} + sampling.max_suffix {s.max_suffix}"
             raise UserError(f"a prefix of {least} tokens + {new} exceed {name}: {room}")
     return asked or min(rooms.values()) - s.max_new
+
+
+def check_room(cfg: RLConfig, prompts: list[Prompt]) -> None:
+    """UserError if an engine of engine.max_len tokens does not hold a prompt and the new tokens."""
+    longest, room = max(len(p.tokens) for p in prompts), cfg.engine.max_len
+    if cfg.engine.kind == "vllm" and 0 < room < longest + cfg.sampling.max_new:
+        new = f"sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix {cfg.sampling.max_suffix}"
+        raise UserError(f"engine.max_len {room}: a prompt of {longest} tokens + {new} exceed it; 0 makes room for all")
 
 
 def train(
@@ -239,7 +248,7 @@ def places(num: int, ranks, share: int) -> list[int]:
 def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[list[Group] | None, list[list[Pending]]]:
     """This rank's groups, or None when stopped, and the verdicts to come: judged while others are still being drawn.
 
-    Draws depend on (run seed, step, prompt, sibling) alone.
+    Draws depend on (run seed, step, prompt, sibling) alone. Collective: what fails on one rank fails on all.
     """
     seeds_P_G = [[seed(cfg.run.seed, step, p.id, g) for g in range(cfg.batch.siblings)] for p in prompts]
     pending_P_G = [[None] * cfg.batch.siblings for _ in prompts]
@@ -257,7 +266,7 @@ def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[li
         if reward:
             pending_P_G[p][g] = reward(prompts[p], sample)
 
-    return collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each), pending_P_G
+    return run.ranks.agree(lambda: collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each)), pending_P_G
 
 
 def rewarded(group: Group, pending: list[Pending], watch) -> Group:
@@ -270,7 +279,8 @@ def rewarded(group: Group, pending: list[Pending], watch) -> Group:
 
 def judged(run, cfg: RLConfig, groups: list[Group], pending_P_G: list[list[Pending]], mine: list[int]) -> list[Group]:
     """The groups of all ranks with their verdicts. Collective."""
-    groups = [rewarded(g, pending, run.watch) for g, pending in zip(groups, pending_P_G, strict=True)]
+    pairs = zip(groups, pending_P_G, strict=True)
+    groups = run.ranks.agree(lambda: [rewarded(g, pending, run.watch) for g, pending in pairs])
     leads = run.ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
     return exchange.all_groups(groups if leads else [], mine if leads else [], run.ranks)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from thinkmid.errors import UserError
 
 # a rank may wait for the slowest rollout of another
 TIMEOUT = timedelta(hours=2)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,16 @@ class Ranks:
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
 
-    def agree(self, work: Callable[[], None]) -> None:
-        """work() on every rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
-        fault = ""
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """work() of this rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
+        result, fault = None, ""
         try:
-            work()
+            result = work()
         except (UserError, OSError) as error:
-            fault = str(error)
+            fault = str(error) or repr(error)
         for answer in filter(None, self.gather_bytes(fault.encode())):
             raise UserError(answer.decode())
+        return result
 
     def barrier(self) -> None:
         if self.world > 1:
