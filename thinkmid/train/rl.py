@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -206,8 +206,13 @@ def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments
     engine.wake_cache()
     mine = places(len(prompts), run.ranks, cfg.engine.tensor_parallel)
     groups, pending_P_G = rollouts(run, engine, [prompts[i] for i in mine], cfg, 0, reward)
-    stopped = run.ranks.any(groups is None)
-    groups = [] if stopped else judged(run, cfg, groups, pending_P_G, mine)
+    if run.ranks.any(groups is None):
+        groups = []
+    else:
+        groups = judged(run, cfg, groups, pending_P_G, mine)
+        # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
+        with suppress(UserError):
+            reward.finish(step)
     engine.sleep()
     groups, means = scores(groups) if scores and groups else (groups, {})
     moments.back()
