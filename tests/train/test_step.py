@@ -102,6 +102,24 @@ def test_sums_add_over_packs_and_maxima_stay_maxima():
     assert one.sums["tokens"] == sum(drawn)
 
 
+def sum_worker(rank, folder):
+    ranks = join_ranks(rank, 2, folder)
+    for tied in (False, True):
+        norms = []
+        for who in (ranks, ALONE):
+            model = random_model(replace(TINY, tied=tied))
+            if who is ranks:
+                shard.shard(model, ranks, compute_dtype=torch.float32)
+            optimizer = optim.adamw(model, optim.OptimConfig(lr=0.01))
+            norms.append(step(model, optimizer, planned(GROUPS, who, capacity=30), who).grad_norm)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_gradients_of_ranks_are_summed_in_fp32(tmp_path):
+    """The laws run in fp64, for which FSDP2 chooses other operations."""
+    torch.multiprocessing.spawn(sum_worker, (str(tmp_path),), nprocs=2)
+
+
 def stale_worker(rank, world, folder, tied):
     ranks = join_ranks(rank, world, folder)
     model = shard.shard(random_model(replace(TINY, tied=tied)), ranks, compute_dtype=torch.float32)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from thinkmid.errors import UserError
 
@@ -114,7 +114,7 @@ def _leave(mesh: DeviceMesh) -> None:
 
 def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
     """FSDP2 in place: one group per block, tied weights in the root's. Master weights keep their dtype, gradients are
-    reduced in fp32 (FSDP2 averages them over ranks: the step multiplies its loss by the world size)."""
+    summed over ranks, in fp32."""
     master = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master else None,
@@ -127,4 +127,8 @@ def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
         fully_shard(model.embed_tokens, mesh=ranks.mesh, mp_policy=policy)
         fully_shard([model.norm, model.lm_head], mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    # FSDP2 averages where it is not told: neither to divide nor to let the backend do so. Alone it does not divide
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule) and ranks.world > 1):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     return model

@@ -41,8 +41,7 @@ def train_step(
     for units in batches:
         pack = make_pack(units, ranks.device)
         loss, more = loss_fn(pack)
-        # FSDP2 averages gradients over ranks; the loss is a sum over them
-        (loss * ranks.world).backward()
+        loss.backward()
         _add(sums, more | {"loss": loss.detach()})
         if not torch.isfinite(loss):
             broken += pack.owner
