@@ -1,5 +1,6 @@
 """A run that stops in mid-step saves what it has, and the same command goes on."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from conftest import exit_code
 from world import rlmt_flags, sft_flags
 
 from thinkmid.errors import UserError
+from thinkmid.model import weights
 from thinkmid.rollout import sync
 from thinkmid.rollout.engine import make_engine
 from thinkmid.rollout.native import NativeEngine
@@ -92,6 +94,18 @@ def test_the_engine_sleeps_before_the_moments_come_back_and_the_run_goes_on(home
     assert steps(home / stops.__name__) == [1, 2, 3]
     # once a step, and where the run stopped
     assert engine_states == ["asleep"] * 4
+
+
+def test_going_on_reads_a_checkpoint_once_and_the_weights_before_it_not_at_all(home, monkeypatch):
+    flags = [*rlmt_flags(home, "twice", steps=2), "--reward.scorer", "ema", "--reward.gain", "1"]
+    assert exit_code(rlmt, flags) == 0
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    monkeypatch.setattr(weights, "load_into", lambda *_: pytest.fail("weights were read"))
+    assert exit_code(rlmt, [*flags, "--run.steps", "4"]) == 0
+    assert steps(home / "twice") == [1, 2, 3, 4]
+    found = [f"{home}/twice/checkpoints/step-000002/{name}" for name in ("rank-00000.safetensors", "state.json")]
+    assert [str(path) for path in read if "checkpoints" in str(path)] == found
 
 
 def test_an_engine_without_room_for_the_longest_prompt_is_refused_before_anything_starts(home, capsys):
