@@ -215,6 +215,7 @@ def test_an_update_of_dead_groups_runs_no_forward_and_moves_the_weights_by_momen
     ranks = shard.Ranks(0, 1, torch.device("cpu"), None)
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
     grads = gradients(model, as_units(GROUPS), 10_000)
+    optimizer.zero_grad()
     live = plan(as_units(GROUPS), capacity=10_000, ranks=1, pair_cost=0)[0]
     train_step(
         model, optimizer, live, partial(policy_loss, model, cfg=LOSS, temperature=1.0, first_update=True), ranks,

@@ -172,6 +172,28 @@ def test_memory_stays_within_a_chunk_and_the_fp32_gradient(what):
     assert extra < 4 * num * vocab  # naive holds the whole matrix of scores three times
 
 
+@pytest.mark.parametrize("what", ["scoring", "policy", "text"])
+def test_nothing_waits_for_the_device_where_the_caller_promises(what):
+    hidden, weight, targets = make_inputs(301, 32003, 256)
+    adv = torch.randn(301, device="cuda")
+
+    def run():
+        if what == "scoring":
+            return linear_logprob(hidden, weight, targets, wait=False)
+        if what == "policy":
+            loss = fused_linear_dr_grpo(hidden, weight, targets, adv, denom=3.0, mask=adv.abs(), wait=False).loss
+        else:
+            loss = linear_cross_entropy(hidden, weight, targets, row_weights=adv, denom=3.0, wait=False)[0]
+        return gradients(loss, hidden, weight)
+
+    run()  # kernels are compiled, numbers of the policy kept on the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_gradient_buffer_of_the_caller_is_added_to():
     hidden, weight, targets = make_inputs(129, 1003, 64)
     adv = torch.randn(129, device="cuda")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_no_worse, assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.head import with_peak
 from thinkmid.kernels import (
@@ -339,6 +340,49 @@ def test_a_scaled_loss_scales_its_gradients_once():
     assert_same(dict(zip("hw", thrice, strict=True)), dict(zip("hw", (3 * g for g in once), strict=True)))
     with pytest.raises(RuntimeError, match="backward ran twice"):
         torch.autograd.grad(loss, hidden)
+
+
+class Waiting(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: numbers and sizes read from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "aminmax")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["policy", "text"])
+def test_nothing_waits_for_the_device_where_the_caller_promises_and_the_numbers_are_the_same(loss):
+    hidden, weight, targets = inputs(33, 57)
+    adv, more = streams(33)
+
+    def run(wait):
+        with Waiting() as waiting:
+            if loss == "policy":
+                out = fused_linear_dr_grpo(hidden, weight, targets, adv, denom=7, is_cap=2, wait=wait, **policy).loss
+            else:
+                out = linear_cross_entropy(hidden, weight, targets, row_weights=more["mask"], denom=7, wait=wait)[0]
+            grads = torch.autograd.grad(out, (hidden, weight))
+        return waiting.num, dict(zip(("loss", "h", "w"), (out.detach(), *grads), strict=True))
+
+    policy = {name: more[name] for name in ("mask", "old_logp", "sampler_logp")}
+    (none, ours), (some, exact) = run(False), run(True)
+    assert (none, some) == (0, 3)
+    assert_same(ours, exact)
+    with Waiting() as waiting:
+        logp = linear_logprob(hidden, weight, targets, wait=False)
+    assert waiting.num == 0
+    assert torch.equal(logp, linear_logprob(hidden, weight, targets))
+
+
+def test_a_promise_not_to_scale_the_loss_is_kept_or_fails():
+    hidden, weight, targets = inputs(33, 57)
+    loss = fused_linear_dr_grpo(hidden, weight, targets, torch.randn(33, dtype=DOUBLE), denom=7, wait=False).loss
+    with pytest.raises(RuntimeError, match="backward does not scale the loss"):
+        (loss / 2).backward()
 
 
 def test_gradients_become_those_of_the_parameters_without_a_copy():

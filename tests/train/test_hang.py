@@ -68,6 +68,17 @@ def test_a_rank_that_dies(home):
     goes_on(home, "dies")
 
 
+@pytest.mark.parametrize(
+    ("what", "line"), [("prompt", "prompt 7 is too long"), ("verdict", "judge/model.safetensors: cannot be read")]
+)
+def test_what_one_rank_finds_wrong_in_mid_step_every_rank_says_and_the_step_alone_is_lost(home, what, line):
+    code, _, err, _ = run(home, what, "--run.save_every=0", "--run.timeout_s=60")
+    assert code == 1
+    assert {f"error (rank {rank}): {line}" for rank in (0, 1)} <= set(err.splitlines())
+    assert [path.name for path in (home / what / "checkpoints").iterdir()] == ["step-000002"]
+    goes_on(home, what, "--run.save_every=0")
+
+
 def test_a_judge_that_never_answers(home):
     """Its verdicts fail after their own timeout; too many of them stop the run, which keeps what it has."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -140,6 +140,23 @@ def test_a_look_at_held_out_prefixes_comes_before_the_first_step_and_changes_non
     assert [{k: v for k, v in row.items() if not k.startswith("val_")} for row in looked] == alone
 
 
+def test_the_judges_metrics_are_of_the_step_and_not_of_the_look_before_it(home, monkeypatch):
+    monkeypatch.setattr(rlmt, "make_ask", lambda *_: (lambda prompt: lambda: 0.9, lambda: None))
+    flags = ["--judge.kind", "policy", "--judge.canary-every", "0"]
+    looks = ["--data.val-paths", str(home / "corpus.jsonl"), "--data.val-prompts", "6", "--data.val-every", "1"]
+    alone, looked = run(home, "asked", *flags, steps=2), run(home, "asked-looked", *flags, *looks, steps=2)
+    assert [row["judge_asked"] + row["judge_decided"] + row["judge_cached"] for row in alone] == [20, 20]
+    assert [{k: v for k, v in row.items() if not k.startswith("val_")} for row in looked] == alone
+
+
+def test_a_judge_that_fails_its_examination_stops_the_step_after_the_look_and_the_run_is_saved(home, monkeypatch):
+    monkeypatch.setattr(rlmt, "make_ask", lambda *_: (lambda prompt: lambda: 0.9, lambda: None))
+    flags = [*rlmt_flags(home, "gullible"), "--judge.kind", "policy", "--data.val-paths", str(home / "corpus.jsonl")]
+    assert exit_code(rlmt, flags) == 2
+    kinds = [json.loads(line)["kind"] for line in (home / "gullible/events.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "gate", "save"]
+
+
 def test_the_gate_warns_where_no_thought_closes_and_says_so_once(home, capsys):
     flags = ["--data.val-paths", str(home / "corpus.jsonl"), "--sampling.force-close", "false"]
     run(home, "open", *flags, "--sampling.max-think", "2", steps=1)

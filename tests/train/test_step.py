@@ -5,15 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, join_ranks, random_groups, random_model
+from conftest import TINY, assert_same, join_ranks, random_groups, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkmid.data.pack import plan
+from thinkmid.data.pack import make_pack, plan
 from thinkmid.model import weights
 from thinkmid.train import advantage, exchange, optim, shard
 from thinkmid.train.config import LossConfig
-from thinkmid.train.loss import policy_loss
+from thinkmid.train.loss import logprobs, policy_loss
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
 
@@ -100,6 +100,46 @@ def test_sums_add_over_packs_and_maxima_stay_maxima():
     assert one.sums["gap_max"] > one.sums["gap"] / one.sums["tokens"]
     drawn = [s.drawn.sum() for g in GROUPS for s in g.samples]
     assert one.sums["tokens"] == sum(drawn)
+
+
+def sum_worker(rank, folder):
+    ranks = join_ranks(rank, 2, folder)
+    for tied in (False, True):
+        norms = []
+        for who in (ranks, ALONE):
+            model = random_model(replace(TINY, tied=tied))
+            if who is ranks:
+                shard.shard(model, ranks, compute_dtype=torch.float32)
+            optimizer = optim.adamw(model, optim.OptimConfig(lr=0.01))
+            norms.append(step(model, optimizer, planned(GROUPS, who, capacity=30), who).grad_norm)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_gradients_of_ranks_are_summed_in_fp32(tmp_path):
+    """The laws run in fp64, for which FSDP2 chooses other operations."""
+    torch.multiprocessing.spawn(sum_worker, (str(tmp_path),), nprocs=2)
+
+
+def stale_worker(rank, world, folder, tied):
+    ranks = join_ranks(rank, world, folder)
+    model = shard.shard(random_model(replace(TINY, tied=tied)), ranks, compute_dtype=torch.float32)
+    optimizer = optim.adamw(model, optim.OptimConfig(lr=0.1))
+    step(model, optimizer, planned(GROUPS, ranks), ranks, lr=0.1)
+    pack = make_pack(planned(GROUPS, ALONE)[0])
+    with torch.no_grad():
+        before = logprobs(model, pack)  # leaves the head whole
+        step(model, optimizer, [], ranks, lr=0.1)  # all groups dead: no backward, momentum moves the weights
+        after = logprobs(model, pack)
+        weights.reshard(model)
+        exact = logprobs(model, pack)
+    assert torch.equal(after, exact)
+    assert (after - before).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_update_without_a_backward_reaches_the_next_forward(world, tied, tmp_path):
+    torch.multiprocessing.spawn(stale_worker, (world, str(tmp_path), tied), nprocs=world)
 
 
 TEXT = st.text(max_size=8)

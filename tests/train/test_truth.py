@@ -67,7 +67,7 @@ def gradients(model, units, loss_fn, capacity=10_000, ranks=ALONE):
     sums = {}
     for batch in plan(units, capacity=capacity, ranks=ranks.world, pair_cost=0.0)[ranks.rank]:
         loss, more = loss_fn(model, make_pack(batch))
-        (loss * ranks.world).backward()
+        loss.backward()
         more.pop("gap_max", None)  # no sum
         for name, value in (more | {"loss": loss.detach()}).items():
             sums[name] = sums.get(name, 0) + value.double()

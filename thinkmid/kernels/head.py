@@ -43,6 +43,7 @@ def linear_logprob(
     ignore_index=-100,
     return_entropy=False,
     chunk="auto",
+    wait=True,
 ):
     """Log-prob of targets: logp (R,), or (logp, entropy) with return_entropy, entropy (R,) in nats.
 
@@ -51,13 +52,14 @@ def linear_logprob(
     number, or (R,). softcap bounds the scores: softcap * tanh(score / softcap). chunk: rows of logits alive at a time;
     "tiles", for scoring without gradients on a GPU that is short of memory: none, they stay in registers. Statistics
     and results are fp32 (fp64 for fp64), also where hidden is not. Differentiable in hidden, weight and
-    bias, through the entropy too; the backward forms the logits again (8 R D V FLOP in all).
+    bias, through the entropy too; the backward forms the logits again (8 R D V FLOP in all). wait=False: nothing waits
+    for the device to look at targets, of which none may be ignored or lie outside [0, V).
 
     Same as log_softmax(hidden @ weight.T / temperature, -1)[arange(R), targets], without the (R, V) tensor. ValueError,
     with both values, for shapes, dtypes, devices, targets or options that do not fit.
     """
     tiles = chunk == "tiles"
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, "auto" if tiles else chunk)
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, "auto" if tiles else chunk, wait)
     if tiles:
         return _from_tiles(hidden, weight, bias, job, return_entropy)
     logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)
@@ -89,6 +91,7 @@ def fused_linear_dr_grpo(
     return_entropy=False,
     skip_zero_advantage=True,
     weight_grad_into=None,
+    wait=True,
 ) -> FusedLoss:
     """linear_logprob and dr_grpo_loss in one pass over the logits: loss, metrics, logp and, if asked for, entropy.
 
@@ -99,8 +102,11 @@ def fused_linear_dr_grpo(
 
     weight_grad_into: fp32 (V, D), to which the weight's gradient is added during this call, as in Megatron's main_grad;
     the loss must then be the root of backward, unscaled, and weight.grad is left alone.
+
+    wait=False: nothing waits for the device, neither here nor in backward. No target may be ignored or lie outside
+    [0, V), no row is left out, and backward must not scale the loss: it fails on the device if it does.
     """
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
     if weight_grad_into is not None:
         _expect("weight_grad_into", weight_grad_into, weight.shape, job.wide, weight.device)
     policy = make_policy(
@@ -119,11 +125,11 @@ def fused_linear_dr_grpo(
         mask=_and(mask, job.valid),
     )
     index = None
-    if skip_zero_advantage or policy.mask is not None:
+    if wait and (skip_zero_advantage or policy.mask is not None):
         index = plan_rows(policy.mask, policy.adv, *((beta, entropy_coef) if skip_zero_advantage else (1, 1))).index
     asked = return_entropy or entropy_coef != 0
     loss, sums, logp, entropy = _OnePass.apply(
-        hidden, weight, bias, job, policy, index, asked, weight_grad_into, _policy_loss, torch.is_grad_enabled()
+        hidden, weight, bias, job, policy, index, asked, weight_grad_into, _policy_loss, torch.is_grad_enabled(), wait
     )
     return FusedLoss(loss, Metrics(*sums.unbind()), logp, entropy)
 
@@ -140,22 +146,24 @@ def linear_cross_entropy(
     softcap=None,
     ignore_index=-100,
     chunk="auto",
+    wait=True,
 ):
     """Next-token loss in one pass: (loss, logp), logp (R,) detached.
 
     loss = -sum(row_weights * logp) / denom. row_weights (R,), None: 1. denom None: the number of targets that are not
-    ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). Everything else as in linear_logprob.
+    ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). wait as in fused_linear_dr_grpo,
+    everything else as in linear_logprob.
     """
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk)
+    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
     mask = _and(row_weights, job.valid)
     if denom is None:
         denom = max(1, len(targets) if job.valid is None else int(job.valid.sum()))
     # DrGRPO's first update with advantage 1: the coefficient of a row is its weight
     ones = torch.ones(len(targets), dtype=job.wide, device=hidden.device)
     policy = make_policy(ones, ones, denom=denom, mask=mask)
-    index = None if mask is None else plan_rows(policy.mask, ones).index
+    index = plan_rows(policy.mask, ones).index if wait and mask is not None else None
     loss, _, logp, _ = _OnePass.apply(
-        hidden, weight, bias, job, policy, index, False, None, _cross_entropy, torch.is_grad_enabled()
+        hidden, weight, bias, job, policy, index, False, None, _cross_entropy, torch.is_grad_enabled(), wait
     )
     return loss, logp
 
@@ -217,7 +225,9 @@ class _LinearLogprob(torch.autograd.Function):
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job, policy, index, want_entropy, weight_grad_into, loss_of, want_grads):
+    def forward(
+        ctx, hidden, weight, bias, job, policy, index, want_entropy, weight_grad_into, loss_of, want_grads, wait
+    ):
         # under no_grad the inputs still say that they require gradients
         if want_grads and any(ctx.needs_input_grad):
             grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job, weight_grad_into)
@@ -226,7 +236,7 @@ class _OnePass(torch.autograd.Function):
             ctx.grads = grads.result()
         else:
             stats = _forward_only(hidden, weight, job, index, want_entropy)
-        ctx.fixed = weight_grad_into is not None
+        ctx.fixed, ctx.wait = weight_grad_into is not None, wait
         live = policy if index is None else policy.at(index)
         loss, sums = loss_of(stats, live)
         logp, entropy = _spread(stats.logp, index, job), _spread(stats.entropy, index, job)
@@ -239,13 +249,15 @@ class _OnePass(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("backward ran twice through a fused loss, whose gradients are handed out once")
         grads, ctx.grads = ctx.grads, None
-        if (scale := dloss.item()) != 1:
+        if not ctx.wait:
+            torch._assert_async(dloss == 1, "wait=False promised that backward does not scale the loss")
+        elif (scale := dloss.item()) != 1:
             if ctx.fixed:
                 raise RuntimeError(
                     f"weight_grad_into took the gradient of the loss itself; backward now scales it by {scale}"
                 )
             grads = tuple(None if g is None else g.mul_(scale) for g in grads)
-        return *grads, *(None,) * 7
+        return *grads, *(None,) * 8
 
 
 def _forward_only(hidden, weight, job, index, want_entropy) -> Stats:
@@ -416,7 +428,7 @@ def _and(mask, valid):
     return torch.where(valid, mask, torch.zeros_like(mask))
 
 
-def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk) -> _Job:
+def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait) -> _Job:
     if hasattr(weight, "full_tensor"):
         raise ValueError("weight is a DTensor; pass gather_weight(weight), or call from the module that FSDP2 gathers")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
@@ -448,7 +460,8 @@ def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, ch
         chunk = max(16, alive.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
     elif not (isinstance(chunk, int) and chunk > 0):
         raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')
-    targets, valid = _valid(targets.contiguous(), weight.shape[0], ignore_index)
+    targets = targets.contiguous()
+    targets, valid = _valid(targets, weight.shape[0], ignore_index) if wait else (targets, None)
     return _Job(targets, valid, Scores(temperature, bias, softcap), chunk, wide)
 
 

@@ -98,7 +98,7 @@ class Engine(Protocol):
         """Answer all questions in the queue."""
 
     def sleep(self) -> None:
-        """Give weights and KV cache back to the trainer, as far as there is something to give."""
+        """Give weights and KV cache back to the trainer, as far as there is something to give. At any time."""
 
     def wake_weights(self) -> None:
         """Room for weights, to be loaded."""

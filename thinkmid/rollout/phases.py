@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # call -> states it may come in, state it leaves (None: the same)
 CALLS = {
-    "sleep": (("ready",), "asleep"),
+    "sleep": (("ready", "weights", "asleep"), "asleep"),
     "wake_weights": (("asleep",), "weights"),
     "load_weights": (("weights", "ready"), None),
     "wake_cache": (("weights",), "ready"),
@@ -19,7 +19,7 @@ class Phases:
     KV cache comes later, for gathered weights and cache together may not fit. ready: the engine generates and judges.
 
     A call out of turn is refused: an engine asked to generate in its sleep waits for ever, one that woke and was given
-    no weights writes noise.
+    no weights writes noise. Sleep alone may come at any time: a run that stops wants the memory, whatever went wrong.
     """
 
     def __init__(self):

@@ -117,11 +117,16 @@ def open_job(
     """
     folder = Path(cfg.run.folder)
     check_vocabulary(source, shape, text)
-    model = sharded_model(source, shape, cfg.model, ranks)
-    optimizer = optim.adamw(model, cfg.optim)
-    ema = sharded_model(source, shape, cfg.model, ranks) if ema_decay else None
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
-    state = checkpoint.load(found, _tensors(model, optimizer, ema)) if found else {}
+
+    def make():
+        # a checkpoint holds every weight
+        return empty_model(shape, cfg.model, ranks) if found else sharded_model(source, shape, cfg.model, ranks)
+
+    model = make()
+    optimizer = optim.adamw(model, cfg.optim)
+    ema = make() if ema_decay else None
+    state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
     same_data(state, data, cfg.run.folder)
     start = int(found.name.rpartition("-")[2]) if found else 0
     ranks.agree(lambda: _describe_run(folder, cfg, ranks) if ranks.rank == 0 else None)
@@ -149,13 +154,18 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
-    """Meta device first, sharded, then each rank reads its own rows; master weights in fp32."""
+    """The model in an HF folder, of which each rank reads its own rows."""
+    model = empty_model(shape, section, ranks)
+    ranks.agree(lambda: weights.load_into(model, source))
+    return model
+
+
+def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
+    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing)
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
-    weights.materialise(model, ranks.device)
-    ranks.agree(lambda: weights.load_into(model, source))
-    return model
+    return weights.materialise(model, ranks.device)
 
 
 def check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:

@@ -14,12 +14,14 @@ from thinkmid.types import Pack
 
 def logprobs(model, pack: Pack, temperature: float = 1.0):
     """logp (R,) fp32 of the pack's targets, through the model's own head."""
-    return _through(model, pack, partial(linear_logprob, targets=pack.targets, temperature=temperature))
+    head = partial(linear_logprob, targets=pack.targets, temperature=temperature, wait=False)
+    return _through(model, pack, head)
 
 
 def text_loss(model, pack: Pack):
     """Next-token loss: sum of ce_w * -logp."""
-    head = partial(linear_cross_entropy, targets=pack.targets, row_weights=pack.ce_w, denom=1)
+    # a pack holds rows with loss alone
+    head = partial(linear_cross_entropy, targets=pack.targets, row_weights=pack.ce_w, denom=1, wait=False)
     return _through(model, pack, head)[0], {}
 
 
@@ -53,6 +55,8 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
         return_entropy=True,
         # groups without advantage are not in the pack; the others are measured whole
         skip_zero_advantage=False,
+        # rows of the text alone are worth a look at which they are
+        wait=bool(cfg.next_token),
     )
 
     def heads(hidden, weight):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -58,6 +58,7 @@ def run(
     notes: lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look
     at before the first step and every look_every steps.
     """
+    check_room(cfg, [*prompts, *(held_out or [])])
     if cfg.engine.kind == "vllm":
         check_vllm()
     interrupt, ranks = Interrupt(), shard.start()
@@ -110,6 +111,14 @@ def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
     return asked or min(rooms.values()) - s.max_new
 
 
+def check_room(cfg: RLConfig, prompts: list[Prompt]) -> None:
+    """UserError if an engine of engine.max_len tokens does not hold a prompt and the new tokens."""
+    longest, room = max(len(p.tokens) for p in prompts), cfg.engine.max_len
+    if cfg.engine.kind == "vllm" and 0 < room < longest + cfg.sampling.max_new:
+        new = f"sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix {cfg.sampling.max_suffix}"
+        raise UserError(f"engine.max_len {room}: a prompt of {longest} tokens + {new} exceed it; 0 makes room for all")
+
+
 def train(
     run: job.Job,
     cfg: RLConfig,
@@ -138,7 +147,7 @@ def train(
             run.save(step, now)
         if step == cfg.run.steps:
             return 0
-        with stopped_is_saved(run, step, now, moments):
+        with stopped_is_saved(run, step, now, engine, moments):
             clock = Clock(watch, step)
             with clock("sync"):
                 if cfg.optim.offload:
@@ -151,8 +160,7 @@ def train(
                 mine = places(len(taken), ranks, cfg.engine.tensor_parallel)
                 groups, pending_P_G = rollouts(run, engine, [prompts[taken[i]] for i in mine], cfg, step, reward)
                 if ranks.any(groups is None or run.interrupt.requested):
-                    moments.back()
-                    run.save(step, now)  # the half-done step is drawn again, the same, after a restart
+                    save_in_mid_step(run, step, now, engine, moments)
                     return EXIT
                 draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
                 checked = agreement.rescore(step, groups, mine, draw)
@@ -198,8 +206,13 @@ def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments
     engine.wake_cache()
     mine = places(len(prompts), run.ranks, cfg.engine.tensor_parallel)
     groups, pending_P_G = rollouts(run, engine, [prompts[i] for i in mine], cfg, 0, reward)
-    stopped = run.ranks.any(groups is None)
-    groups = [] if stopped else judged(run, cfg, groups, pending_P_G, mine)
+    if run.ranks.any(groups is None):
+        groups = []
+    else:
+        groups = judged(run, cfg, groups, pending_P_G, mine)
+        # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
+        with suppress(UserError):
+            reward.finish(step)
     engine.sleep()
     groups, means = scores(groups) if scores and groups else (groups, {})
     moments.back()
@@ -216,14 +229,20 @@ def gate(log, seen: dict[str, float]) -> None:
 
 
 @contextmanager
-def stopped_is_saved(run, step, now, moments):
+def stopped_is_saved(run, step, now, engine, moments):
     """What stops the run in mid-step, on every rank at once, costs that step alone."""
     try:
         yield
     except UserError:
-        moments.back()
-        run.save(step, now)
+        save_in_mid_step(run, step, now, engine, moments)
         raise
+
+
+def save_in_mid_step(run, step, now, engine, moments) -> None:
+    """The half-done step is drawn again, the same, after a restart."""
+    engine.sleep()  # the moments went because they do not fit beside it
+    moments.back()
+    run.save(step, now)
 
 
 def places(num: int, ranks, share: int) -> list[int]:
@@ -234,7 +253,7 @@ def places(num: int, ranks, share: int) -> list[int]:
 def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[list[Group] | None, list[list[Pending]]]:
     """This rank's groups, or None when stopped, and the verdicts to come: judged while others are still being drawn.
 
-    Draws depend on (run seed, step, prompt, sibling) alone.
+    Draws depend on (run seed, step, prompt, sibling) alone. Collective: what fails on one rank fails on all.
     """
     seeds_P_G = [[seed(cfg.run.seed, step, p.id, g) for g in range(cfg.batch.siblings)] for p in prompts]
     pending_P_G = [[None] * cfg.batch.siblings for _ in prompts]
@@ -252,7 +271,7 @@ def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[li
         if reward:
             pending_P_G[p][g] = reward(prompts[p], sample)
 
-    return collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each), pending_P_G
+    return run.ranks.agree(lambda: collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each)), pending_P_G
 
 
 def rewarded(group: Group, pending: list[Pending], watch) -> Group:
@@ -265,7 +284,8 @@ def rewarded(group: Group, pending: list[Pending], watch) -> Group:
 
 def judged(run, cfg: RLConfig, groups: list[Group], pending_P_G: list[list[Pending]], mine: list[int]) -> list[Group]:
     """The groups of all ranks with their verdicts. Collective."""
-    groups = [rewarded(g, pending, run.watch) for g, pending in zip(groups, pending_P_G, strict=True)]
+    pairs = zip(groups, pending_P_G, strict=True)
+    groups = run.ranks.agree(lambda: [rewarded(g, pending, run.watch) for g, pending in pairs])
     leads = run.ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
     return exchange.all_groups(groups if leads else [], mine if leads else [], run.ranks)
 

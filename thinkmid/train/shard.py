@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from thinkmid.errors import UserError
 
 # a rank may wait for the slowest rollout of another
 TIMEOUT = timedelta(hours=2)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,16 @@ class Ranks:
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
 
-    def agree(self, work: Callable[[], None]) -> None:
-        """work() on every rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
-        fault = ""
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """work() of this rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
+        result, fault = None, ""
         try:
-            work()
+            result = work()
         except (UserError, OSError) as error:
-            fault = str(error)
+            fault = str(error) or repr(error)
         for answer in filter(None, self.gather_bytes(fault.encode())):
             raise UserError(answer.decode())
+        return result
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -111,7 +114,7 @@ def _leave(mesh: DeviceMesh) -> None:
 
 def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
     """FSDP2 in place: one group per block, tied weights in the root's. Master weights keep their dtype, gradients are
-    reduced in fp32 (FSDP2 averages them over ranks: the step multiplies its loss by the world size)."""
+    summed over ranks, in fp32."""
     master = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master else None,
@@ -124,4 +127,8 @@ def shard(model, ranks: Ranks, *, compute_dtype: torch.dtype):
         fully_shard(model.embed_tokens, mesh=ranks.mesh, mp_policy=policy)
         fully_shard([model.norm, model.lm_head], mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    # FSDP2 averages where it is not told: neither to divide nor to let the backend do so. Alone it does not divide
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule) and ranks.world > 1):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     return model

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from thinkmid.data.pack import Unit, make_pack
+from thinkmid.model import weights
 from thinkmid.train.shard import Ranks
 from thinkmid.types import Pack
 
@@ -32,19 +33,17 @@ def train_step(
     """Forward and backward over this rank's batches, then one update. Collective: every rank brings as many batches.
 
     Weights in the units carry the step's denominator, so losses are summed, never averaged. Without any batch the
-    optimiser still steps, on zero gradients. A non-finite loss or gradient skips the update on all ranks.
+    optimiser still steps, on zero gradients. A non-finite loss or gradient skips the update on all ranks. Gradients
+    are none between steps.
     """
-    optimizer.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
-    broken: list[str] = []
+    losses: list[tuple[torch.Tensor, list[str]]] = []
     for units in batches:
         pack = make_pack(units, ranks.device)
         loss, more = loss_fn(pack)
-        # FSDP2 averages gradients over ranks; the loss is a sum over them
-        (loss * ranks.world).backward()
+        loss.backward()
+        losses.append((loss.detach(), pack.owner))
         _add(sums, more | {"loss": loss.detach()})
-        if not torch.isfinite(loss):
-            broken += pack.owner
     # the optimiser's parameters, not the model's: those may be whole copies that a forward left behind
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
@@ -55,7 +54,10 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        # what a forward without a backward left whole holds the old weights
+        weights.reshard(model)
     else:
+        broken = [name for loss, owner in losses if not torch.isfinite(loss) for name in owner]
         names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().splitlines()
         stats.broken = names or ["the gradient, though every loss is finite"]
     optimizer.zero_grad(set_to_none=True)
