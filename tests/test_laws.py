@@ -22,8 +22,8 @@ from thinkmid.model import weights
 from thinkmid.rollout import sync
 from thinkmid.train import advantage, exchange, optim, rlmt, shard
 from thinkmid.train.config import LossConfig
+from thinkmid.train.draw import refuse_stale
 from thinkmid.train.loss import logprobs, policy_loss
-from thinkmid.train.rl import refuse_stale
 from thinkmid.train.step import train_step
 
 NAN = float("nan")

@@ -14,7 +14,7 @@ from pathlib import Path
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.rollout.native import NativeEngine
-from thinkmid.train import rl, rlmt
+from thinkmid.train import draw, rlmt
 
 
 def spoilt(run, what):
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     if what in ("engine", "dies", "prompt"):
         NativeEngine._run = spoilt(NativeEngine._run, what)
     if what == "verdict":
-        rl.rewarded = unreadable(rl.rewarded)
+        draw.rewarded = unreadable(draw.rewarded)
     config.run(rlmt.main, argv)

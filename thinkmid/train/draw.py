@@ -1,0 +1,88 @@
+"""A step's groups: each rank draws its share, rewards are asked for while others are still being drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from thinkmid.errors import UserError
+from thinkmid.rollout.engine import collect, seed
+from thinkmid.rollout.judge import Pending
+from thinkmid.train import exchange
+from thinkmid.train.config import RLConfig
+from thinkmid.types import Group, Prompt, Sample, Tally
+
+
+class Reward(Protocol):
+    """Asked about each sample as it finishes, answers when all are drawn."""
+
+    def __call__(self, prompt: Prompt, sample: Sample) -> Pending: ...
+
+    def finish(self, step: int) -> Tally:
+        """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
+
+
+def places(num: int, ranks, share: int) -> list[int]:
+    """Which of a step's prompts this rank draws; `share` neighbours hold one engine and draw the same."""
+    return list(range(ranks.rank // share, num, ranks.world // share))
+
+
+def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[list[Group] | None, list[list[Pending]]]:
+    """This rank's groups, or None when stopped, and the verdicts to come: judged while others are still being drawn.
+
+    Draws depend on (run seed, step, prompt, sibling) alone. Collective: what fails on one rank fails on all.
+    """
+    seeds_P_G = [[seed(cfg.run.seed, step, p.id, g) for g in range(cfg.batch.siblings)] for p in prompts]
+    pending_P_G = [[None] * cfg.batch.siblings for _ in prompts]
+    done, total = 0, len(prompts) * cfg.batch.siblings
+
+    def stop():
+        run.watch.beat()
+        # ranks that share an engine must take the same steps
+        return run.interrupt.requested and cfg.engine.tensor_parallel == 1
+
+    def each(p, g, sample):
+        nonlocal done
+        done += 1
+        run.log.progress("rollout", done, total)
+        if reward:
+            pending_P_G[p][g] = reward(prompts[p], sample)
+
+    return run.ranks.agree(lambda: collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each)), pending_P_G
+
+
+def rewarded(group: Group, pending: list[Pending], watch) -> Group:
+    verdicts = []
+    for answer in pending:
+        verdicts.append(answer())
+        watch.beat()
+    return replace(group, rewards=[v.reward for v in verdicts], whys=[v.why for v in verdicts])
+
+
+def judged(run, cfg: RLConfig, groups: list[Group], pending_P_G: list[list[Pending]], mine: list[int]) -> list[Group]:
+    """The groups of all ranks with their verdicts. Collective."""
+    pairs = zip(groups, pending_P_G, strict=True)
+    groups = run.ranks.agree(lambda: [rewarded(g, pending, run.watch) for g, pending in pairs])
+    leads = run.ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
+    return exchange.all_groups(groups if leads else [], mine if leads else [], run.ranks)
+
+
+def refuse_unjudged(groups: list[Group], limit: float) -> None:
+    whys = [why for g in groups for r, why in zip(g.rewards, g.whys, strict=True) if np.isnan(r)]
+    total = sum(len(g.samples) for g in groups)
+    if len(whys) > limit * total:
+        most = max(set(whys), key=whys.count)
+        raise UserError(
+            f"{len(whys)} of {total} samples have no verdict, most of them for: {most}; the same command goes on here"
+        )
+
+
+def refuse_stale(groups: list[Group], version: int) -> None:
+    for group in groups:
+        for sample in group.samples:
+            if sample.version != version:
+                raise RuntimeError(
+                    f"{group.prompt.id}: drawn with weights of version {sample.version}, the trainer holds {version}"
+                )
