@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import assert_no_worse, assert_same
 
-from thinkmid.kernels import attention
+from thinkmid.kernels import attention, launch
 from thinkmid.kernels.attention import attend_pack, varlen_attention
 from thinkmid.types import Pack
 
@@ -254,12 +254,35 @@ def test_activation_checkpointing_still_keeps_nothing():
         assert torch.equal(a, b)
 
 
-def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed(monkeypatch):
-    from thinkmid.kernels import launch
+def test_a_pack_takes_the_path_of_the_dtype_that_comes(library, monkeypatch):
+    impl, calls = library
+    monkeypatch.setattr(launch, "attention_path", lambda q: impl if q.dtype == torch.bfloat16 else "sdpa")
+    cu_q, cu_k, kv_rows = layout(SHARED[:4])
+    attend = attention.attend_segments(cu_q, cu_k, kv_rows)
+    for dtype, seen in ((torch.float32, 0), (torch.bfloat16, 1), (torch.float32, 1)):
+        attend(0, *random_qkv(int(cu_q[-1]), dtype=dtype))
+        assert len(calls) == seen
 
-    assert launch.attention_path(torch.device("cpu")) == "sdpa"
-    for installed, path in ((object(), "flash-attn"), (None, "torch-varlen")):
-        launch.attention_path.cache_clear()
-        monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name, found=installed: found)
-        assert launch.attention_path(torch.device("cuda")) == path
-    launch.attention_path.cache_clear()
+
+def on(device, dtype):
+    """What a choice of path looks at, of a tensor there."""
+    return types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize(("installed", "path"), [(object(), "flash-attn"), (None, "torch-varlen")])
+def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed_where_that_takes_the_dtype(installed, path, monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.setattr(launch, "has_flash_attn", launch.has_flash_attn.__wrapped__)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert launch.attention_path(on("cuda", dtype)) == path
+        assert launch.attention_path(on("cpu", dtype)) == "sdpa"
+    for dtype in (torch.float32, torch.float64):
+        assert launch.attention_path(on("cuda", dtype)) == "sdpa"
+    # a run's record says both: trainer and engine may differ in dtype
+    monkeypatch.setattr(launch.torch, "empty", lambda n, dtype=torch.float32, device=None: on(device, dtype))
+    assert launch.paths("cuda") == {"attention": f"{path}, in fp32 sdpa", "rows": "triton"}
+
+
+def test_rows_of_fp64_on_a_gpu_take_torch_for_the_kernels_do_not():
+    assert launch.row_path(on("cuda", torch.float64)) == "torch"
+    assert {launch.row_path(on("cuda", t)) for t in (torch.float32, torch.bfloat16, torch.float16)} == {"triton"}

@@ -1,8 +1,8 @@
 """Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
 
 Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, and grouped
-scaled_dot_product_attention calls on CPU. Where segments share keys, autograd keeps those keys once, not once for each
-segment, and adds up their gradients in a fixed order.
+scaled_dot_product_attention calls on CPU and in fp32. Where segments share keys, autograd keeps those keys once, not
+once for each segment, and adds up their gradients in a fixed order.
 """
 
 from __future__ import annotations
@@ -47,23 +47,33 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
     impl: "auto", "flash-attn", "torch-varlen" or "sdpa". Same as softmax(q k^T / sqrt(C)) v per segment.
     """
     _check(q, k, v, cu_q, cu_k, kv_rows)
-    impl = launch.attention_path(q.device) if impl == "auto" else impl
-    if impl == "sdpa":
-        return _sdpa(q, k, v, _plan(cu_q, cu_k, kv_rows, q.device))
-    return _varlen(impl, q, k, v, cu_q, cu_k, _shared(kv_rows, len(k)), _longest(cu_q), _longest(cu_k))
+    return attend_segments(cu_q, cu_k, kv_rows, impl=impl)(0, q, k, v)
 
 
 def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
-    """The attention of one pack as the model wants it; what lengths alone decide is worked out once, not per layer."""
-    device = pack.tokens.device
-    impl = launch.attention_path(device) if impl == "auto" else impl
-    if impl == "sdpa":
-        plan = _plan(pack.cu_q, pack.cu_k, pack.kv_rows, device)
-        return lambda layer, q, k, v: _sdpa(q, k, v, plan)
-    cu_q, cu_k = pack.cu_q.to(device), pack.cu_k.to(device)
-    max_q, max_k = _longest(pack.cu_q), _longest(pack.cu_k)
-    shared = _shared(pack.kv_rows, len(pack.tokens))
-    return lambda layer, q, k, v: _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k)
+    """The attention of one pack as the model wants it."""
+    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl)
+
+
+def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
+    """varlen_attention of the same segments in every layer. What lengths alone decide is worked out once, at first use.
+
+    cu_q, cu_k on the CPU cost no wait for the device.
+    """
+
+    @cache
+    def ready(impl, device, num_keys):
+        if impl == "sdpa":
+            plan = _plan(cu_q, cu_k, kv_rows, device)
+            return lambda q, k, v: _sdpa(q, k, v, plan)
+        lengths = (cu_q.to(device), cu_k.to(device), _longest(cu_q), _longest(cu_k))
+        shared = _shared(kv_rows, num_keys)
+        return lambda q, k, v: _varlen(impl, q, k, v, shared, *lengths)
+
+    def attend(layer, q, k, v):
+        return ready(launch.attention_path(q) if impl == "auto" else impl, q.device, len(k))(q, k, v)
+
+    return attend
 
 
 def _check(q, k, v, cu_q, cu_k, kv_rows):
@@ -80,7 +90,7 @@ def _longest(cu):
     return int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
 
 
-def _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k):
+def _varlen(impl, q, k, v, shared, cu_q, cu_k, max_q, max_k):
     call = _flash_attn() if impl == "flash-attn" else _torch_varlen()
     if shared is None:
         return call(q, k, v, cu_q, cu_k, max_q, max_k)
