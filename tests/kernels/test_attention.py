@@ -236,6 +236,17 @@ def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
     assert torch.equal(dk[:, 0, 0], kv_rows.bincount(minlength=len(k)).double())
 
 
+def test_the_gradient_of_shared_keys_waits_for_no_number():
+    shared = attention._shared(torch.tensor([0, 0, 3, 1, 0]), 4)
+    x = torch.randn(4, 2, 6, requires_grad=True)
+    y = attention._Gather.apply(x, *shared)
+    with torch.profiler.profile() as profile:
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx[:, 0, 0].tolist() == [3, 1, 0, 1]
+    # what a GPU would hand to the host: .item() ends there, in C++ too
+    assert not [e.name for e in profile.events() if e.name == "aten::_local_scalar_dense"]
+
+
 def test_activation_checkpointing_still_keeps_nothing():
     cu_q, cu_k, kv_rows = layout(SHARED)
     qkv = random_qkv(int(cu_q[-1]))
