@@ -129,6 +129,7 @@ def fake_flash(calls, monkeypatch):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         assert causal
+        assert deterministic
         assert (dropout_p, softmax_scale, window_size, return_attn_probs) == (0.0, None, (-1, -1), False)
         return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
 
@@ -234,6 +235,61 @@ def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
     assert torch.equal(saved[0][1], k[kv_rows])
     assert torch.equal(saved[0][2], v[kv_rows])
     assert torch.equal(dk[:, 0, 0], kv_rows.bincount(minlength=len(k)).double())
+
+
+class Modes(torch.autograd.Function):
+    """A library's attention, whose backward writes down torch's mode, as its kernel reads it."""
+
+    seen = None  # a list
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return q * 2
+
+    @staticmethod
+    def backward(ctx, do):
+        Modes.seen.append(torch.get_deterministic_debug_mode())
+        return do * 2, None, None
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_torchs_varlen_backward_is_deterministic_and_nothing_else_is_made_so(mode, checkpointed, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: Modes.apply(q, k, v))
+    monkeypatch.setattr(Modes, "seen", [])
+    attention._torch_varlen.cache_clear()
+    around = []
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+
+    def layer(q, k, v):
+        q = q * 1
+        q.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # after attention's backward
+        out = varlen_attention(q, k, v, cu, cu, impl="torch-varlen") * 1
+        out.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # before it
+        return out
+
+    torch.set_deterministic_debug_mode(mode)
+    expected = torch.get_deterministic_debug_mode()
+    q, k, v = random_qkv(8, heads=2)
+    out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False) if checkpointed else layer(q, k, v)
+    assert torch.equal(*torch.autograd.grad(out.sum(), q), torch.full_like(q, 2))
+    attention._torch_varlen.cache_clear()
+    assert Modes.seen == [2]
+    assert around == [expected] * 2
+    assert torch.get_deterministic_debug_mode() == expected
+
+
+def test_the_backward_of_torchs_own_op_is_what_the_mode_is_set_around(monkeypatch):
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(dtype == torch.bfloat16)
+
+    modes, set_mode = [], torch.set_deterministic_debug_mode
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: (modes.append(mode), set_mode(mode))[1])
+    qkv, cu = (empty(8, 4, 16), empty(8, 2, 16), empty(8, 2, 16)), empty(2, dtype=torch.int32)
+    out = attention._torch_varlen()(*qkv, cu, cu, 8, 8)
+    assert "varlen_attn" in type(out.grad_fn).__name__
+    torch.autograd.grad(out.sum(), qkv)
+    assert modes == ["error", torch.get_deterministic_debug_mode()]
 
 
 def test_the_gradient_of_shared_keys_waits_for_no_number():

@@ -1,8 +1,9 @@
 """Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
 
-Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, and grouped
-scaled_dot_product_attention calls on CPU and in fp32. Where segments share keys, autograd keeps those keys once, not
-once for each segment, and adds up their gradients in a fixed order.
+Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, both with their
+deterministic backward, and grouped scaled_dot_product_attention calls on CPU and in fp32. Where segments share keys,
+autograd keeps those keys once, not once for each segment. Their gradients are added up in a fixed order, except by sdpa
+on a GPU, which torch leaves open.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _flash_attn():
     from flash_attn import flash_attn_varlen_func
 
     return lambda q, k, v, cu_q, cu_k, max_q, max_k: flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, causal=True
+        q, k, v, cu_q, cu_k, max_q, max_k, causal=True, deterministic=True
     )
 
 
@@ -173,11 +174,32 @@ def _torch_varlen():
 
     def call(q, k, v, cu_q, cu_k, max_q, max_k):
         if knows_gqa:
-            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True)
+            return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+        return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0)))
 
     return call
+
+
+def _repeatable(out):
+    """out, whose own backward runs in torch's deterministic mode: elsewhere it adds up dq in whatever order comes.
+
+    The mode is global and would refuse other ops of a training step, so it is on for this one alone.
+    """
+    if out.grad_fn is None:
+        return out
+    was = []
+
+    def enter(_):
+        was.append(torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("error")
+
+    def leave(*_):
+        torch.set_deterministic_debug_mode(was.pop())
+
+    out.grad_fn.register_prehook(enter)
+    out.grad_fn.register_hook(leave)
+    return out
 
 
 def _sdpa(q, k, v, plan):
