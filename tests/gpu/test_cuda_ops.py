@@ -82,9 +82,10 @@ def test_ragged_policy_loss_is_that_of_the_cpu_in_fp64_and_repeats(num):
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_ragged_attention_with_a_shared_prefix_is_that_of_fp64(kv_heads):
-    """A prefix of 33 tokens and replies of 1, 70 and 129, each attending to the prefix and itself."""
+def test_ragged_attention_with_a_shared_prefix_is_that_of_fp64(kv_heads, dtype):
+    """A prefix of 33 tokens and replies of 1, 70 and 129, each attending to the prefix and itself; bf16 repeats."""
     prefix, replies, heads, size = 33, (1, 70, 129), 8, 64
     starts = torch.tensor([prefix, *replies]).cumsum(0)
     own = [torch.arange(a, b) for a, b in pairwise(starts.tolist())]
@@ -93,8 +94,8 @@ def test_ragged_attention_with_a_shared_prefix_is_that_of_fp64(kv_heads):
     cu_k = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0).int()
     kv_rows = torch.cat(rows).cuda()
     total = int(starts[-1])
-    q = torch.randn(total, heads, size, device="cuda").bfloat16()
-    k, v = (torch.randn(total, kv_heads, size, device="cuda").bfloat16() for _ in range(2))
+    q = torch.randn(total, heads, size, device="cuda").to(dtype)
+    k, v = (torch.randn(total, kv_heads, size, device="cuda").to(dtype) for _ in range(2))
 
     def plain(q, k, v):
         outs, k, v = [], k[kv_rows], v[kv_rows]
@@ -108,7 +109,10 @@ def test_ragged_attention_with_a_shared_prefix_is_that_of_fp64(kv_heads):
 
     inputs, learn = [q, k, v], [True] * 3
     cu_q, cu_k = cu_q.cuda(), cu_k.cuda()
-    got = results(lambda q, k, v: kernels.varlen_attention(q, k, v, cu_q, cu_k, kv_rows), inputs, learn)
+    got, again = (
+        results(lambda q, k, v: kernels.varlen_attention(q, k, v, cu_q, cu_k, kv_rows), inputs, learn) for _ in range(2)
+    )
+    assert dtype == torch.float32 or all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     want, other = results(plain, [x.double() for x in inputs], learn), results(plain, inputs, learn)
     for mine, exact, naive in zip(got, want, other, strict=True):
         # by norm: the keys of a prefix sum over all replies and heads, and the largest error is one such sum's luck

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import assert_no_worse, assert_same
 
-from thinkmid.kernels import attention
+from thinkmid.kernels import attention, launch
 from thinkmid.kernels.attention import attend_pack, varlen_attention
 from thinkmid.types import Pack
 
@@ -129,6 +129,7 @@ def fake_flash(calls, monkeypatch):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         assert causal
+        assert deterministic
         assert (dropout_p, softmax_scale, window_size, return_attn_probs) == (0.0, None, (-1, -1), False)
         return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
 
@@ -236,6 +237,72 @@ def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
     assert torch.equal(dk[:, 0, 0], kv_rows.bincount(minlength=len(k)).double())
 
 
+class Modes(torch.autograd.Function):
+    """A library's attention, whose backward writes down torch's mode, as its kernel reads it."""
+
+    seen = None  # a list
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return q * 2
+
+    @staticmethod
+    def backward(ctx, do):
+        Modes.seen.append(torch.get_deterministic_debug_mode())
+        return do * 2, None, None
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_torchs_varlen_backward_is_deterministic_and_nothing_else_is_made_so(mode, checkpointed, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: Modes.apply(q, k, v))
+    monkeypatch.setattr(Modes, "seen", [])
+    attention._torch_varlen.cache_clear()
+    around = []
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+
+    def layer(q, k, v):
+        q = q * 1
+        q.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # after attention's backward
+        out = varlen_attention(q, k, v, cu, cu, impl="torch-varlen") * 1
+        out.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # before it
+        return out
+
+    torch.set_deterministic_debug_mode(mode)
+    expected = torch.get_deterministic_debug_mode()
+    q, k, v = random_qkv(8, heads=2)
+    out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False) if checkpointed else layer(q, k, v)
+    assert torch.equal(*torch.autograd.grad(out.sum(), q), torch.full_like(q, 2))
+    attention._torch_varlen.cache_clear()
+    assert Modes.seen == [2]
+    assert around == [expected] * 2
+    assert torch.get_deterministic_debug_mode() == expected
+
+
+def test_the_backward_of_torchs_own_op_is_what_the_mode_is_set_around(monkeypatch):
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(dtype == torch.bfloat16)
+
+    modes, set_mode = [], torch.set_deterministic_debug_mode
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: (modes.append(mode), set_mode(mode))[1])
+    qkv, cu = (empty(8, 4, 16), empty(8, 2, 16), empty(8, 2, 16)), empty(2, dtype=torch.int32)
+    out = attention._torch_varlen()(*qkv, cu, cu, 8, 8)
+    assert "varlen_attn" in type(out.grad_fn).__name__
+    torch.autograd.grad(out.sum(), qkv)
+    assert modes == ["error", torch.get_deterministic_debug_mode()]
+
+
+def test_the_gradient_of_shared_keys_waits_for_no_number():
+    shared = attention._shared(torch.tensor([0, 0, 3, 1, 0]), 4)
+    x = torch.randn(4, 2, 6, requires_grad=True)
+    y = attention._Gather.apply(x, *shared)
+    with torch.profiler.profile() as profile:
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx[:, 0, 0].tolist() == [3, 1, 0, 1]
+    # what a GPU would hand to the host: .item() ends there, in C++ too
+    assert not [e.name for e in profile.events() if e.name == "aten::_local_scalar_dense"]
+
+
 def test_activation_checkpointing_still_keeps_nothing():
     cu_q, cu_k, kv_rows = layout(SHARED)
     qkv = random_qkv(int(cu_q[-1]))
@@ -254,12 +321,35 @@ def test_activation_checkpointing_still_keeps_nothing():
         assert torch.equal(a, b)
 
 
-def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed(monkeypatch):
-    from thinkmid.kernels import launch
+def test_a_pack_takes_the_path_of_the_dtype_that_comes(library, monkeypatch):
+    impl, calls = library
+    monkeypatch.setattr(launch, "attention_path", lambda q: impl if q.dtype == torch.bfloat16 else "sdpa")
+    cu_q, cu_k, kv_rows = layout(SHARED[:4])
+    attend = attention.attend_segments(cu_q, cu_k, kv_rows)
+    for dtype, seen in ((torch.float32, 0), (torch.bfloat16, 1), (torch.float32, 1)):
+        attend(0, *random_qkv(int(cu_q[-1]), dtype=dtype))
+        assert len(calls) == seen
 
-    assert launch.attention_path(torch.device("cpu")) == "sdpa"
-    for installed, path in ((object(), "flash-attn"), (None, "torch-varlen")):
-        launch.attention_path.cache_clear()
-        monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name, found=installed: found)
-        assert launch.attention_path(torch.device("cuda")) == path
-    launch.attention_path.cache_clear()
+
+def on(device, dtype):
+    """What a choice of path looks at, of a tensor there."""
+    return types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize(("installed", "path"), [(object(), "flash-attn"), (None, "torch-varlen")])
+def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed_where_that_takes_the_dtype(installed, path, monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.setattr(launch, "has_flash_attn", launch.has_flash_attn.__wrapped__)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert launch.attention_path(on("cuda", dtype)) == path
+        assert launch.attention_path(on("cpu", dtype)) == "sdpa"
+    for dtype in (torch.float32, torch.float64):
+        assert launch.attention_path(on("cuda", dtype)) == "sdpa"
+    # a run's record says both: trainer and engine may differ in dtype
+    monkeypatch.setattr(launch.torch, "empty", lambda n, dtype=torch.float32, device=None: on(device, dtype))
+    assert launch.paths("cuda") == {"attention": f"{path}, in fp32 sdpa", "rows": "triton"}
+
+
+def test_rows_of_fp64_on_a_gpu_take_torch_for_the_kernels_do_not():
+    assert launch.row_path(on("cuda", torch.float64)) == "torch"
+    assert {launch.row_path(on("cuda", t)) for t in (torch.float32, torch.bfloat16, torch.float16)} == {"triton"}

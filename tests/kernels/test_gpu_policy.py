@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import assert_no_worse
+from thinkmid.kernels import dr_grpo_loss, launch
 from thinkmid.kernels.gpu import policy as gpu
 from thinkmid.kernels.policy import DevicePolicy
 
@@ -94,6 +95,23 @@ def test_the_caps_may_be_off():
 def test_entropy_may_be_absent():
     logp, policy, _ = case(70)
     check(logp, policy, None)
+
+
+@pytest.mark.parametrize("path", ["triton", "cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_may_be_a_column_and_of_another_dtype(path, dtype, monkeypatch):
+    if path == "cpp" and DEVICE != "cpu":
+        pytest.skip("csrc is for the CPU")
+    monkeypatch.setattr(launch, "row_path", lambda x: path)
+    logp, policy, entropy = case(70)
+    table = torch.stack((entropy, torch.full_like(entropy, 99.0)), 1).to(dtype).requires_grad_()
+    loss, metrics = dr_grpo_loss(logp, policy.adv, denom=4.0, mask=policy.mask, entropy=table[:, 0], entropy_coef=0.5)
+    plain, _ = dr_grpo_loss(logp, policy.adv, denom=4.0, mask=policy.mask)
+    bonus = 0.5 / 4 * (policy.mask * entropy).sum()
+    torch.testing.assert_close(loss, plain - bonus)
+    torch.testing.assert_close(metrics.entropy, entropy[policy.mask != 0].sum())
+    (slope,) = torch.autograd.grad(loss, table)
+    torch.testing.assert_close(slope[:, 0], (-0.5 / 4 * policy.mask).to(dtype))
 
 
 def test_on_policy_the_ratio_is_exactly_1_and_nothing_is_clipped():

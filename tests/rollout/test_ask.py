@@ -4,7 +4,9 @@ from conftest import TINY, random_model
 
 from thinkmid.errors import UserError
 from thinkmid.model import weights
+from thinkmid.rollout import judging
 from thinkmid.rollout.ask import JUDGE, EngineAsk, SwapAsk, choices
+from thinkmid.rollout.engine import EngineConfig, Sampling
 from thinkmid.rollout.judge import JudgeError
 from thinkmid.rollout.native import NativeEngine
 from thinkmid.text import Text
@@ -72,3 +74,25 @@ def test_swapped_weights_answer_all_questions_after_one_load():
     engine.load_weights(weights.stream(random_model(seed=0)), 5)  # the next step's sync
     assert ask("question")() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)
     assert loads == [0, 0]
+
+
+def test_a_resident_judge_has_a_cache_of_its_own_size(monkeypatch, tmp_path):
+    built = {}
+
+    def build(config, folder, shape, text, **options):
+        built.update(vars(config), folder=folder, **options)
+        return make_engine()
+
+    weights.save(tmp_path, TINY, weights.stream(random_model()), dtype=torch.float32)
+    monkeypatch.setattr(judging, "make_engine", build)
+    policy = EngineConfig(kind="vllm", kv_gb=36.0, dtype="bfloat16")
+    judge = judging.JudgeConfig(kind="resident", engine="vllm", folder=str(tmp_path), kv_gb=2.5)
+    judging.make_ask(judge, policy, Sampling(), None, None, (TINY, Words([7], [8])), "cpu", 400)
+    assert (built["kv_gb"], built["kind"], built["dtype"]) == (2.5, "vllm", "bfloat16")
+    assert built["sleep"] is False
+    assert 0 < judging.JudgeConfig().kv_gb < 8
+
+
+def test_a_cache_of_no_size_is_refused():
+    with pytest.raises(ValueError, match=r"kv_gb must be positive, got 0\.0"):
+        judging.JudgeConfig(kv_gb=0.0)

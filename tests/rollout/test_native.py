@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
-from thinkmid.kernels import launch
+from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine import Sampling, collect
@@ -349,3 +349,19 @@ def test_the_consumer_of_a_running_generation_may_train(endless):
     engine, _ = make_engine(endless)
     for _ in engine.generate(make_prompts(endless.vocab_size), seeds(6, 1), Sampling(max_think=2)):
         assert not torch.is_inference_mode_enabled()
+
+
+def test_lengths_are_worked_out_once_for_all_layers(endless, monkeypatch):
+    engine, model = make_engine(endless)
+    plans, plan = [], attention._plan
+    monkeypatch.setattr(attention, "_plan", lambda *given: plans.append(given) or plan(*given))
+    answers = [engine.ask(prompt.tokens, (3, 4)) for prompt in make_prompts(endless.vocab_size)]
+    engine.drain()
+    assert len(plans) == 1
+    collect(engine, make_prompts(endless.vocab_size), seeds(len(LENGTHS), 2), Sampling(max_think=1))
+    assert len(plans) == 2
+    monkeypatch.undo()
+    for answer, prompt in zip(answers, make_prompts(endless.vocab_size), strict=True):
+        with torch.no_grad():
+            logits = model.logits(torch.tensor(prompt.tokens))[-1]
+        assert answer() == pytest.approx((logits[3] - logits[4]).sigmoid().item(), rel=1e-4)

@@ -1,8 +1,9 @@
 """Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
 
-Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, and grouped
-scaled_dot_product_attention calls on CPU. Where segments share keys, autograd keeps those keys once, not once for each
-segment, and adds up their gradients in a fixed order.
+Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, both with their
+deterministic backward, and grouped scaled_dot_product_attention calls on CPU and in fp32. Where segments share keys,
+autograd keeps those keys once, not once for each segment. Their gradients are added up in a fixed order, except by sdpa
+on a GPU, which torch leaves open.
 """
 
 from __future__ import annotations
@@ -47,23 +48,33 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
     impl: "auto", "flash-attn", "torch-varlen" or "sdpa". Same as softmax(q k^T / sqrt(C)) v per segment.
     """
     _check(q, k, v, cu_q, cu_k, kv_rows)
-    impl = launch.attention_path(q.device) if impl == "auto" else impl
-    if impl == "sdpa":
-        return _sdpa(q, k, v, _plan(cu_q, cu_k, kv_rows, q.device))
-    return _varlen(impl, q, k, v, cu_q, cu_k, _shared(kv_rows, len(k)), _longest(cu_q), _longest(cu_k))
+    return attend_segments(cu_q, cu_k, kv_rows, impl=impl)(0, q, k, v)
 
 
 def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
-    """The attention of one pack as the model wants it; what lengths alone decide is worked out once, not per layer."""
-    device = pack.tokens.device
-    impl = launch.attention_path(device) if impl == "auto" else impl
-    if impl == "sdpa":
-        plan = _plan(pack.cu_q, pack.cu_k, pack.kv_rows, device)
-        return lambda layer, q, k, v: _sdpa(q, k, v, plan)
-    cu_q, cu_k = pack.cu_q.to(device), pack.cu_k.to(device)
-    max_q, max_k = _longest(pack.cu_q), _longest(pack.cu_k)
-    shared = _shared(pack.kv_rows, len(pack.tokens))
-    return lambda layer, q, k, v: _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k)
+    """The attention of one pack as the model wants it."""
+    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl)
+
+
+def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
+    """varlen_attention of the same segments in every layer. What lengths alone decide is worked out once, at first use.
+
+    cu_q, cu_k on the CPU cost no wait for the device.
+    """
+
+    @cache
+    def ready(impl, device, num_keys):
+        if impl == "sdpa":
+            plan = _plan(cu_q, cu_k, kv_rows, device)
+            return lambda q, k, v: _sdpa(q, k, v, plan)
+        lengths = (cu_q.to(device), cu_k.to(device), _longest(cu_q), _longest(cu_k))
+        shared = _shared(kv_rows, num_keys)
+        return lambda q, k, v: _varlen(impl, q, k, v, shared, *lengths)
+
+    def attend(layer, q, k, v):
+        return ready(launch.attention_path(q) if impl == "auto" else impl, q.device, len(k))(q, k, v)
+
+    return attend
 
 
 def _check(q, k, v, cu_q, cu_k, kv_rows):
@@ -80,7 +91,7 @@ def _longest(cu):
     return int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
 
 
-def _varlen(impl, q, k, v, cu_q, cu_k, shared, max_q, max_k):
+def _varlen(impl, q, k, v, shared, cu_q, cu_k, max_q, max_k):
     call = _flash_attn() if impl == "flash-attn" else _torch_varlen()
     if shared is None:
         return call(q, k, v, cu_q, cu_k, max_q, max_k)
@@ -115,7 +126,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, dout):
         order, num_readers = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
-        dx = torch.segment_reduce(dout[order].to(wide), "sum", lengths=num_readers, axis=0, initial=0)
+        # unsafe: its check of the lengths, which are counted in _shared, waits for the device twice
+        dx = torch.segment_reduce(dout[order].to(wide), "sum", lengths=num_readers, axis=0, initial=0, unsafe=True)
         return dx.to(dout.dtype), None, None, None
 
 
@@ -148,7 +160,7 @@ def _flash_attn():
     from flash_attn import flash_attn_varlen_func
 
     return lambda q, k, v, cu_q, cu_k, max_q, max_k: flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, causal=True
+        q, k, v, cu_q, cu_k, max_q, max_k, causal=True, deterministic=True
     )
 
 
@@ -162,11 +174,32 @@ def _torch_varlen():
 
     def call(q, k, v, cu_q, cu_k, max_q, max_k):
         if knows_gqa:
-            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True)
+            return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+        return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0)))
 
     return call
+
+
+def _repeatable(out):
+    """out, whose own backward runs in torch's deterministic mode: elsewhere it adds up dq in whatever order comes.
+
+    The mode is global and would refuse other ops of a training step, so it is on for this one alone.
+    """
+    if out.grad_fn is None:
+        return out
+    was = []
+
+    def enter(_):
+        was.append(torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("error")
+
+    def leave(*_):
+        torch.set_deterministic_debug_mode(was.pop())
+
+    out.grad_fn.register_prehook(enter)
+    out.grad_fn.register_hook(leave)
+    return out
 
 
 def _sdpa(q, k, v, plan):

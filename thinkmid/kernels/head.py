@@ -184,7 +184,7 @@ def _from_tiles(hidden, weight, bias, job, want_entropy):
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         raise ValueError('chunk="tiles" is for scoring: it has no gradient, and these inputs require one')
     if launch.row_path(hidden) != "triton":
-        raise ValueError(f'chunk="tiles" is a kernel for GPUs, got tensors on {hidden.device}')
+        raise ValueError(f'chunk="tiles" is a kernel for GPUs, got {hidden.dtype} on {hidden.device}')
     from thinkmid.kernels.gpu.logprob import linear_logprob_forward
 
     index = job.valid_rows()

@@ -1,4 +1,4 @@
-"""Which path an op takes. Chosen from the device and what is installed; said once, stored with the run."""
+"""Which path an op takes. Chosen from device, dtype and what is installed; said once, stored with the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from torch import Tensor
 
 
 @cache
-def attention_path(device: torch.device) -> str:
-    """ "sdpa" on CPU, "flash-attn" on a GPU where that package is installed, else "torch-varlen"."""
-    if device.type == "cpu":
+def has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_path(q: Tensor) -> str:
+    """ "sdpa" on CPU and for fp32 and fp64; on a GPU "flash-attn" where that is installed, else "torch-varlen"."""
+    # the kernels of both take 16 bits alone
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
-    return "flash-attn" if importlib.util.find_spec("flash_attn") else "torch-varlen"
+    return "flash-attn" if has_flash_attn() else "torch-varlen"
 
 
 @cache
@@ -24,20 +29,22 @@ def has_cpp() -> bool:
 
 
 def row_path(x: Tensor) -> str:
-    """ "triton" on a GPU, "cpp" for fp32 on the CPU where csrc was built, else "torch"."""
+    """ "triton" on a GPU but for fp64, "cpp" for fp32 on the CPU where csrc was built, else "torch"."""
     if x.is_cuda:
-        return "triton"
+        return "torch" if x.dtype == torch.float64 else "triton"
     return "cpp" if x.dtype == torch.float32 and x.device.type == "cpu" and has_cpp() else "torch"
 
 
 def paths(device: torch.device) -> dict[str, str]:
     """What runs on a device, for the record."""
+    half, full = (attention_path(torch.empty(0, dtype=t, device=device)) for t in (torch.bfloat16, torch.float32))
+    attention = half if half == full else f"{half}, in fp32 {full}"
     rows = row_path(torch.empty(0, device=device))
     if rows == "cpp":
         from thinkmid import _csrc
 
         rows = f"cpp, {_csrc.isa()}"
-    return {"attention": attention_path(device), "rows": rows}
+    return {"attention": attention, "rows": rows}
 
 
 def address(x: Tensor | None) -> int:

@@ -209,7 +209,10 @@ def make_policy(
 
 
 def policy_rows(logp, policy: Policy, entropy=None):
-    """Each row's loss and its derivative with respect to logp, (R,) each, and the fields of Metrics in one tensor."""
+    """Each row's loss and its derivative with respect to logp, (R,) each, and the fields of Metrics in one tensor.
+
+    logp, entropy (R,), contiguous, of one dtype and without a graph.
+    """
     path = launch.row_path(logp)
     if path == "triton":
         from thinkmid.kernels.gpu.policy import policy_rows as triton_rows
@@ -221,6 +224,8 @@ def policy_rows(logp, policy: Policy, entropy=None):
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, entropy, policy):
+        # the kernels read both as plain rows
+        entropy = None if entropy is None else entropy.detach().to(logp.dtype).contiguous()
         term, dlogp, sums = policy_rows(logp.detach().contiguous(), policy, entropy)
         ctx.save_for_backward(dlogp, policy.mask)
         ctx.dentropy = -policy.entropy_coef / policy.denom
@@ -241,7 +246,6 @@ def _rows_cpp(logp, policy: Policy, entropy):
     from thinkmid import _csrc
 
     term, dlogp, sums = torch.empty_like(logp), torch.empty_like(logp), logp.new_empty(len(Metrics._fields))
-    entropy = None if entropy is None else entropy.detach().contiguous()
     pointers = [launch.address(x) for x in (logp, *policy.tensors().values(), entropy, term, dlogp, sums)]
     _csrc.policy_rows(len(logp), pointers, policy.scalars)
     return term, dlogp, sums
@@ -273,11 +277,11 @@ def _rows_torch(logp, policy: Policy, entropy):
         if policy.beta:
             term, dlogp = term + policy.beta * kl, dlogp + policy.beta * (1 - delta.exp())
     if entropy is not None and policy.entropy_coef:
-        term = term - policy.entropy_coef * entropy.detach()
+        term = term - policy.entropy_coef * entropy
     live, scale = mask != 0, mask / policy.denom
     high = clipped & (adv > 0)
     counted = [live, ratio, clipped & ~high, high, gap.abs(), raw >= policy.is_cap, importance, kl]
-    counted.append(torch.zeros_like(logp) if entropy is None else entropy.detach())
+    counted.append(torch.zeros_like(logp) if entropy is None else entropy)
     sums = [torch.where(live, x, 0).sum().to(logp.dtype) for x in counted]
     most = torch.where(live, gap.abs(), 0).amax() if len(logp) else sums[0]
     zero = torch.zeros_like(term)

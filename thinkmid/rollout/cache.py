@@ -36,38 +36,46 @@ def _torch(cache, families, count, longest):
     num, num_keys = len(count), cache.k[0].shape[1]
     length = min(-(-longest // KEY_STEP) * KEY_STEP, cache.max_len)
     unseen = torch.arange(length, device=count.device) > count[:, None]
-    bias, rows = bias_of(unseen, num_keys, cache.k[0].dtype), torch.arange(num, device=count.device)
+    bias, rows = bias_of(unseen, num_keys), torch.arange(num, device=count.device)
 
     def attend(layer, q, k, v):
-        size = q.shape[-1]
         cache.k[layer][rows, :, :, count] = k
         cache.v[layer][rows, :, count] = v
         # the heads of a group are queries of one key head
-        q = (q * size**-0.5).reshape(num * num_keys, -1, size)  # (B*K, H/K, C)
-        own, own_lse = partial_attention(q, *cache.first(layer, num, length), bias)
+        heads = q.reshape(num * num_keys, -1, q.shape[-1])  # (B*K, H/K, C)
+        own, own_lse = partial_attention(heads, *cache.first(layer, num, length), bias)
         if families.length:
-            out, lse = families.attention(layer, q)
-            own = own.lerp_(out, (lse - own_lse).sigmoid_().to(own.dtype))
-        return own.view(num, -1, size)
+            out, lse = families.attention(layer, heads)
+            own = own.lerp_(out, (lse - own_lse).sigmoid_())
+        return own.view_as(q).to(q.dtype)
 
     return attend
 
 
 def partial_attention(q, k, v, bias):
-    """Attention over some of the keys, and the log of its denominator, (N, m, 1) fp32, by which parts are weighed.
+    """Attention over some of the keys, and the log of its denominator, (N, m, 1), by which parts are weighed; fp32.
 
-    q (N, m, C), already scaled; k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite,
-    so that a part without keys weighs 0; None: all keys are seen.
+    q (N, m, C); k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite, so that a part
+    without keys weighs 0; None: all keys are seen.
     """
-    scores = (torch.bmm(q, k) if bias is None else torch.baddbmm(bias, q, k)).float()
+    scores, scale = _product(q, k), q.shape[-1] ** -0.5
+    scores = scores.mul_(scale) if bias is None else torch.add(bias, scores, alpha=scale)
     p = scores.softmax(-1)
     lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()  # logsumexp would take another pass
-    return torch.bmm(p.to(v.dtype), v), lse
+    return _product(p.to(v.dtype), v), lse
 
 
-def bias_of(unseen, num_keys, dtype):
+def _product(x, y):
+    """x @ y (N, m, n) in fp32: 16 bits would round scores of 10 by 0.03."""
+    if x.dtype == torch.float32:
+        return torch.bmm(x, y)
+    # on a GPU from 16 bits with fp32 sums; the CPU's products know no other dtype than their inputs'
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
+
+
+def bias_of(unseen, num_keys):
     """(N*K, 1, length) what to add to the scores: NEVER where unseen (N, length), else 0."""
-    bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, NEVER)
+    bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, NEVER)
     return bias.repeat_interleave(num_keys, 0)[:, None]
 
 
@@ -137,7 +145,7 @@ class Families:
     def _group(self, length_A, slot_B):
         """All siblings query their prefix at once: a matrix product instead of one row at a time."""
         cache = self.cache
-        device, dtype, num_keys = cache.k[0].device, cache.k[0].dtype, cache.k[0].shape[1]
+        device, num_keys = cache.k[0].device, cache.k[0].shape[1]
         num_A = np.bincount(slot_B, minlength=len(length_A))
         order, most = slot_B.argsort(kind="stable"), int(num_A.max(initial=0))
         place_B = np.empty_like(slot_B)  # of each row among its siblings
@@ -153,7 +161,7 @@ class Families:
         self._bias = None
         if (length_A < self.length).any():
             unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
-            self._bias = bias_of(unseen, num_keys, dtype)
+            self._bias = bias_of(unseen, num_keys)
 
     def attention(self, layer, q):
         """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""

@@ -28,6 +28,7 @@ class JudgeConfig:
     overlap: float = 0.6  # match: word F1 from which sentences without numbers agree
     folder: str = ""  # swap, resident: Hugging Face folder of the judge
     engine: Literal["native", "vllm"] = "native"  # resident: what runs it
+    kv_gb: float = 4.0  # resident, vllm: GB of KV cache on each rank, beside engine.kv_gb
     template: str = "same-meaning"  # of the question: same-meaning, very-similar, semantic-prefix, short
     votes: int = 1  # questions per continuation, each with another nonce
     combine: Literal["mean", "majority"] = "mean"  # of the votes' P(yes)
@@ -48,8 +49,9 @@ class JudgeConfig:
         for name, low in (("votes", 1), ("retries", 0), ("canary_every", 0), ("workers", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+        for name in ("timeout_s", "kv_gb"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         needs = {"swap": ("folder",), "resident": ("folder",), "remote": ("url", "model")}
         for name in needs.get(self.kind, ()):
             if not getattr(self, name):
@@ -142,7 +144,7 @@ def make_ask(
         stream = lambda: weights.stream_folder(judge.folder, config.dtype)  # noqa: E731
         return SwapAsk(EngineAsk(engine, text, max_len), engine, stream), nothing
     longest = min(shape.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
-    beside = replace(config, kind=judge.engine, sleep=False, max_len=0, tensor_parallel=1)
+    beside = replace(config, kind=judge.engine, kv_gb=judge.kv_gb, sleep=False, max_len=0, tensor_parallel=1)
     resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
     resident.load_weights(weights.stream_folder(judge.folder, beside.dtype), 0)
     return EngineAsk(resident, text, longest), nothing

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thinkmid.kernels.attention import varlen_attention
+from thinkmid.kernels.attention import attend_segments
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.cache import Cache, Prefixes, attention
@@ -112,18 +112,19 @@ class NativeEngine:
             while self._asked and (not batch or len(self._asked[0][0]) <= room):
                 batch.append(self._asked.pop(0))
                 room -= len(batch[-1][0])
-            for (_, (yes, no), answer), row in zip(batch, self._last_logits([t for t, _, _ in batch]), strict=True):
-                answer.p = torch.sigmoid(row[yes] - row[no]).item()
+            logits = self._last_logits([tokens for tokens, _, _ in batch])
+            yes, no = logits.gather(1, torch.tensor([choices for _, choices, _ in batch], device=self._device)).T
+            for (_, _, answer), p in zip(batch, (yes - no).sigmoid().tolist(), strict=True):
+                answer.p = p
 
     def _last_logits(self, sequences):
         """Logits (S, V) fp32 after the last token of each of S sequences."""
         lengths = torch.tensor([len(tokens) for tokens in sequences])
-        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(self._device)
+        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         tokens = torch.tensor([t for tokens in sequences for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
         rows = (lengths.cumsum(0) - 1).to(self._device)
-        attend = lambda layer, q, k, v: varlen_attention(q, k, v, cu, cu)  # noqa: E731
-        return self._model(tokens, positions, attend, rows=rows).float()
+        return self._model(tokens, positions, attend_segments(cu, cu), rows=rows).float()
 
     def _admit(self, taken, prompts, rows, prefixes):
         """Give each sequence a row, and each new prompt a slot that holds its prefix."""
@@ -143,14 +144,15 @@ class NativeEngine:
         tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
         cache, last = prefixes.cache, self._model.cfg.layers - 1
+        segments, spans = attend_segments(cu, cu), list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
 
         def attend(layer, q, k, v):
-            for (p, _), lo, hi in zip(batch, cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+            for (p, _), (lo, hi) in zip(batch, spans, strict=True):
                 cache.k[layer][prefixes.slot[p], :, :, : hi - lo] = k[lo:hi].permute(1, 2, 0)  # (K, C, p-1)
                 cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)  # (K, p-1, C)
             if layer == last:
                 return q  # nobody reads what comes after the last keys and values
-            return varlen_attention(q, k, v, cu.to(q.device), cu.to(q.device))
+            return segments(layer, q, k, v)
 
         no_rows = torch.empty(0, dtype=torch.long, device=self._device)
         self._model(tokens, positions, attend, rows=no_rows, head=lambda hidden, weight: hidden)

@@ -217,7 +217,7 @@ class VllmEngine:
 
     def drain(self):
         while self._asked:
-            self._inbox += self._step()
+            self._inbox += self._step_engine()
 
     # the engine's loop
 
@@ -241,10 +241,12 @@ class VllmEngine:
         return request.request_id
 
     def _step(self) -> list:
-        """Outputs of sequences, one token each; answers go to those who asked."""
+        """Outputs of sequences: those that came while questions were answered, else those of the next step."""
         waiting, self._inbox = self._inbox, []
-        if waiting:
-            return waiting
+        return waiting or self._step_engine()
+
+    def _step_engine(self) -> list:
+        """Outputs of sequences, one token each; answers go to those who asked."""
         outputs = []
         for output in self._core.get_output().outputs:
             if question := self._asked.pop(output.request_id, None):
@@ -296,6 +298,12 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
                 distributed_executor_backend="external_launcher",
                 enable_sleep_mode=sleeps,
                 kv_cache_memory_bytes=int(config.kv_gb * 1e9),
+                # unused where the cache has a size, but this share of the GPU must be free at the start: the default,
+                # 0.92, would refuse every GPU that holds a trainer
+                gpu_memory_utilization=0.01,
+                # the default on a GPU: the next step starts before we have seen the last one's tokens, and one is under
+                # way at a sync or a sleep. vLLM's CPU platform, on which this is tested, has none
+                async_scheduling=False,
                 max_model_len=max_len,
                 max_num_seqs=rows,
                 enable_prefix_caching=True,
