@@ -155,6 +155,41 @@ def test_a_mistake_earns_one_line_and_exit_code_2(tiny, text, argv, line):
     assert (done.stderr, done.stdout, done.returncode) == (f"error: {line}\n", "", 2)
 
 
+def shell(code, redirect, **env):
+    command = f"set -o pipefail; {sys.executable} -c '{code}' {redirect}"
+    env = {**os.environ, "PYTHONPATH": str(Path(thinkmid.__file__).parents[1]), **env}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+
+
+FULL = "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "redirect", "code", "err"),
+    [
+        ("print(1)", ">&-", 0, ""),
+        ("print(1)", ">/dev/full", 2, FULL),
+        ("print(1)", "| sleep 0", 141, ""),
+        ("print(chr(233))", "| cat", 0, ""),
+        ('open("/no/file")', "", 2, "error: /no/file: No such file or directory\n"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(main, redirect, code, err):
+    program = f"from time import sleep; from thinkmid.config import run; run(lambda argv: (sleep(.1), {main}) and 0)"
+    done = shell(program, redirect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">/dev/full", "| sleep 0"])
+def test_a_run_does_not_end_because_nobody_reads_its_lines(tmp_path, redirect):
+    lines = 'log.write(step, {"loss": 0.5}), log.say(chr(233))'
+    main = f'with Log("{tmp_path}") as log: return [None for step in (1, 2, 3) if ({lines}) == 0] or 0'
+    program = f"from thinkmid.config import run; from thinkmid.log import Log\ndef main(argv):\n {main}\nrun(main)"
+    done = shell(program, redirect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_each_of_several_ranks_says_its_own_error_by_number(tiny):
     alone, among = tiny("no.toml", RANK="0", WORLD_SIZE="1"), tiny("no.toml", RANK="1", WORLD_SIZE="2")
     assert (alone.stderr, among.stderr) == tuple(f"error{who}: no.toml: no such file\n" for who in ("", " (rank 1)"))

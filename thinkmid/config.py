@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin, get_type_hints
 
 from thinkmid import __version__
 from thinkmid.errors import UserError
@@ -93,19 +93,40 @@ def environment() -> dict:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a program and exit. A UserError becomes one line on stderr and exit code 2, Ctrl-C is 130.
+    """Run a program and exit. A UserError or OSError becomes one line on stderr and exit code 2; Ctrl-C is 130, and 141
+    a reader of the output that went away.
 
     Under torchrun every rank says its own, by number: what is wrong may be wrong on one machine only.
     """
+    for name in ("stdout", "stderr"):  # None where the shell closed it
+        setattr(sys, name, getattr(sys, name) or _nowhere())
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # what a full disk does not take shows now
     except UserError as error:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"error{rank}: {_one_line(error)}\n")  # one write: ranks share the terminal
-        code = 2
+        code = _refused(error)
+    except BrokenPipeError:
+        code = 141
+    except OSError as error:
+        code = _refused(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except KeyboardInterrupt:
         code = 130
+    try:
+        sys.stdout.flush()
+    except OSError:  # was said above; not again at the interpreter's exit
+        sys.stdout = _nowhere()
     sys.exit(code)
+
+
+def _refused(why: object) -> int:
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    sys.stderr.write(f"error{rank}: {_one_line(why)}\n")  # one write: ranks share the terminal
+    return 2
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 # Layers: argv and files become one tree of plain values, and the source of every key in it.

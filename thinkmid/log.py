@@ -215,11 +215,14 @@ class _Lines:
             self.say(f"  {phase}" + (f" {done}/{total}" if total else ""))
 
     def say(self, text: str) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        with suppress(OSError):  # nobody reads, or a full disk: the run goes on, lines wait in their buffer
+            print(text, flush=True)
 
     def close(self) -> None:
-        pass
+        try:
+            sys.stdout.flush()
+        except OSError:  # what still waits is lost, and the run is whole without it
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 class _Live:
