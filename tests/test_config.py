@@ -146,6 +146,13 @@ MISTAKES = [
         f"{A}:7: malformed TOML: Expected newline or end of document after a statement (at line 7, column 7)",
     ),
     ("\n\nx = [1,", (), f"{A}:3: malformed TOML: Invalid value (at end of document)"),
+    (
+        OK + f"[sampling]\nnum_samples = 0x{'f' * 5000}",
+        (),
+        f"{A}: sampling.num_samples: expected an integer of 64 bits, got thousands of digits",
+    ),
+    (OK + '[sampling]\nstop = "\\u0000"', (), f"{A}: sampling.stop: expected a string without NUL, got '\\x00'"),
+    (OK, ("--optim.betas=" + "[" * 5000,), f"--optim.betas: expected a list of 2, got '{'[' * 76}..."),
 ]
 
 
@@ -278,10 +285,17 @@ def test_dashes_stand_for_underscores_and_dry_run_is_reported(tmp_path):
     assert not load(Flat, [], prog="p", description="d").dry_run
 
 
-def test_integers_that_no_float_holds_are_refused():
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    (tmp_path / "a.toml").write_text("\ufeffsteps = 1")
+    assert read(str(tmp_path / "a.toml")).steps == 1
+
+
+def test_integers_that_no_float_or_register_holds_are_refused():
     with pytest.raises(UserError, match=r"--deep.rate: expected a finite number, got inf"):
         read("--steps", "1", "--deep.rate", "1" + "0" * 400)
-    assert read("--steps", "1" + "0" * 30).steps == 10**30
+    with pytest.raises(UserError, match=r"--steps: expected an integer of 64 bits, got 9223372036854775808"):
+        read("--steps", str(2**63))
+    assert read("--steps", str(2**63 - 1)).steps == 2**63 - 1
 
 
 @pytest.mark.parametrize("value", ["3.0", "'3'", "true", "'c'"])
@@ -291,15 +305,16 @@ def test_a_choice_is_taken_by_value_and_type(tmp_path, value):
         read(str(tmp_path / "a.toml"))
 
 
-TEXT = st.text(max_size=20).filter(lambda s: s != "none")
+TEXT = st.text(max_size=20).filter(lambda s: s != "none" and "\0" not in s)
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | st.integers())
+PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | INTEGERS)
 DEEPS = st.builds(
-    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(st.integers(), TEXT)
+    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(INTEGERS, TEXT)
 )
 NESTEDS = st.builds(
     Nested,
-    steps=st.integers(),
+    steps=INTEGERS,
     on=st.booleans(),
     word=TEXT,
     mode=st.sampled_from(["a", "b", 3]),

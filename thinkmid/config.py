@@ -50,7 +50,7 @@ def load(cls: type, argv: Sequence[str], *, prog: str, description: str) -> Load
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}  # dotted key: the file or flag that had the last word
     for path in files:
-        _merge(tree, _read(path), sources, path)
+        _merge(tree, read_toml(path), sources, path)
     for flag, key, value in flags:
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -172,13 +172,14 @@ def _parse(typ: Any, text: str) -> Any:
         if typ is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
         return text if typ is str or is_dataclass(typ) else (float if typ == AnyFloat else typ)(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _read(path: str) -> dict:
+def read_toml(path: str | Path) -> dict:
+    """The tables of a file. UserError: one line that names it, and its line where it is no TOML."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows begins a text with a byte order mark
         return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -252,13 +253,21 @@ def _convert(typ: Any, value: Any, key: str, default: Any, sources: dict[str, st
         value = float(value)
     if type(value) is not (float if typ == AnyFloat else typ):
         raise _wrong(key, EXPECTED[typ], value, sources)
+    if typ is int and abs(value) >= 2**63:
+        raise _wrong(key, "an integer of 64 bits", value, sources)
+    if typ is str and "\0" in value:
+        raise _wrong(key, "a string without NUL", value, sources)
     if typ is float and not isfinite(value):
         raise _wrong(key, "a finite number", value, sources)
     return value
 
 
 def _wrong(key: str, expected: str, value: Any, sources: dict[str, str]) -> UserError:
-    source, got = _source(key, sources), repr(value)
+    source = _source(key, sources)
+    try:
+        got = repr(value)
+    except ValueError:  # Python spells out no integer of more than 4300 digits
+        got = "thousands of digits"
     where = source if source.startswith("-") else f"{source}: {key}"
     return UserError(_one_line(f"{where}: expected {expected}, got {got if len(got) < 80 else got[:77] + '...'}"))
 
