@@ -152,6 +152,7 @@ def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks
     """Meta device first, sharded, then each rank reads its own rows; master weights in fp32."""
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing)
+    ranks.agree(lambda: weights.matched(model, source))
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     weights.materialise(model, ranks.device)
     ranks.agree(lambda: weights.load_into(model, source))
