@@ -239,6 +239,14 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
             yield HEAD, whole
 
 
+def replaceable(folder: str | Path) -> Path:
+    """Where save() may write, without links. UserError for what is there and not an export."""
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
+    return folder
+
+
 def save(
     folder: str | Path,
     cfg: ModelConfig,
@@ -253,9 +261,7 @@ def save(
     An older export at the same place stays until the new one is whole; UserError for a folder that is not an export.
     extra_files: a folder whose tokenizer files, as far as it has them, come along.
     """
-    folder, many = Path(folder).resolve(), dist.is_available() and dist.is_initialized()
-    if folder.exists() and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
+    folder, many = replaceable(folder), dist.is_available() and dist.is_initialized()
     if many and dist.get_rank():
         for _ in named:
             pass
