@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import drill
 import pytest
 
 from thinkmid import checkpoint, config
+from thinkmid.errors import UserError
 from thinkmid.log import read_rows
+from thinkmid.model import weights
 from thinkmid.train import job, rlmt, sft
 
 RLMT, BASE = (rlmt, "rlmt.toml"), (sft, "base.toml")
@@ -216,6 +219,18 @@ def test_a_folder_has_one_run_at_a_time(call, world):
         other.communicate(b"\n")
     assert line == "base: another process trains here"
     assert call(*BASE, "--run.steps=3")[0] == 0
+
+
+@pytest.mark.parametrize("saved_step", [-1, 2])
+def test_an_export_that_fails_says_where_the_run_goes_on(tmp_path, monkeypatch, saved_step):
+    def full(*args, **flags):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(weights, "save", full)
+    monkeypatch.setattr(weights, "stream", lambda model: [])
+    run = SimpleNamespace(folder=tmp_path, source=tmp_path, model=SimpleNamespace(cfg=None), saved_step=saved_step)
+    with pytest.raises(UserError, match=rf"goes on from step {max(0, saved_step)}$"):
+        job.Job.export(run)
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(call, world, monkeypatch):

@@ -93,11 +93,12 @@ class Job:
 
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
-        folder, named = self.folder / "export", weights.stream(self.model)
+        folder, named, step = self.folder / "export", weights.stream(self.model), max(0, self.saved_step)
         try:
             weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot be written ({error}); the same command tries again") from error
+            again = f"the same command goes on from step {step}"
+            raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
 
