@@ -81,6 +81,8 @@ FLAGS = [
         ["--data.paths=think.jsonl,base/rollouts", "--run.fresh"],
         "data.paths base/rollouts lies in run.folder base",
     ),
+    (BASE, ["--data.probe_paths=no.jsonl", "--run.folder=run", "--model.folder=base/export"], "no.jsonl: no such file"),
+    (BASE, ["--data.epochs=1e300", "--run.steps=0"], "data: epochs 1e+300 or tokens 0: more than 1e4 or 1e15 have no"),
     (BASE, ["--fresh.layers=5000", "--run.folder=run"], "fresh: layers must lie in [1, 4096], got 5000"),
     (RLMT, ["--run.folder=think.jsonl/x"], "[Errno 20] Not a directory: 'think.jsonl/x'"),
     (RLMT, ["--data.max_prefix=60"], "a prefix of 60 tokens + sampling.max_think 24 + sampling.max_suffix 8 exceed"),
