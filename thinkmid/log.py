@@ -84,7 +84,7 @@ class Log:
         for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
             left.unlink(missing_ok=True)  # of a write_whole that was killed
         self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
-        self.metrics = reopen(self.folder / "metrics.jsonl", lambda row: row.get("step", 0) <= start_step)
+        self.metrics = reopen(self.folder / "metrics.jsonl", self._is_past(start_step))
         self.events = reopen(self.folder / "events.jsonl", lambda row: True)
         self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
@@ -134,6 +134,14 @@ class Log:
                 self._survive(file.name, file.close)
             for _, close in self.trackers:
                 close()
+
+    def _is_past(self, start_step: int) -> Callable[[dict], bool]:
+        def is_past(row: dict) -> bool:
+            if not isinstance(step := row.get("step", 0), int | float):
+                raise UserError(f"{self.folder / 'metrics.jsonl'}: step {json.dumps(step)} is no number")
+            return step <= start_step
+
+        return is_past
 
     def _append(self, file: Any, row: dict) -> None:
         self._survive(file.name, lambda: file.write(_json_line(row)))
