@@ -146,6 +146,13 @@ MISTAKES = [
         f"{A}:7: malformed TOML: Expected newline or end of document after a statement (at line 7, column 7)",
     ),
     ("\n\nx = [1,", (), f"{A}:3: malformed TOML: Invalid value (at end of document)"),
+    (
+        OK + f"[sampling]\nnum_samples = 0x{'f' * 5000}",
+        (),
+        f"{A}: sampling.num_samples: expected an integer of 64 bits, got thousands of digits",
+    ),
+    (OK + '[sampling]\nstop = "\\u0000"', (), f"{A}: sampling.stop: expected a string without NUL, got '\\x00'"),
+    (OK, ("--optim.betas=" + "[" * 5000,), f"--optim.betas: expected a list of 2, got '{'[' * 76}..."),
 ]
 
 
@@ -153,6 +160,41 @@ MISTAKES = [
 def test_a_mistake_earns_one_line_and_exit_code_2(tiny, text, argv, line):
     done = tiny(A, *argv, files=[(A, text)])
     assert (done.stderr, done.stdout, done.returncode) == (f"error: {line}\n", "", 2)
+
+
+def shell(code, redirect, **env):
+    command = f"set -o pipefail; {sys.executable} -c '{code}' {redirect}"
+    env = {**os.environ, "PYTHONPATH": str(Path(thinkmid.__file__).parents[1]), **env}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+
+
+FULL = "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "redirect", "code", "err"),
+    [
+        ("print(1)", ">&-", 0, ""),
+        ("print(1)", ">/dev/full", 2, FULL),
+        ("print(1)", "| sleep 0", 141, ""),
+        ("print(chr(233))", "| cat", 0, ""),
+        ('open("/no/file")', "", 2, "error: /no/file: No such file or directory\n"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(main, redirect, code, err):
+    program = f"from time import sleep; from thinkmid.config import run; run(lambda argv: (sleep(.1), {main}) and 0)"
+    done = shell(program, redirect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">/dev/full", "| sleep 0"])
+def test_a_run_does_not_end_because_nobody_reads_its_lines(tmp_path, redirect):
+    lines = 'log.write(step, {"loss": 0.5}), log.say(chr(233))'
+    main = f'with Log("{tmp_path}") as log: return [None for step in (1, 2, 3) if ({lines}) == 0] or 0'
+    program = f"from thinkmid.config import run; from thinkmid.log import Log\ndef main(argv):\n {main}\nrun(main)"
+    done = shell(program, redirect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_each_of_several_ranks_says_its_own_error_by_number(tiny):
@@ -243,10 +285,17 @@ def test_dashes_stand_for_underscores_and_dry_run_is_reported(tmp_path):
     assert not load(Flat, [], prog="p", description="d").dry_run
 
 
-def test_integers_that_no_float_holds_are_refused():
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    (tmp_path / "a.toml").write_text("\ufeffsteps = 1")
+    assert read(str(tmp_path / "a.toml")).steps == 1
+
+
+def test_integers_that_no_float_or_register_holds_are_refused():
     with pytest.raises(UserError, match=r"--deep.rate: expected a finite number, got inf"):
         read("--steps", "1", "--deep.rate", "1" + "0" * 400)
-    assert read("--steps", "1" + "0" * 30).steps == 10**30
+    with pytest.raises(UserError, match=r"--steps: expected an integer of 64 bits, got 9223372036854775808"):
+        read("--steps", str(2**63))
+    assert read("--steps", str(2**63 - 1)).steps == 2**63 - 1
 
 
 @pytest.mark.parametrize("value", ["3.0", "'3'", "true", "'c'"])
@@ -256,15 +305,16 @@ def test_a_choice_is_taken_by_value_and_type(tmp_path, value):
         read(str(tmp_path / "a.toml"))
 
 
-TEXT = st.text(max_size=20).filter(lambda s: s != "none")
+TEXT = st.text(max_size=20).filter(lambda s: s != "none" and "\0" not in s)
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | st.integers())
+PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | INTEGERS)
 DEEPS = st.builds(
-    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(st.integers(), TEXT)
+    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(INTEGERS, TEXT)
 )
 NESTEDS = st.builds(
     Nested,
-    steps=st.integers(),
+    steps=INTEGERS,
     on=st.booleans(),
     word=TEXT,
     mode=st.sampled_from(["a", "b", 3]),

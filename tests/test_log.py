@@ -87,6 +87,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     assert str(caught.value) == f"{path}:3: not a JSON object"
 
 
+@pytest.mark.parametrize("step", ["a", None])
+def test_a_step_that_is_no_number_is_named(tmp_path, step):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+    with pytest.raises(UserError, match=rf"{tmp_path}/metrics.jsonl: step {json.dumps(step)} is no number"):
+        Log(tmp_path, start_step=2)
+
+
 def test_other_ranks_leave_no_trace(tmp_path, capsys):
     with Log(tmp_path / "run", rank=1, trackers=("wandb",)) as run:
         run.write(0, {"reward": 1.0})

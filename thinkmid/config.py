@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin, get_type_hints
 
 from thinkmid import __version__
 from thinkmid.errors import UserError
@@ -50,7 +50,7 @@ def load(cls: type, argv: Sequence[str], *, prog: str, description: str) -> Load
     tree: dict[str, Any] = {}
     sources: dict[str, str] = {}  # dotted key: the file or flag that had the last word
     for path in files:
-        _merge(tree, _read(path), sources, path)
+        _merge(tree, read_toml(path), sources, path)
     for flag, key, value in flags:
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -93,19 +93,40 @@ def environment() -> dict:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a program and exit. A UserError becomes one line on stderr and exit code 2, Ctrl-C is 130.
+    """Run a program and exit. A UserError or OSError becomes one line on stderr and exit code 2; Ctrl-C is 130, and 141
+    a reader of the output that went away.
 
     Under torchrun every rank says its own, by number: what is wrong may be wrong on one machine only.
     """
+    for name in ("stdout", "stderr"):  # None where the shell closed it
+        setattr(sys, name, getattr(sys, name) or _nowhere())
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # what a full disk does not take shows now
     except UserError as error:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"error{rank}: {_one_line(error)}\n")  # one write: ranks share the terminal
-        code = 2
+        code = _refused(error)
+    except BrokenPipeError:
+        code = 141
+    except OSError as error:
+        code = _refused(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except KeyboardInterrupt:
         code = 130
+    try:
+        sys.stdout.flush()
+    except OSError:  # was said above; not again at the interpreter's exit
+        sys.stdout = _nowhere()
     sys.exit(code)
+
+
+def _refused(why: object) -> int:
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    sys.stderr.write(f"error{rank}: {_one_line(why)}\n")  # one write: ranks share the terminal
+    return 2
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 # Layers: argv and files become one tree of plain values, and the source of every key in it.
@@ -151,13 +172,14 @@ def _parse(typ: Any, text: str) -> Any:
         if typ is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
         return text if typ is str or is_dataclass(typ) else (float if typ == AnyFloat else typ)(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _read(path: str) -> dict:
+def read_toml(path: str | Path) -> dict:
+    """The tables of a file. UserError: one line that names it, and its line where it is no TOML."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows begins a text with a byte order mark
         return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -231,13 +253,21 @@ def _convert(typ: Any, value: Any, key: str, default: Any, sources: dict[str, st
         value = float(value)
     if type(value) is not (float if typ == AnyFloat else typ):
         raise _wrong(key, EXPECTED[typ], value, sources)
+    if typ is int and abs(value) >= 2**63:
+        raise _wrong(key, "an integer of 64 bits", value, sources)
+    if typ is str and "\0" in value:
+        raise _wrong(key, "a string without NUL", value, sources)
     if typ is float and not isfinite(value):
         raise _wrong(key, "a finite number", value, sources)
     return value
 
 
 def _wrong(key: str, expected: str, value: Any, sources: dict[str, str]) -> UserError:
-    source, got = _source(key, sources), repr(value)
+    source = _source(key, sources)
+    try:
+        got = repr(value)
+    except ValueError:  # Python spells out no integer of more than 4300 digits
+        got = "thousands of digits"
     where = source if source.startswith("-") else f"{source}: {key}"
     return UserError(_one_line(f"{where}: expected {expected}, got {got if len(got) < 80 else got[:77] + '...'}"))
 

@@ -84,7 +84,7 @@ class Log:
         for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
             left.unlink(missing_ok=True)  # of a write_whole that was killed
         self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
-        self.metrics = reopen(self.folder / "metrics.jsonl", lambda row: row.get("step", 0) <= start_step)
+        self.metrics = reopen(self.folder / "metrics.jsonl", self._is_past(start_step))
         self.events = reopen(self.folder / "events.jsonl", lambda row: True)
         self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
@@ -134,6 +134,14 @@ class Log:
                 self._survive(file.name, file.close)
             for _, close in self.trackers:
                 close()
+
+    def _is_past(self, start_step: int) -> Callable[[dict], bool]:
+        def is_past(row: dict) -> bool:
+            if not isinstance(step := row.get("step", 0), int | float):
+                raise UserError(f"{self.folder / 'metrics.jsonl'}: step {json.dumps(step)} is no number")
+            return step <= start_step
+
+        return is_past
 
     def _append(self, file: Any, row: dict) -> None:
         self._survive(file.name, lambda: file.write(_json_line(row)))
@@ -215,11 +223,14 @@ class _Lines:
             self.say(f"  {phase}" + (f" {done}/{total}" if total else ""))
 
     def say(self, text: str) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        with suppress(OSError):  # nobody reads, or a full disk: the run goes on, lines wait in their buffer
+            print(text, flush=True)
 
     def close(self) -> None:
-        pass
+        try:
+            sys.stdout.flush()
+        except OSError:  # what still waits is lost, and the run is whole without it
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 class _Live:

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -56,7 +56,7 @@ def end_ids(folder: Path, named: int | None, special: set[int]) -> tuple[int, ..
     for path in (folder / "generation_config.json", folder / "config.json"):
         listed: Any = read_json(path).get("eos_token_id")
         listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(i) is int and i >= 0 for i in listed):
+        if not all(type(i) is int and 0 <= i < 2**31 for i in listed):
             raise UserError(f"{path}: eos_token_id {listed} must be token ids")
         if listed:
             break

@@ -3,13 +3,15 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 from interpreter import run
 
 from thinkmid.augment import weave
 from thinkmid.errors import UserError
-from thinkmid.mini import world
+from thinkmid.mini import make, world
 from thinkmid.mini.make import Sieve, main
 
+TINY = [f"--{name}=1" for name in ("general", "documents", "rl", "heldout", "questions", "train-questions")]
 SIZES = ["--general=400", "--documents=1500", "--rl=300", "--heldout=200", "--questions=150", "--train-questions=300"]
 
 
@@ -121,16 +123,51 @@ def test_the_second_call_changes_nothing_and_a_damaged_folder_is_written_anew(fo
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit) as end:
-        main([str(tmp_path), *SIZES])
-    assert end.value.code == 2
-    assert str(tmp_path) in capsys.readouterr().err
+    assert exit_code(make, [str(tmp_path), *SIZES]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} exists and was not written by")
     assert files(tmp_path).keys() == {"thesis.txt"}
+
+
+def test_a_foreign_file_in_a_world_is_not_lost(tmp_path, capsys):
+    out = tmp_path / "out"
+    main([str(out), *TINY])
+    (out / "thesis.txt").write_text("years of work")
+    before = files(out)
+    assert not exit_code(make, [str(out), *TINY])  # nothing to write
+    assert exit_code(make, [str(out), *TINY, "--seed=1"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out}: holds thesis.txt, which thinkmid.mini.make did not write")
+    assert files(out) == before
+
+
+def test_a_link_stays_a_link_and_what_a_killed_call_left_is_swept(tmp_path):
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / ".there.new").mkdir()
+    (tmp_path / ".there.new" / "rl.jsonl").write_text("torn")
+    for seed in ("0", "1"):
+        main([str(tmp_path / "link"), *TINY, "--seed", seed])
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "there"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"files": [1]}, 2),
+        ({"files": 3}, 2),
+        ({"files": {"rl.jsonl": 3}}, 2),
+        ({"removed": 3}, 0),
+        ({"removed": {}}, 0),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused_or_written_anew(tmp_path, capsys, change, code):
+    main([str(tmp_path / "out"), *TINY])
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert (exit_code(make, [str(tmp_path / "out"), *TINY]) or 0) == code
+    assert capsys.readouterr().err.count("\n") == (code == 2)
 
 
 @pytest.mark.parametrize("wrong", [["--mix", "1", "1", "1"], ["--rl", "-3"], ["--questions", "many"]])
 def test_a_wrong_argument_ends_with_code_2_and_leaves_no_folder(tmp_path, wrong):
-    with pytest.raises(SystemExit) as end:
-        main([str(tmp_path / "out"), *SIZES, *wrong])
-    assert end.value.code == 2
+    assert exit_code(make, [str(tmp_path / "out"), *SIZES, *wrong]) == 2
     assert list(tmp_path.iterdir()) == []

@@ -159,6 +159,14 @@ def test_a_missing_folder_ends_with_one_line_and_code_2(folders, tmp_path, missi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", ["README.md", "docs", "README.md/judge"])
+def test_a_place_that_cannot_be_written_is_named_before_training(folders, out, capsys):
+    with pytest.raises(SystemExit) as end:
+        config.run(judge.main, [f"--base={folders / 'base'}", f"--data={folders / 'world'}", f"--out={out}"])
+    assert end.value.code == 2
+    assert re.fullmatch(r"error: \S*(README.md|docs): .*\n", capsys.readouterr().err)
+
+
 def test_the_model_to_start_from_is_never_replaced(folders):
     with pytest.raises(judge.UserError, match="is the model to start from"):
         judge.main([f"--base={folders / 'base'}", f"--data={folders / 'world'}", f"--out={folders / 'base'}"])

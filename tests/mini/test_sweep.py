@@ -100,9 +100,25 @@ def test_stages_run_beside_one_another_but_never_before_what_they_need(tmp_path,
     assert set(order) == expected - {(0, "data")}
 
 
-def test_seeds_that_are_no_numbers_are_one_line(capsys):
-    assert exit_code(sweep, ["--seeds", "0,x"]) == 2
-    assert capsys.readouterr().err == "error: --seeds 0,x: not whole numbers with commas between\n"
+@pytest.mark.parametrize(
+    ("flag", "value", "line"),
+    [
+        ("--seeds", "0,x", "--seeds 0,x: not whole numbers with commas between"),
+        ("--seeds", "9" * 5000, f"--seeds {'9' * 80}: not whole numbers with commas between"),
+        ("--out", "README.md", "README.md/seed-0: Not a directory"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(capsys, flag, value, line):
+    assert exit_code(sweep, [flag, value]) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("row", [{}, {"groups": "a", "generated_tokens": 1, "trunk_tokens": 1}])
+def test_metrics_of_something_else_are_named(home, row):
+    rlmt = home / f"rlmt-{sweep.RLMT_STEPS[-1]}"
+    write(rlmt / "metrics.jsonl", json.dumps(row))
+    with pytest.raises(UserError, match=f"{rlmt}/metrics.jsonl: not what RLMT wrote"):
+        sweep.as_sft_steps(rlmt)
 
 
 ACCURACY = {"base": (0.1, 0.2, 0.1), "think": (0.4, 0.5, 0.3), "rlmt": (0.5, 0.7, 0.6)}
@@ -133,6 +149,14 @@ def test_differences_are_paired_by_seed(homes):
     assert one["mean"] == pytest.approx(0.2)
     assert one["high"] - one["mean"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.02)
     assert found["times"]["after"] == pytest.approx([5, 3.5, 6])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"sets": {"1-step": {"mean": "a"}}}'])
+@pytest.mark.parametrize("name", ["results.json", "thoughts.json"])
+def test_an_evaluation_that_is_damaged_is_named(homes, name, content):
+    write(homes[1] / "eval" / "rlmt" / name, content)
+    with pytest.raises(UserError, match=f"{homes[1]}/eval/rlmt/{name}: damaged"):
+        results.collect(homes, LABELS, {}, ["rlmt"])
 
 
 def test_groups_of_sets_are_averaged_apart(homes):

@@ -131,6 +131,13 @@ def test_config_defaults_are_those_of_transformers(tmp_path):
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "kv_heads 3"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
+        ({"hidden_size": 10**20}, "hidden_size must be a whole number"),
+        ({"eos_token_id": 10**20}, "eos_token_id must be token ids"),
+        ({"num_hidden_layers": 10**12, "layer_types": ["full_attention"]}, "layer_types"),
+        ({"num_hidden_layers": 10**12}, r"layers must lie in \[1, 4096\]"),
+        ({"vocab_size": 2**25}, "vocab must lie in"),
+        ({"vocab_size": 2**24, "intermediate_size": 2**24, "hidden_size": 2**24}, "a model of .* parameters"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
     ],
@@ -146,6 +153,14 @@ def test_broken_config_files_are_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"^.*config\.json: .+$"):
         read_config(tmp_path)
+
+
+def test_a_config_of_another_model_asks_for_no_memory(tmp_path):
+    folder = export(tmp_path / "m")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"vocab_size": 2**24, "hidden_size": 2**16}))  # 4 TiB
+    with pytest.raises(UserError, match="mis shaped"):
+        load_model(folder)
 
 
 def test_a_key_that_stands_twice_is_named(tmp_path):
@@ -398,6 +413,10 @@ def test_weight_map_must_name_regular_files_that_exist(shards):
     redirect(shards, "other.safetensors").unlink()
     with pytest.raises(UserError, match=r"other\.safetensors: no such file"):
         load_model(shards)
+    (shards / "other.safetensors").symlink_to("other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: no such file"):
+        load_model(shards)
+    (shards / "other.safetensors").unlink()
     os.mkfifo(shards / "other.safetensors")
     with pytest.raises(UserError, match=r"other\.safetensors: not a regular file"):
         load_model(shards)

@@ -1,6 +1,6 @@
 import pytest
 
-from thinkmid.train.account import advice
+from thinkmid.train.account import advice, summary
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,9 @@ def test_a_start_from_which_nothing_can_be_learnt_is_named(reward, dead, unclose
     lines = advice({"reward": reward, "dead_groups": dead, "unclosed": unclosed})
     assert len(lines) == len(words)
     assert all(line.startswith(word) for line, word in zip(lines, words, strict=True))
+
+
+def test_a_row_without_a_number_is_left_out_of_the_summary(tmp_path):
+    told = '{"reward": 0.5, "thinking_tokens": 8}\n{"reward": null}\n{}\n{"reward": "a"}\n'
+    (tmp_path / "metrics.jsonl").write_text(told)
+    assert summary(tmp_path).startswith("reward 0.500 -> nan (nan times), thinking 8.0 -> nan tokens")

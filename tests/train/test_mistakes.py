@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import drill
 import pytest
 
 from thinkmid import checkpoint, config
+from thinkmid.errors import UserError
 from thinkmid.log import read_rows
-from thinkmid.train import rlmt, sft
+from thinkmid.model import weights
+from thinkmid.train import job, rlmt, sft
 
 RLMT, BASE = (rlmt, "rlmt.toml"), (sft, "base.toml")
 DOCUMENT = '{"text": "Is it? <think>a</think>Yes."}\n'
@@ -52,7 +55,8 @@ def call(world, capsys):
 
 
 def tree(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != job.LOCK]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def refused(call, world, program, *argv):
@@ -70,6 +74,16 @@ FLAGS = [
     (RLMT, ["--sampling.temperature=0"], "sampling.temperature 0 draws the same sample each time"),
     (RLMT, ["--model.folder="], "missing key 'model.folder': the Hugging Face folder to start from"),
     (RLMT, ["--run.folder=base"], "model.folder base/export lies in run.folder base, which the run writes to"),
+    (RLMT, ["--run.folder="], "run: folder is empty; --run.folder FOLDER"),
+    (RLMT, ["--judge.folder=run/export"], "judge.folder run/export lies in run.folder run, which the run writes to"),
+    (
+        BASE,
+        ["--data.paths=think.jsonl,base/rollouts", "--run.fresh"],
+        "data.paths base/rollouts lies in run.folder base",
+    ),
+    (BASE, ["--data.probe_paths=no.jsonl", "--run.folder=run", "--model.folder=base/export"], "no.jsonl: no such file"),
+    (BASE, ["--data.epochs=1e300", "--run.steps=0"], "data: epochs 1e+300 or tokens 0: more than 1e4 or 1e15 have no"),
+    (BASE, ["--fresh.layers=5000", "--run.folder=run"], "fresh: layers must lie in [1, 4096], got 5000"),
     (RLMT, ["--run.folder=think.jsonl/x"], "[Errno 20] Not a directory: 'think.jsonl/x'"),
     (RLMT, ["--data.max_prefix=60"], "a prefix of 60 tokens + sampling.max_think 24 + sampling.max_suffix 8 exceed"),
     (RLMT, ["--batch.pack_tokens=33"], "a prefix of 2 tokens + sampling.max_think 24 + sampling.max_suffix 8 exceed"),
@@ -132,6 +146,8 @@ def shrink_vocabulary(model):
 
 
 MODELS = [
+    (lambda model: (model / "model.safetensors").unlink(), "base/export/model.safetensors: No such file or directory"),
+    (lambda model: (model / "tokenizer_config.json").write_text("[" * 10**5), "base/export/tokenizer_config.json: not"),
     (lambda model: (model / "config.json").unlink(), "base/export/config.json: No such file or directory"),
     (forget_a_byte, "base/export/tokenizer.json: cannot spell </think>"),
     (shrink_vocabulary, "base/export/tokenizer.json: 301 tokens, but config.json has vocab_size 100"),
@@ -157,6 +173,66 @@ def test_a_run_goes_on_only_with_the_config_and_the_data_it_began_with(call, wor
     corpus.write_text(whole)
     assert call(*program, "--run.steps=3")[0] == 0
     assert [row["step"] for row in read_rows(f"{folder}/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_goes_on_under_another_spelling_of_its_folder(call, world):
+    assert call(*BASE, "--run.steps=3", "--run.folder=./texts/../base")[0] == 0
+    assert [row["step"] for row in read_rows("base/metrics.jsonl")] == [1, 2, 3]
+
+
+DAMAGED = [
+    ("config.toml", b"\xff", "base/config.toml: not UTF-8 text"),
+    ("config.toml", b"run = [", "base/config.toml:1: malformed TOML"),
+    ("metrics.jsonl", b'{"step": "a"}\n', 'base/metrics.jsonl: step "a" is no number'),
+    ("checkpoints/step-000002/state.json", b"{}", "base/checkpoints: no checkpoint is whole; --run.fresh starts over"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "line"), DAMAGED, ids=[line[:30] for *_, line in DAMAGED])
+def test_a_run_does_not_go_on_from_a_damaged_folder(call, world, name, content, line):
+    (world / "base" / name).write_bytes(content)
+    assert refused(call, world, *BASE, "--run.steps=2").startswith(line)
+
+
+def test_a_fresh_run_does_not_care_what_is_damaged(call, world):
+    for name, content, _ in DAMAGED:
+        (world / "base" / name).write_bytes(content)
+    assert call(*BASE, "--run.steps=1", "--run.fresh")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--run.fresh"]])
+def test_what_is_not_of_a_training_run_is_left_alone(call, world, flags):
+    (world / "eval").mkdir()
+    (world / "eval" / "config.toml").write_text("[data]\n")
+    line = refused(call, world, *BASE, "--run.folder=eval", *flags)
+    assert line == "eval/config.toml: not of a training run (no metrics.jsonl); name another run.folder"
+    (world / "notes" / "export").mkdir(parents=True)
+    (world / "notes" / "export" / "thesis.txt").write_text("years of work")
+    assert "is not an export of ours" in refused(call, world, *BASE, "--run.folder=notes", *flags)
+    (world / "loop").symlink_to("loop")
+    assert "Too many levels of symbolic links: 'loop/" in refused(call, world, *BASE, "--run.folder=loop", *flags)
+
+
+def test_a_folder_has_one_run_at_a_time(call, world):
+    hold = f"import fcntl; f = open('base/{job.LOCK}', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        line = refused(call, world, *BASE, "--run.steps=3", "--run.fresh")
+        other.communicate(b"\n")
+    assert line == "base: another process trains here"
+    assert call(*BASE, "--run.steps=3")[0] == 0
+
+
+@pytest.mark.parametrize("saved_step", [-1, 2])
+def test_an_export_that_fails_says_where_the_run_goes_on(tmp_path, monkeypatch, saved_step):
+    def full(*args, **flags):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(weights, "save", full)
+    monkeypatch.setattr(weights, "stream", lambda model: [])
+    run = SimpleNamespace(folder=tmp_path, source=tmp_path, model=SimpleNamespace(cfg=None), saved_step=saved_step)
+    with pytest.raises(UserError, match=rf"goes on from step {max(0, saved_step)}$"):
+        job.Job.export(run)
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(call, world, monkeypatch):

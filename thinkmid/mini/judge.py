@@ -7,6 +7,7 @@ in its next token. What it is shown: real continuations against candidates with 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import string
 import time
@@ -245,8 +246,9 @@ def main(argv: list[str]) -> None:
 
     from thinkmid.model import weights
 
-    if args.out.resolve() == args.base.resolve():
+    if os.path.realpath(args.out) == os.path.realpath(args.base):
         raise UserError(f"--out {args.out} is the model to start from")
+    weights.replaceable(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after training
     text = Text.load(args.base)
     references = read_references(args.data, text)
     random.Random(f"held out {args.seed}").shuffle(references)

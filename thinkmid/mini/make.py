@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
+from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.mini import world
 from thinkmid.mini.annotator import MIX, annotate, sites, style_of
@@ -143,32 +145,51 @@ def found(out: Path) -> dict:
         return {}
     try:
         manifest = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         manifest = {}
-    if not isinstance(manifest, dict) or manifest.get("program") != PROGRAM:
+    ours = isinstance(manifest, dict) and manifest.get("program") == PROGRAM
+    if not ours or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{out} exists and was not written by {PROGRAM}; name another folder")
     return manifest
 
 
-def whole(out: Path, files: dict) -> bool:
-    return all((out / name).is_file() and digest(out / name) == file["sha256"] for name, file in files.items())
+def whole(out: Path, manifest: dict) -> bool:
+    """Whether manifest and files are as they were written."""
+    try:
+        summary(out, manifest)
+        return all(digest(out / name) == file["sha256"] for name, file in manifest["files"].items())
+    except (OSError, LookupError, TypeError, AttributeError):  # a file is gone, or the manifest was edited
+        return False
+
+
+def summary(out: Path, manifest: dict) -> list[str]:
+    lines = [f"{out / name}  {file['rows']} rows, {file['words']} words" for name, file in manifest["files"].items()]
+    return [*lines, "removed: " + ", ".join(f"{n} {reason}" for reason, n in manifest["removed"].items())]
 
 
 def make(out: Path, args: dict) -> dict:
     """The miniature world in folder out, whole or absent. Returns its manifest; an equal one is left as it is."""
     code = "".join(digest(Path(__file__).with_name(f"{name}.py")) for name in DECIDING)
     wanted = {"program": PROGRAM, "arguments": args, "code": sha256(code.encode()).hexdigest()}
+    out = Path(os.path.realpath(out))  # where a link leads to
     manifest = found(out)
-    if manifest and manifest | wanted == manifest and whole(out, manifest["files"]):
+    if manifest and manifest | wanted == manifest and whole(out, manifest):
         return manifest
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    ours = {"manifest.json", *manifest.get("files", ())}
+    if foreign := {path.name for path in out.glob("*")} - ours:
+        raise UserError(f"{out}: holds {min(foreign)}, which {PROGRAM} did not write; name another folder")
+    new, old = (out.with_name(f".{out.name}.{end}") for end in ("new", "old"))
+    try:
+        for left in (new, old):  # by a call that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        new.mkdir(parents=True)
         manifest = write(new, wanted)
         if out.exists():
-            out.rename(Path(temporary) / "old")
+            out.rename(old)
         new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return manifest
 
 
@@ -178,7 +199,7 @@ def count(text: str) -> int:
     return n
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", formatter_class=show_defaults)
     parser.add_argument("out", type=Path, help="folder to write; one that this program wrote before is replaced")
@@ -194,15 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mix", type=float, nargs=3, default=list(MIX), metavar=names, help=shares)
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    try:
-        manifest = make(out, args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    for name, file in manifest["files"].items():
-        print(f"{out / name}  {file['rows']} rows, {file['words']} words")
-    print("removed: " + ", ".join(f"{n} {reason}" for reason, n in manifest["removed"].items()))
+    print("\n".join(summary(out, make(out, args))))
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

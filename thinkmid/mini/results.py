@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
+from thinkmid.errors import UserError
 from thinkmid.eval.stats import clustered
 from thinkmid.mini import world
 
@@ -45,7 +46,10 @@ def collect(homes: dict[int, Path], rows: dict[str, str], controls: dict[str, st
 
 
 def cell(homes: dict[int, Path], row: str) -> dict:
-    found = {seed: read(home / "eval" / row / "results.json")["sets"] for seed, home in homes.items()}
+    def told(results: dict) -> dict:
+        return {s: {key: float(results["sets"][s][key]) for key in ("mean", "mean_think")} for s in world.SETS}
+
+    found = {seed: read(home / "eval" / row / "results.json", told) for seed, home in homes.items()}
     means = {
         name: {seed: fmean(sets[s]["mean"] for s in group) for seed, sets in found.items()}
         for name, group in GROUPS.items()
@@ -73,12 +77,20 @@ def times(base: dict[int, float], best: dict[int, float]) -> list[float]:
 
 def conditions(homes: dict[int, Path], row: str) -> dict[str, list[float]]:
     """Accuracy with its own thought, none, an idle one, another question's: mean over the sets, by seed."""
-    found = [read(home / "eval" / row / "thoughts.json")["mean"]["conditions"] for home in homes.values()]
-    return {name: [each[name]["mean"] for each in found] for name in found[0]}
+
+    def told(results: dict) -> dict[str, float]:
+        return {name: float(each["mean"]) for name, each in results["mean"]["conditions"].items()}
+
+    found = [read(home / "eval" / row / "thoughts.json", told) for home in homes.values()]
+    return {name: [each[name] for each in found] for name in found[0]}
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+def read(path: Path, told: Callable[[dict], dict]) -> dict:
+    """What an evaluation told. UserError if its file does not."""
+    try:
+        return told(json.loads(path.read_bytes()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); without it the same command evaluates again") from None
 
 
 def markdown(found: dict) -> str:

@@ -115,8 +115,11 @@ def written(folder: Path) -> str:
 def as_sft_steps(rlmt: Path) -> int:
     """SFT steps that cost what this RLMT run did, in passes of a token: one forward, two backward."""
     rows = read_rows(rlmt / "metrics.jsonl")
-    passes = sum(row["groups"] * PREFIX + row["generated_tokens"] + 3 * row["trunk_tokens"] for row in rows)
-    return round(passes / (3 * SFT_TOKENS))
+    try:
+        passes = sum(row["groups"] * PREFIX + row["generated_tokens"] + 3 * row["trunk_tokens"] for row in rows)
+        return round(passes / (3 * SFT_TOKENS))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{rlmt}/metrics.jsonl: not what RLMT wrote ({error!r})") from None
 
 
 def run(homes: dict[int, Path], jobs: int) -> None:
@@ -148,8 +151,8 @@ def work(seed: int, home: Path, stage: Stage) -> str:
 
 
 def seeds_of(words: str) -> list[int]:
-    if not all(word.strip().isdecimal() for word in words.split(",")):
-        raise UserError(f"--seeds {words}: not whole numbers with commas between")
+    if not all(word.strip().isdecimal() and len(word) < 19 for word in words.split(",")):
+        raise UserError(f"--seeds {words[:80]}: not whole numbers with commas between")
     return list(dict.fromkeys(map(int, words.split(","))))
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
-from thinkmid.model.transformer import ModelConfig, RopeScaling
+from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -121,7 +120,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias"),
         "use_sliding_window": sliding and _number(raw, "max_window_layers", 28) < layers,
-        "layer_types": raw.get("layer_types") not in (None, ["full_attention"] * layers),
+        "layer_types": raw.get("layer_types") not in (None, ["full_attention"] * min(layers, MOST_LAYERS)),
         "quantization_config": raw.get("quantization_config"),
     }
     for key in (key for key, bad in refused.items() if bad):
@@ -149,7 +148,8 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _number(raw: dict[str, Any], key: str, default: Any = None, *, as_type: type[int] | type[float] = int) -> Any:
     value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, (int, as_type)) or not math.isfinite(value):
+    # inf and nan are not below; an integer may be larger than any float
+    if isinstance(value, bool) or not isinstance(value, (int, as_type)) or not abs(value) < 2**63:
         raise ValueError(f"{key} must be {'a whole' if as_type is int else 'a finite'} number, got {_short(value)}")
     return as_type(value)
 
@@ -164,7 +164,7 @@ def _flag(raw: dict[str, Any], key: str) -> bool:
 def _ids(raw: dict[str, Any], key: str) -> tuple[int, ...]:
     value = raw.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+    if any(isinstance(i, bool) or not isinstance(i, int) or abs(i) >= 2**31 for i in ids):
         raise ValueError(f"{key} must be token ids, got {_short(value)}")
     return tuple(ids)
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from thinkmid.kernels import apply_rope, rms_norm, swiglu
 
 Kind = Literal["llama", "qwen2", "qwen3"]
+# beyond these a number is a mistake, found before it asks for memory
+MOST_LAYERS, MOST, MOST_PARAMETERS = 2**12, 2**24, 2**42
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, C), k, v (T, K, C) -> o (T, H, C)
 HeadFn = Callable[[Tensor, Tensor], Any]  # hidden (R, D), weight (V, D) -> logits, or whatever the caller wants of them
 
@@ -58,14 +60,19 @@ class ModelConfig:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            most = MOST_LAYERS if name == "layers" else MOST
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in [1, {most}], got {getattr(self, name)}")
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}, 2 head_dim {self.head_dim}")
         if not (self.rope_theta > 0 and self.norm_eps >= 0):
             raise ValueError(f"rope_theta {self.rope_theta} must be positive, norm_eps {self.norm_eps} not negative")
         if self.kind == "qwen2" and self.attention_bias:
             raise ValueError("attention_bias is not a choice of kind qwen2, whose q, k and v always have biases")
+        if self.num_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"a model of {self.num_parameters:.1e} parameters: at most {MOST_PARAMETERS:.1e} are possible"
+            )
 
     @property
     def qkv_bias(self) -> bool:

@@ -61,9 +61,21 @@ def materialise(model: Transformer, device: Device) -> Transformer:
 
 def load_model(folder: str | Path, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
     """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserError names what is wrong."""
-    model = build(read_config(folder), dtype, device)
-    load_into(model, folder)
+    with torch.device("meta"):
+        model = Transformer(read_config(folder)).to(_dtype(dtype))
+    matched(model, folder)
+    load_into(materialise(model, device), folder)
     return model.eval()
+
+
+def matched(model: Transformer, folder: str | Path) -> tuple[dict[str, Tensor], dict[str, tuple[Path, Any]]]:
+    """A model's parameters by Hugging Face name, and the open file of each tensor in a folder. UserError unless these
+    are the model's. It may be a meta model still: a wrong config.json asks for no memory."""
+    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
+    sources = _open_all(Path(folder))
+    twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
+    _compare(Path(folder), parameters | twin, sources)
+    return parameters, sources
 
 
 @torch.no_grad()
@@ -75,20 +87,15 @@ def load_into(model: Transformer, folder: str | Path) -> None:
     """
     folder = Path(folder)
     reshard(model)
-    parameters = {hf_name(name): p for name, p in model.named_parameters()}
-    sources = _open_all(folder)
+    parameters, sources = matched(model, folder)
     _verify(folder, {file for file, _ in sources.values()}, any(isinstance(p, DTensor) for p in parameters.values()))
-    expected: dict[str, Tensor] = dict(parameters)
-    if model.cfg.tied and HEAD in sources:
-        expected[HEAD] = parameters[EMBEDDING]
-    _compare(folder, expected, sources)
     for name, p in parameters.items():
         local, start = _local(p)
         local.copy_(_rows(*sources[name], name, start, len(local)))
         # one pass without a temporary; NaN wins both ends
         if local.numel() and not torch.stack(local.aminmax()).isfinite().all():
             raise UserError(f"{sources[name][0]}: {name} holds values that are not finite")
-    if HEAD in expected.keys() - parameters.keys():
+    if HEAD in sources.keys() - parameters.keys():
         local, start = _local(parameters[EMBEDDING])
         twins = [_rows(*sources[name], name, start, len(local)) for name in (HEAD, EMBEDDING)]
         if not torch.equal(*twins):
@@ -97,13 +104,9 @@ def load_into(model: Transformer, folder: str | Path) -> None:
 
 def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into."""
-    folder = Path(folder)
     with torch.device("meta"):
         model = Transformer(read_config(folder))
-    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
-    sources = _open_all(folder)
-    twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
-    _compare(folder, parameters | twin, sources)
+    parameters, sources = matched(model, folder)
     for name, p in parameters.items():
         yield name, _rows(*sources[name], name, 0, len(p)).to(_dtype(dtype))
 
@@ -128,6 +131,8 @@ def _weight_files(folder: Path) -> Mapping[str, set[str] | None]:
         raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; which one counts?")
     if single.exists():
         return {SINGLE: None}
+    if not index.exists():
+        raise UserError(f"{single}: No such file or directory")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
@@ -141,10 +146,10 @@ def _weight_files(folder: Path) -> Mapping[str, set[str] | None]:
 
 def _open(folder: Path, file: str) -> Any:
     """A safetensors file, open for slices; a regular file of the folder itself."""
-    path, home = folder / file, folder.resolve()
+    path, home = folder / file, Path(os.path.realpath(folder))  # unlike resolve, it lives through a loop of links
     # a snapshot in Hugging Face's cache holds links to the blobs beside it
     homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
-    if path.resolve().parent not in homes:
+    if Path(os.path.realpath(path)).parent not in homes:
         raise UserError(f"{path}: links to a file outside its folder")
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
@@ -234,6 +239,14 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
             yield HEAD, whole
 
 
+def replaceable(folder: str | Path) -> Path:
+    """Where save() may write, without links. UserError for what is there and not an export."""
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
+    return folder
+
+
 def save(
     folder: str | Path,
     cfg: ModelConfig,
@@ -248,9 +261,7 @@ def save(
     An older export at the same place stays until the new one is whole; UserError for a folder that is not an export.
     extra_files: a folder whose tokenizer files, as far as it has them, come along.
     """
-    folder, many = Path(folder).resolve(), dist.is_available() and dist.is_initialized()
-    if folder.exists() and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
+    folder, many = replaceable(folder), dist.is_available() and dist.is_initialized()
     if many and dist.get_rank():
         for _ in named:
             pass

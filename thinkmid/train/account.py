@@ -160,7 +160,7 @@ def summary(folder) -> str:
     tenth = max(1, len(rows) // 10)
 
     def mean(part, name):
-        known = [row[name] for row in part if row[name] is not None]
+        known = [row[name] for row in part if isinstance(row.get(name), int | float)]
         return float(np.mean(known)) if known else float("nan")
 
     first, last = rows[:tenth], rows[-tenth:]

@@ -25,6 +25,8 @@ class RunConfig:
     timeout_s: float = 1800.0  # a rank without progress for so long leaves its stack in watch/ and ends; 0: never
 
     def __post_init__(self):
+        if not self.folder:
+            raise ValueError("folder is empty; --run.folder FOLDER")
         for name in ("steps", "seed", "save_every", "keep", "rollouts_every", "max_failed", "timeout_s"):
             if getattr(self, name) < (low := int(name == "keep")):
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")

@@ -44,6 +44,7 @@ def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks
 
     if (folder / "checkpoints").exists() and (folder / "init").exists():
         return folder / "init"
+    shape_of(cfg, cfg.vocab, ())  # numbers that make no model are refused before the tokenizer takes its minutes
     ranks.agree(lambda: _train_tokenizer(cfg, data, folder / "tokenizer") if ranks.rank == 0 else None)
     text = Text.load(folder / "tokenizer")
     shape = shape_of(cfg, text.vocab_size, text.eos_ids)

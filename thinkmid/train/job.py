@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import time
 import tomllib
@@ -29,10 +31,15 @@ from thinkmid.train.watch import Watch
 
 # a run may be resumed with other values of these
 FREE_KEYS = (
-    *("run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every", "run.max_failed"),
-    *("run.timeout_s", "engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
+    *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
+    *("run.max_failed", "run.timeout_s"),
+    *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("optim.offload", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
+# what a run writes into its folder, and what --run.fresh forgets
+FOLDERS = ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch")
+FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
+LOCK = ".train.lock"  # held by the one process that trains here
 
 
 @dataclass
@@ -86,11 +93,12 @@ class Job:
 
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
-        folder, named = self.folder / "export", weights.stream(self.model)
+        folder, named, step = self.folder / "export", weights.stream(self.model), max(0, self.saved_step)
         try:
             weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot be written ({error}); the same command tries again") from error
+            again = f"the same command goes on from step {step}"
+            raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
 
@@ -164,6 +172,7 @@ def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -
     """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing)
+    ranks.agree(lambda: weights.matched(model, source))
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 
@@ -188,40 +197,71 @@ def fingerprint(sequences) -> str:
 
 
 def same_data(state: dict, data: str, folder: str) -> None:
+    """UserError where a run cannot go on: from no checkpoint that is whole, or with other data."""
+    if not state and any(Path(folder, "checkpoints").glob("step-*")):
+        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
     if state and state["data"] != data:
         raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
 
 
 def _claim(folder: Path, cfg) -> None:
-    if cfg.model.folder and Path(cfg.model.folder).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"model.folder {cfg.model.folder} lies in run.folder {folder}, which the run writes to")
+    told = _flat(tomllib.loads(config.to_toml(cfg)))
+    _refuse_own_files(folder, told)
+    if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):
+        raise UserError(f"{folder}/config.toml: not of a training run (no metrics.jsonl); name another run.folder")
+    if folder.exists():
+        _hold(folder)
+    weights.replaceable(folder / "export")
     if cfg.run.fresh:
         _clear(folder)
     elif (folder / "config.toml").exists() and (folder / "checkpoints").exists():
-        _same_config(folder, cfg)
+        _same_config(folder, told)
 
 
-def _same_config(folder: Path, cfg) -> None:
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
+    """No text of the config may be a path to what the run itself writes, or clears."""
+    own = [Path(os.path.realpath(folder), name) for name in (*FOLDERS, *FILES)]
+    for key, value in told.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(Path(os.path.realpath(text)).is_relative_to(place) for place in own):
+                raise UserError(f"{key} {text} lies in run.folder {folder}, which the run writes to")
 
-    old = dict(flat(tomllib.loads((folder / "config.toml").read_text())))
-    new = dict(flat(tomllib.loads(config.to_toml(cfg))))
+
+def _hold(folder: Path) -> None:
+    """The folder is this process's until it ends. A record lock: no child inherits it, and a second call is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process trains here") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    parts = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _same_config(folder: Path, new: dict[str, Any]) -> None:
+    old = _flat(config.read_toml(folder / "config.toml"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key not in FREE_KEYS:
-            was, now = (json.dumps(x.get(key)) for x in (old, new))
+            was, now = (json.dumps(x.get(key), default=str) for x in (old, new))
             raise UserError(f"{folder}: this run began with {key} = {was}, now {now}; --run.fresh starts over")
 
 
 def _clear(folder: Path) -> None:
-    for name in ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def _describe_run(folder: Path, cfg, ranks: shard.Ranks) -> None:
+    _hold(folder)  # a new one is made only now
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
     config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 

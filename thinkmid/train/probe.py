@@ -46,13 +46,17 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
     return out
 
 
-@torch.no_grad()
-def thought_accuracy(model, text, paths, max_len, packed, ranks) -> dict[str, float]:
-    """Share of labels, operands and results in these documents' thoughts that the model puts first, teacher-forced.
+def read_thoughts(paths, text, max_len) -> list[Unit]:
+    """The first max_len tokens of each document, labels, operands and results of its thoughts marked."""
+    return [unit for doc in read_documents(paths) if (unit := _marked(doc, text, max_len)) is not None]
 
-    Of a document the first max_len tokens count. A part that no thought has is left out.
+
+@torch.no_grad()
+def thought_accuracy(model, units: list[Unit], packed, ranks) -> dict[str, float]:
+    """Share of labels, operands and results in the thoughts of read_thoughts that the model puts first, teacher-forced.
+
+    A part that no thought has is left out.
     """
-    units = [unit for doc in read_documents(paths) if (unit := _marked(doc, text, max_len)) is not None]
     sums = {f"{kind}_{part}": torch.zeros((), dtype=torch.float64) for kind in ("hits", "num") for part in PARTS}
     for batch in packed(units):
         pack = make_pack(batch, ranks.device)

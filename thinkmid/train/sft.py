@@ -45,6 +45,8 @@ class DataConfig:
             )
         if self.epochs < 0 or self.tokens < 0:
             raise ValueError(f"epochs {self.epochs} and tokens {self.tokens} must be 0 or more")
+        if self.epochs > 1e4 or self.tokens > 1e15:
+            raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
 
     from thinkmid.model import weights
     from thinkmid.text import Text
-    from thinkmid.train import fresh, job, memory, shard
+    from thinkmid.train import fresh, job, memory, probe, shard
     from thinkmid.train.interrupt import Interrupt
 
     if dry_run:
@@ -85,11 +87,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
     sequences = read_sequences(cfg.data.paths, text, cfg.data.max_len)
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
+    probed = probe.read_thoughts(cfg.data.probe_paths, text, cfg.data.max_len) if cfg.data.probe_paths else []
     data = job.fingerprint(tokens for tokens, _ in sequences)
     cfg = of_length(cfg, num_steps(cfg, [len(tokens) for tokens, _ in sequences]))
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     try:
-        code = learn(run, cfg, sequences, held_out, step, state)
+        code = learn(run, cfg, sequences, held_out, probed, step, state)
     finally:
         run.watch.rest()
     if code == 0:
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def learn(run, cfg: SFTConfig, sequences, held_out, step: int, state: dict) -> int:
+def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: dict) -> int:
     """Steps `step` to cfg.run.steps, then the export. Returns the exit code."""
     from thinkmid.data.pack import plan
     from thinkmid.data.source import Order
@@ -145,10 +148,10 @@ def learn(run, cfg: SFTConfig, sequences, held_out, step: int, state: dict) -> i
     run.watch.beat("export", step)
     run.save(step, {"cursor": cursor, "skipped": skipped})
     folder = run.export()
-    if cfg.data.probe_paths:
-        probed = probe.thought_accuracy(run.model, run.text, cfg.data.probe_paths, cfg.data.max_len, packed, ranks)
-        run.log.event("probe", **probed)
-        run.log.say(probe.advice(probed))
+    if probed:
+        found = probe.thought_accuracy(run.model, probed, packed, ranks)
+        run.log.event("probe", **found)
+        run.log.say(probe.advice(found))
     run.log.say(f"{folder} holds the model")
     return 0
 
