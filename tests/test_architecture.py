@@ -65,7 +65,7 @@ def test_rollout_and_train_meet_in_the_loop_its_config_and_the_programs_alone():
     pairs = {(a, b) for a in TREES for b in imports(a)}
     assert not {a for a, b in pairs if a.startswith("thinkmid.rollout") and b.startswith("thinkmid.train")}
     both = {a for a, b in pairs if a.startswith("thinkmid.train") and b.startswith("thinkmid.rollout")}
-    assert both - PROGRAMS <= {"thinkmid.train.rl", "thinkmid.train.config"}
+    assert both - PROGRAMS <= {"thinkmid.train.rl", "thinkmid.train.draw", "thinkmid.train.config"}
     assert "thinkmid.train.rl" in both
 
 

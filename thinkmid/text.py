@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from thinkmid import files
 from thinkmid.errors import UserError
 
 OPEN = "<think>"
@@ -31,15 +32,7 @@ def clean(text: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in an optional file, {} without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return found
+    return files.read_json(path) if path.is_file() else {}
 
 
 def token_name(path: Path, config: dict[str, Any], key: str) -> str | None:

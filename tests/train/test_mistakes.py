@@ -16,6 +16,7 @@ from thinkmid.errors import UserError
 from thinkmid.log import read_rows
 from thinkmid.model import weights
 from thinkmid.train import job, rlmt, sft
+from thinkmid.train.folder import LOCK
 
 RLMT, BASE = (rlmt, "rlmt.toml"), (sft, "base.toml")
 DOCUMENT = '{"text": "Is it? <think>a</think>Yes."}\n'
@@ -55,7 +56,7 @@ def call(world, capsys):
 
 
 def tree(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != job.LOCK]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
@@ -214,7 +215,7 @@ def test_what_is_not_of_a_training_run_is_left_alone(call, world, flags):
 
 
 def test_a_folder_has_one_run_at_a_time(call, world):
-    hold = f"import fcntl; f = open('base/{job.LOCK}', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    hold = f"import fcntl; f = open('base/{LOCK}', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         line = refused(call, world, *BASE, "--run.steps=3", "--run.fresh")

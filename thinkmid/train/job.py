@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
-import os
-import shutil
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +12,17 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from thinkmid import checkpoint, config
+from thinkmid import checkpoint
 from thinkmid.errors import UserError
-from thinkmid.kernels import launch
 from thinkmid.log import Log
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
+from thinkmid.train.folder import describe_run
 from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.watch import Watch
-
-# a run may be resumed with other values of these
-FREE_KEYS = (
-    *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
-    *("run.max_failed", "run.timeout_s"),
-    *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
-    *("optim.offload", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
-)
-# what a run writes into its folder, and what --run.fresh forgets
-FOLDERS = ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch")
-FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
-LOCK = ".train.lock"  # held by the one process that trains here
 
 
 @dataclass
@@ -102,11 +85,6 @@ class Job:
         return folder
 
 
-def claim_folder(cfg, ranks: shard.Ranks) -> None:
-    """Refuse a folder that another run began, clear it if asked to. Collective."""
-    ranks.agree(lambda: _claim(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
-
-
 def open_job(
     cfg,
     source: Path,
@@ -137,7 +115,7 @@ def open_job(
     state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
     same_data(state, data, cfg.run.folder)
     start = int(found.name.rpartition("-")[2]) if found else 0
-    ranks.agree(lambda: _describe_run(folder, cfg, ranks) if ranks.rank == 0 else None)
+    describe_run(cfg, ranks)
     options = {"num_steps": cfg.run.steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
     log = Log(folder, ranks.rank, start, **options)
     log.event("start", step=start, world=ranks.world)
@@ -163,16 +141,22 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
     """The model in an HF folder, of which each rank reads its own rows."""
-    model = empty_model(shape, section, ranks)
+    model = empty_model(shape, section, ranks, source)
     ranks.agree(lambda: weights.load_into(model, source))
     return model
 
 
-def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
-    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
+def empty_model(
+    shape: ModelConfig, section: ModelSection, ranks: shard.Ranks, source: Path | None = None
+) -> Transformer:
+    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32.
+
+    source: an HF folder that must fit, looked at before there is memory.
+    """
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing)
-    ranks.agree(lambda: weights.matched(model, source))
+    if source:
+        ranks.agree(lambda: weights.matched(model, source))
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 
@@ -202,68 +186,6 @@ def same_data(state: dict, data: str, folder: str) -> None:
         raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
     if state and state["data"] != data:
         raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
-
-
-def _claim(folder: Path, cfg) -> None:
-    told = _flat(tomllib.loads(config.to_toml(cfg)))
-    _refuse_own_files(folder, told)
-    if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):
-        raise UserError(f"{folder}/config.toml: not of a training run (no metrics.jsonl); name another run.folder")
-    if folder.exists():
-        _hold(folder)
-    weights.replaceable(folder / "export")
-    if cfg.run.fresh:
-        _clear(folder)
-    elif (folder / "config.toml").exists() and (folder / "checkpoints").exists():
-        _same_config(folder, told)
-
-
-def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
-    """No text of the config may be a path to what the run itself writes, or clears."""
-    own = [Path(os.path.realpath(folder), name) for name in (*FOLDERS, *FILES)]
-    for key, value in told.items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any(Path(os.path.realpath(text)).is_relative_to(place) for place in own):
-                raise UserError(f"{key} {text} lies in run.folder {folder}, which the run writes to")
-
-
-def _hold(folder: Path) -> None:
-    """The folder is this process's until it ends. A record lock: no child inherits it, and a second call is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process trains here") from None
-    except OSError:  # a file system without locks
-        pass
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    parts = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _same_config(folder: Path, new: dict[str, Any]) -> None:
-    old = _flat(config.read_toml(folder / "config.toml"))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and key not in FREE_KEYS:
-            was, now = (json.dumps(x.get(key), default=str) for x in (old, new))
-            raise UserError(f"{folder}: this run began with {key} = {was}, now {now}; --run.fresh starts over")
-
-
-def _clear(folder: Path) -> None:
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _describe_run(folder: Path, cfg, ranks: shard.Ranks) -> None:
-    _hold(folder)  # a new one is made only now
-    env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
-    config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
 
 def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:

@@ -17,6 +17,7 @@ from thinkmid.train.account import Clock, Update, advice, describe, gate_line, m
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
+from thinkmid.train.folder import claim_folder
 from thinkmid.train.interrupt import EXIT, Interrupt
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
@@ -53,7 +54,7 @@ def run(
     if ranks.world % cfg.engine.tensor_parallel:
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
     data = job.fingerprint(p.tokens for p in prompts)
-    job.claim_folder(cfg, ranks)
+    claim_folder(cfg, ranks)
     options = {"data": data, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
     opened, step, state = job.open_job(cfg, source, shape, text, **options)
     for note in notes:

@@ -72,13 +72,14 @@ def main(argv: list[str]) -> int:
     from thinkmid.model import weights
     from thinkmid.text import Text
     from thinkmid.train import fresh, job, memory, probe, shard
+    from thinkmid.train.folder import claim_folder
     from thinkmid.train.interrupt import Interrupt
 
     if dry_run:
         at_least = -(-cfg.data.tokens // cfg.data.batch_tokens)  # epochs would need the data
         return memory.dry_run_sft(of_length(cfg, cfg.run.steps or at_least))
     interrupt, ranks = Interrupt(), shard.start()
-    job.claim_folder(cfg, ranks)
+    claim_folder(cfg, ranks)
     source = Path(cfg.model.folder)
     if not cfg.model.folder:
         source = fresh.make(cfg.fresh, cfg.data.paths, Path(cfg.run.folder), cfg.run.seed, ranks)
