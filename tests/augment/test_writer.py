@@ -57,13 +57,15 @@ class Scripted:
     """Answers as the script does, 7 at a time in any order; every question is asked as an engine is: in tokens."""
 
     def __init__(self, text):
-        self.text, self.calls, self.most, self.rng = text, [], 0, random.Random(0)
+        self.text, self.calls, self.rng = text, [], random.Random(0)
+        self.generations, self.waiting = 0, []
 
     def generate(self, prompts, seeds_P_G, sampling, stop):
-        left = list(range(len(prompts)))
-        self.most = max(self.most, len(left))
+        self.generations += 1
+        left, seen = list(range(len(prompts))), len(prompts)
         while left and not stop():
             p = left.pop(self.rng.randrange(min(7, len(left))))
+            self.waiting.append(len(left))
             [seed] = seeds_P_G[p]
             question = self.text.decode(prompts[p].tokens)
             self.calls.append((question, seed))
@@ -73,6 +75,9 @@ class Scripted:
                 tokens=tokens, logp=np.zeros(len(tokens), np.float32), drawn=np.ones(len(tokens), bool),
                 finish="unclosed" if reply.cut else "eos", num_think=len(tokens), version=0,
             )  # fmt: skip
+            assert len(prompts) - seen <= 1, "more than one for a sample"
+            left += range(seen, len(prompts))
+            seen = len(prompts)
 
 
 def scripted_run(world, out, *, wave=8, stop_after=0, retries=1):
@@ -112,7 +117,11 @@ def test_an_engine_that_misbehaves_gives_the_files_and_counts_of_an_endpoint_tha
     assert files(world / "engine") == files(world / "endpoint")
     assert counts(world / "engine") == counts(world / "endpoint")
     assert Counter(question for question, _ in engine.calls) == Counter(asked)
-    assert engine.most == 8 * writer.WAVE  # many chunks in one call
+    # one call after the other would run empty at each end: here the queue is full until the corpus ends
+    queue, tries = 8 * writer.QUEUE, 2
+    assert engine.generations == 1
+    assert engine.waiting == sorted(engine.waiting, reverse=True)
+    assert engine.waiting.count(queue - 1) > len(engine.calls) - queue * tries
     assert counts(world / "engine")["accepted"] > 100
     assert len(counts(world / "engine")["refused_by"]) > 10
 

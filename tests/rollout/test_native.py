@@ -335,6 +335,21 @@ def test_new_weights_take_effect_in_place(endless):
     assert {s.version for g in after for s in g.samples} == {4}
 
 
+def test_what_is_appended_to_a_running_generation_is_drawn_as_if_it_had_been_there(endless, path):
+    ragged = replace(endless, eos_ids=tuple(range(0, endless.vocab_size, 12)))
+    engine, _ = make_engine(ragged)
+    sampling = Sampling(max_think=37, max_batch=5)
+    prompts, seeds_P_G = make_prompts(endless.vocab_size, (1, 2, 7, 31, 5, 33, 64, 70, 3, 64, 1)), seeds(11, 2)
+    whole = tokens_P_G(collect(engine, prompts, seeds_P_G, sampling))
+    now, now_seeds, found = prompts[:2], seeds_P_G[:2], {}
+    for p, g, sample in engine.generate(now, now_seeds, sampling):
+        found[p, g] = sample.tokens.tolist()
+        if len(found) % 2 == 0 and len(now) < len(prompts):  # longer prefixes than those at the start, and more
+            now.append(prompts[len(now)])
+            now_seeds.append(seeds_P_G[len(now_seeds)])
+    assert found == {(p, g): tokens for p, group in enumerate(whole) for g, tokens in enumerate(group)}
+
+
 def test_a_sync_that_brings_too_little_is_an_error(endless):
     model = make_model(endless.vocab_size)
     engine = NativeEngine(model.cfg, endless)

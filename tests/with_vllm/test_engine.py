@@ -138,6 +138,31 @@ def test_what_is_drawn_depends_on_the_seed_alone(one):
     assert a.tokens.tolist() != b.tokens.tolist()
 
 
+def test_what_is_appended_to_a_running_generation_is_drawn_as_if_it_had_been_there(one, monkeypatch):
+    # one token in twelve is an end: sequences end at different times, and others take their rows
+    monkeypatch.setattr(one.vllm, "text", replace(one.vllm.text, eos_ids=tuple(range(0, one.cfg.vocab, 12))))
+    sampling = Sampling(max_think=20, max_suffix=5)
+    whole = collect(one.vllm, one.prompts, seeds(one, 1), sampling)
+    now, now_seeds, found = one.prompts[:2], seeds(one, 1)[:2], {}
+    for p, g, sample in one.vllm.generate(now, now_seeds, sampling):
+        found[p, g] = sample.tokens.tolist()
+        if len(now) < len(one.prompts):
+            now.append(one.prompts[len(now)])
+            now_seeds.append(seeds(one, 1)[len(now_seeds)])
+    assert found == {(p, 0): group.samples[0].tokens.tolist() for p, group in enumerate(whole)}
+    assert len({len(tokens) for tokens in found.values()}) > 3
+
+
+def test_an_appended_prompt_beyond_the_context_is_named(one):
+    now, now_seeds = one.prompts[:2], [[0], [0]]
+    drawn = one.vllm.generate(now, now_seeds, Sampling(max_think=20, max_suffix=5))
+    next(drawn)
+    now.append(Prompt(id="rl-17#2", tokens=[1] * (MAX_LEN - 9)))
+    now_seeds.append([0])
+    with pytest.raises(UserError, match=r"rl-17#2: 311 tokens and 25 new"):
+        list(drawn)
+
+
 def test_questions_are_answered_while_others_are_drawn(one):
     prompts = 3 * one.prompts  # more sequences than the engine has rows: they end one after the other
     questions = [p.tokens for p in prompts]

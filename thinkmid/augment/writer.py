@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Protocol
 
 from thinkmid.augment import annotators
@@ -14,9 +13,7 @@ from thinkmid.rollout.engine import Engine, Sampling, seed
 from thinkmid.text import Text
 from thinkmid.types import Prompt
 
-# times max_batch: chunks of one call. What is refused goes into the next one, and a call's last answers leave places
-# empty: a simulation with 15 % refused and lengths of 60 to 2048 tokens kept 71 % of them busy at 8, 88 % at 32
-WAVE = 32
+QUEUE = 2  # times max_batch: questions in the engine's hands, so that for each that ends another one waits
 INSTRUCTIONS = 2048  # tokens of ours around a chunk, for any tokenizer
 CONTEXT = "exceeds the context"
 
@@ -80,33 +77,37 @@ def through_engine(
 
     text: the annotator's. chat: the ids of a question. max_len: tokens of the longest prompt with its answer.
     """
-    again: list[tuple[Item, Asking]] = []
-    while not stopped():
-        wave, again = again, []
-        fresh = islice(items, WAVE * writer.max_batch - len(wave))
-        wave += [(item, annotators.begin(item.chunk, cfg)) for item in fresh]
-        if not wave:
-            return
-        running, prompts = [], []
-        for item, asking in wave:
-            tokens = [] if asking.done else chat(asking.prompt)
-            if not asking.done and len(tokens) + writer.max_tokens > max_len:
-                asking.out.refused, asking.done = CONTEXT, True
-            if asking.done:
-                yield item, asking.out
+    prompts: list[Prompt] = []
+    seeds_P_G: list[list[int]] = []
+    asked: dict[int, tuple[Item, Asking]] = {}  # by the number of the prompt
+
+    def queue(item: Item, asking: Asking) -> bool:
+        """Hand the question over. False: nothing is to be asked, the outcome stands."""
+        tokens = [] if asking.done else chat(asking.prompt)
+        if not asking.done and len(tokens) + writer.max_tokens > max_len:
+            asking.out.refused, asking.done = CONTEXT, True
+        if not asking.done:
+            asked[len(prompts)] = item, asking
+            prompts.append(Prompt(id=f"{item.place.key}/{item.place.number}", tokens=tokens))
+            seeds_P_G.append([seed(writer.seed, asking.out.calls, prompts[-1].id, 0)])
+        return not asking.done
+
+    def queue_fresh(number: int) -> Iterator[tuple[Item, Outcome]]:
+        """Hand over so many new chunks. Yields those before them about which nothing is to be asked."""
+        while number and (item := next(items, None)):
+            if queue(item, asking := annotators.begin(item.chunk, cfg)):
+                number -= 1
             else:
-                running.append((item, asking))
-                prompts.append(Prompt(id=f"{item.place.key}/{item.place.number}", tokens=tokens))
-        seeds_P_G = [
-            [seed(writer.seed, asking.out.calls, prompt.id, 0)]
-            for (_, asking), prompt in zip(running, prompts, strict=True)
-        ]
-        for p, _, sample in engine.generate(prompts, seeds_P_G, writer.sampling, stopped):
-            item, asking = running[p]
-            cost = {"prompt_tokens": len(prompts[p].tokens), "written_tokens": len(sample.tokens)}
-            reply = Reply(text.decode(sample.tokens), **cost, cut=sample.finish != "eos")
-            annotators.hear(asking, reply, cfg)
-            if asking.done:
                 yield item, asking.out
-            else:
-                again.append((item, asking))
+
+    yield from queue_fresh(QUEUE * writer.max_batch)
+    for p, _, sample in engine.generate(prompts, seeds_P_G, writer.sampling, stopped):
+        item, asking = asked.pop(p)
+        cost = {"prompt_tokens": len(prompts[p].tokens), "written_tokens": len(sample.tokens)}
+        prompts[p].tokens.clear()  # the list grows by every question of a run
+        reply = Reply(text.decode(sample.tokens), **cost, cut=sample.finish != "eos")
+        annotators.hear(asking, reply, cfg)
+        # one place is free: for the same chunk, else for the next one
+        if not queue(item, asking):
+            yield item, asking.out
+            yield from queue_fresh(1)

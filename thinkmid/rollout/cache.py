@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from thinkmid.kernels import launch
 
@@ -96,6 +97,16 @@ class Cache:
         """k (num*K, C, length), v (num*K, length, C): the first positions of the first rows."""
         return self.k[layer][:num, ..., :length].flatten(0, 1), self.v[layer][:num, :, :length].flatten(0, 1)
 
+    def reserve(self, num_rows: int, max_len: int):
+        """Room for at least so many rows and positions; what is stored stays."""
+        more = max(0, num_rows - len(self.k[0]))
+        wider = max(self.max_len, -(-max_len // KEY_STEP) * KEY_STEP) - self.max_len
+        if more or wider:
+            for layer, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+                self.k[layer] = F.pad(k, (0, wider, 0, 0, 0, 0, 0, more))
+                self.v[layer] = F.pad(v, (0, 0, 0, wider, 0, 0, 0, more))
+            self.max_len += wider
+
     def move(self, moves: list[tuple[int, int]]):
         """Rows (from, to): the last rows fill the gaps that finished ones left."""
         if moves:
@@ -113,8 +124,10 @@ class Prefixes:
         self._length = np.zeros(size, np.int64)
 
     def add(self, prompt, length):
-        self.slot[prompt] = len(self.slot)
-        self._length[self.slot[prompt]] = length
+        slot = self.slot[prompt] = len(self.slot)
+        self.cache.reserve(slot + 1, length)
+        self._length = np.pad(self._length, (0, max(0, slot + 1 - len(self._length))))
+        self._length[slot] = length
 
     def keep(self, prompts: set[int]):
         """Drop all others; the last slots fill the gaps."""

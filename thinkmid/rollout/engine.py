@@ -89,7 +89,10 @@ class Engine(Protocol):
     def generate(
         self, prompts: list[Prompt], seeds_P_G: list[list[int]], sampling: Sampling, stop: Callable[[], bool]
     ) -> Iterator[tuple[int, int, Sample]]:
-        """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true."""
+        """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true.
+
+        For each sample that came, one more sequence may be appended to both lists: it joins the running batch.
+        """
 
     def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
         """Queue a question: which of two tokens comes next? Answered while others are generated, or by drain()."""

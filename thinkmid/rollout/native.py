@@ -77,6 +77,7 @@ class NativeEngine:
         prefixes = Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, like)
         cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), like)
         rows = Rows(max_rows, sampling, self.text)
+        queued = len(prompts)
         while (waiting or rows.num) and not stop():
             # a refill costs a prefill: wait until an eighth of the batch is free
             if waiting and max_rows - rows.num >= min(len(waiting), 1 + max_rows // 8):
@@ -99,6 +100,9 @@ class NativeEngine:
                 # sequences wait in the order of their prompts: only the first one's prompt may hold a prefix already
                 prefixes.keep({p for p, _ in rows.owner} | {p for p, _, _ in list(waiting)[:1]})
                 families = prefixes.families(rows.owner)
+            # those that the consumer has appended
+            waiting.extend((p, g, s) for p in range(queued, len(prompts)) for g, s in enumerate(seeds_P_G[p]))
+            queued = len(prompts)
 
     def ask(self, tokens, choices):
         self._phases.enter("ask")

@@ -131,26 +131,41 @@ class VllmEngine:
 
     def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
         self._phases.enter("generate")
+        self._check(prompts, sampling)
+        return self._run(prompts, seeds_P_G, sampling, stop)
+
+    def _check(self, prompts, sampling) -> None:
         for prompt in prompts:
             if len(prompt.tokens) + sampling.max_new > self.max_len:
                 raise UserError(
                     f"prompt {prompt.id}: {len(prompt.tokens)} tokens and {sampling.max_new} new ones exceed the "
                     f"engine's {self.max_len} (engine.max_len)"
                 )
-        return self._run(prompts, seeds_P_G, sampling, stop)
 
     def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
         rows = Rows(sum(map(len, seeds_P_G)), sampling, self.text)
         running: dict[str, int] = {}  # request -> row
-        for p, seeds in enumerate(seeds_P_G):
-            for g, seed in enumerate(seeds):
-                row = rows.add(p, g, seed, prompts[p].tokens)
-                running[self._start(rows, row, prompts[p].tokens, sampling)] = row
+        queued = 0
         try:
-            while running and not stop():
+            while True:
+                self._queue(queued, rows, running, prompts, seeds_P_G, sampling)
+                queued = len(prompts)
+                if not running or stop():
+                    return
                 yield from self._advance(rows, running, prompts, sampling)
+                if queued < len(prompts):  # they take the rows of those that ended
+                    self._check(prompts[queued:], sampling)
+                    moved = dict(rows.keep(np.array(sorted(running.values()), np.int64)))
+                    running = {id: moved.get(row, row) for id, row in running.items()}
         finally:
             self._core.abort_requests(list(running))
+
+    def _queue(self, first, rows, running, prompts, seeds_P_G, sampling):
+        """Hand over the sequences of the prompts from the first on."""
+        for p in range(first, len(prompts)):
+            for g, seed in enumerate(seeds_P_G[p]):
+                row = rows.add(p, g, seed, prompts[p].tokens)
+                running[self._start(rows, row, prompts[p].tokens, sampling)] = row
 
     def _advance(self, rows, running, prompts, sampling):
         """One step of the engine; the samples that end with it."""
