@@ -148,7 +148,7 @@ def test_another_template_or_sampling_is_a_warning(tmp_path, capsys, about, line
     [
         ("results.json", None, "no such file"),
         ("results.json", "[]", "not a JSON object"),
-        ("results.json", "[" * 100_000, "cannot read it"),
+        ("results.json", "[" * 100_000, "not JSON"),
         ("results.json", '{"sets": ["one"]}', "not the results of an evaluation"),
         ("results.json", '{"sets": {"one": {}}, "questions": null}', "not the results of an evaluation"),
         ("results.json", '{"sets": {"a\\u0000": {}}}', "not the results of an evaluation"),

@@ -194,7 +194,7 @@ def tree():
         ("--data.sets=questions=", "sets: 'questions=' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
         *[
             (f"--data.sets={name}:questions=set.jsonl", "a name is 1 to 60 letters")
-            for name in ("", "../../b", "a/b", "a[x]*", "a\0", ".a", "-a", "a" * 61)
+            for name in ("", "../../b", "a/b", "a[x]*", ".a", "-a", "a" * 61)
         ],
         ("--run.seed=-1", "run: seed must be at least 0, got -1"),
         ("--run.regrade=true", "0 of 48 samples of own; eval.run without regrade draws them"),

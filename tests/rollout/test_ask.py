@@ -87,7 +87,7 @@ def test_a_resident_judge_has_a_cache_of_its_own_size(monkeypatch, tmp_path):
     monkeypatch.setattr(judging, "make_engine", build)
     policy = EngineConfig(kind="vllm", kv_gb=36.0, dtype="bfloat16")
     judge = judging.JudgeConfig(kind="resident", engine="vllm", folder=str(tmp_path), kv_gb=2.5)
-    judging.make_ask(judge, policy, Sampling(), None, None, (TINY, Words([7], [8])), "cpu", 400)
+    judging.make_ask(judge, policy, Sampling(), None, None, (TINY, Words([7], [8])), "cpu", 400, print)
     assert (built["kv_gb"], built["kind"], built["dtype"]) == (2.5, "vllm", "bfloat16")
     assert built["sleep"] is False
     assert 0 < judging.JudgeConfig().kv_gb < 8

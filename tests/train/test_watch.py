@@ -14,8 +14,8 @@ from thinkmid.train.watch import Watch
 Interrupt()
 watch = Watch({folder!r}, 3, {timeout})
 watch.beat("rollout", 12)
-print("ready", flush=True)
 def the_culprit():
+    print("ready", flush=True)
     {body}
 the_culprit()
 print("survived")

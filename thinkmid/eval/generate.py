@@ -139,7 +139,9 @@ def stored(folder: Path, name: str, keys: Kinds = KEYS) -> list[dict]:
 
     UserError names the row that is not as draw() writes them.
     """
-    paths = [p for p in sorted(folder.glob(f"{name}-*.jsonl")) if p.stem.removeprefix(f"{name}-").isdigit()]
+    # a whole name is compared, for a report takes it from files that anyone may have written
+    parts = [(path, path.stem.rpartition("-")) for path in sorted(folder.glob("*.jsonl"))]
+    paths = [path for path, (set_name, _, rank) in parts if set_name == name and rank.isdigit()]
     rows = {}
     for path in paths:
         for number, row in enumerate(read_rows(path), start=1):

@@ -111,15 +111,11 @@ def evaluation(run: Evaluation, limit: int, show_gpqa: bool) -> tuple[list[dict]
     out: list[dict] = []
     notes: dict[str, list[str]] = {}
     for name in run.sets:
-        found, note = of_set(run, name, generations(run, name), max(1, limit // len(run.sets)), show_gpqa)
+        rows = stored(run.folder / "generations", name)
+        found, note = of_set(run, name, rows, max(1, limit // len(run.sets)), show_gpqa)
         out += found
         notes.setdefault(note, []).append(name)
     return out, "; ".join(f"{', '.join(names)}: {note}" for note, names in notes.items())
-
-
-def generations(run: Evaluation, name: str) -> list[dict]:
-    """Stored rows of a set, by question and sample; [] for a name that no set can have. UserError."""
-    return stored(run.folder / "generations", name) if tasks.NAME.fullmatch(name) else []
 
 
 def of_set(run: Evaluation, name: str, rows: list[dict], limit: int, show_gpqa: bool) -> tuple[list[dict], str]:
