@@ -63,10 +63,9 @@ def by_length(axis: Any, rows: dict[str, dict], names: dict[str, str], lengths: 
     for when, colour in (("before", BEFORE), ("after", AFTER)):
         by_seed = np.array([list(cell[when]["mean"].values()) for cell in cells])
         axis.plot(steps, by_seed, color=colour, linewidth=0.8, alpha=0.4)
-        axis.plot(steps, by_seed.mean(1), "o-", color=colour, linewidth=2)
-        axis.annotate(f"{when} RLPT", (steps[-1], by_seed[-1].mean()), (6, 0), textcoords="offset points", color=colour)
+        axis.plot(steps, by_seed.mean(1), "o-", color=colour, linewidth=2, label=f"{when} RLPT")
     axis.set(title="Accuracy by length of RLMT", xlabel="steps of RLMT", ylabel="mean of all sets", xticks=steps)
-    axis.margins(x=0.14)
+    axis.legend(frameon=False, loc="lower right")  # where the curves meet names at their ends would too
 
 
 def over_steps(axis: Any, runs: list[Path], column: str, title: str, unit: str) -> None:
