@@ -1,6 +1,5 @@
 """What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
 
-import multiprocessing.util
 import os
 import signal
 import sys
@@ -110,12 +109,22 @@ def assert_same(ours, exact):
         assert error <= 1e-11 * max(scale, 1e-3), f"{name}: error {error}, largest value {scale}"
 
 
+def spawn(work, world, *args):
+    """work(rank, *args) in a process per rank; raises what one of them raises."""
+    torch.multiprocessing.spawn(_work, (work, *args), nprocs=world)
+
+
+def _work(rank, work, *args):
+    work(rank, *args)
+    # DTensor's caches keep gloo's threads alive, and at an orderly exit those now and then abort the process
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def join_ranks(rank, world, folder):
-    """For a process started by torch.multiprocessing.spawn: gloo through a file, then the trainer's own start()."""
+    """For a process of spawn(): gloo through a file, then the trainer's own start()."""
     from thinkmid.train import shard
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
-    # gloo's threads, alive at the end, now and then abort the process; a spawned one runs no atexit, but these
-    multiprocessing.util.Finalize(None, dist.destroy_process_group, exitpriority=0)
     return shard.start()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import spawn
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -496,7 +496,7 @@ def test_saved_on_two_ranks_it_resumes_bitwise_on_any_number(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     turns = [(2, save_on_two, root), (3, load_on_more, (3,), root), (4, load_on_more, (2, 2), root)]
-    mp.spawn(run_rank, args=(tmp_path, turns), nprocs=4)
+    spawn(run_rank, 4, tmp_path, turns)
     for step in (1, 2, 101, 102):  # of two ranks twice, three, and two by two
         tensors = make_sharded(None, seed=3)
         load(root / f"step-{step:06d}", tensors)

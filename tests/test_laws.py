@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_no_worse, assert_same, join_ranks, random_groups, random_model
+from conftest import TINY, assert_no_worse, assert_same, join_ranks, random_groups, random_model, spawn
 from safetensors.torch import load_file, save_file
 
 from thinkmid import config
@@ -149,12 +149,11 @@ def ranks_worker(rank, world, folder):
         shard.shard(model, ranks, compute_dtype=torch.float64)
         result = two_steps(ranks, model, groups, capacity, clip)
         save_file(result, f"{folder}/{capacity}-{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_number_of_ranks_changes_no_weight(world, tmp_path):
-    torch.multiprocessing.spawn(ranks_worker, (world, str(tmp_path)), nprocs=world)
+    spawn(ranks_worker, world, world, str(tmp_path))
     assert TINY.ffn % 2 == TINY.vocab % 2 == 1  # rows of matrices do not divide by the ranks
     alone = shard.Ranks(0, 1, torch.device("cpu"), None)  # and no FSDP
     for capacity, clip, tied in SPLITS:

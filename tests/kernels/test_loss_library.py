@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import assert_same, join_ranks
+from conftest import assert_same, join_ranks, spawn
 
 from thinkmid.kernels import dr_grpo_loss, fused_linear_dr_grpo, linear_logprob
 
@@ -55,7 +54,7 @@ def fsdp_rank(rank, world, folder):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_sharded_head_gets_its_share_of_the_gradient_of_all_ranks(world, tmp_path):
-    mp.spawn(fsdp_rank, (world, tmp_path), nprocs=world)
+    spawn(fsdp_rank, world, world, tmp_path)
 
 
 def test_gather_weight_leaves_other_tensors_alone():

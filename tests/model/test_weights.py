@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import spawn
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -522,7 +523,6 @@ def two_ranks_worker(rank, folder):
     except UserError as e:
         (folder / f"refused-{rank}").write_text(str(e))
     save_file(keep, folder / f"rank-{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,7 @@ def two_ranks(tmp_path_factory):
     with sorted((folder / "damaged").glob("*.safetensors"))[1].open("r+b") as f:
         f.seek(-3, os.SEEK_END)
         f.write(b"?")
-    torch.multiprocessing.spawn(two_ranks_worker, (folder,), nprocs=2)
+    spawn(two_ranks_worker, 2, folder)
     return folder
 
 

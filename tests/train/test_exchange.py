@@ -1,8 +1,7 @@
 import math
 
 import pytest
-import torch
-from conftest import join_ranks
+from conftest import join_ranks, spawn
 
 from thinkmid.errors import UserError
 from thinkmid.train.exchange import finished, merged
@@ -41,11 +40,10 @@ def two_ranks_worker(rank, folder):
     with pytest.raises(UserError, match="cannot be trusted"):
         finished(Told(UserError("cannot be trusted") if rank else TOLD[0]), 1, ranks, 1)
     assert finished(Told(TOLD[rank]), 1, ranks, 1) == pytest.approx(ALL)
-    torch.distributed.destroy_process_group()
 
 
 def test_a_rewards_metrics_are_those_of_all_ranks(tmp_path):
-    torch.multiprocessing.spawn(two_ranks_worker, (str(tmp_path),), nprocs=2)
+    spawn(two_ranks_worker, 2, str(tmp_path))
 
 
 def test_counts_add_up_and_a_mean_of_means_is_weighted():

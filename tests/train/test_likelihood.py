@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, join_ranks, random_model
+from conftest import TINY, join_ranks, random_model, spawn
 from world import TEXTS
 
 from thinkmid.text import Text, train_tokenizer
@@ -164,11 +164,10 @@ def two_ranks_worker(rank, folder):
         options = {"judge": 0.0, "gain": 1.0, "pack_tokens": pack_tokens}
         found = scored(text, {"policy": model}, groups_of(text), ranks, **options)[0]
         np.testing.assert_allclose(found, np.load(f"{folder}/gain.npy"), atol=1e-6)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_score_as_one(tmp_path):
     text = make_text(tmp_path, "plain")
     model = model_of(text)
     np.save(tmp_path / "gain.npy", expected(text, model, model)[1])
-    torch.multiprocessing.spawn(two_ranks_worker, (str(tmp_path),), nprocs=2)
+    spawn(two_ranks_worker, 2, str(tmp_path))

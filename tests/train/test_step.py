@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, join_ranks, random_groups, random_model
+from conftest import TINY, assert_same, join_ranks, random_groups, random_model, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,11 +55,10 @@ def broken_worker(rank, folder):
     fine = step(model, optimizer, planned(GROUPS, ranks), ranks)  # and nothing of it is left
     assert fine.broken == []
     assert math.isfinite(fine.grad_norm)
-    torch.distributed.destroy_process_group()
 
 
 def test_a_loss_that_is_not_finite_skips_the_update_on_both_ranks_and_names_the_pack(tmp_path):
-    torch.multiprocessing.spawn(broken_worker, (str(tmp_path),), nprocs=2)
+    spawn(broken_worker, 2, str(tmp_path))
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_too():
@@ -117,7 +116,7 @@ def sum_worker(rank, folder):
 
 def test_gradients_of_ranks_are_summed_in_fp32(tmp_path):
     """The laws run in fp64, for which FSDP2 chooses other operations."""
-    torch.multiprocessing.spawn(sum_worker, (str(tmp_path),), nprocs=2)
+    spawn(sum_worker, 2, str(tmp_path))
 
 
 def stale_worker(rank, world, folder, tied):
@@ -139,7 +138,7 @@ def stale_worker(rank, world, folder, tied):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_update_without_a_backward_reaches_the_next_forward(world, tied, tmp_path):
-    torch.multiprocessing.spawn(stale_worker, (world, str(tmp_path), tied), nprocs=world)
+    spawn(stale_worker, world, world, str(tmp_path), tied)
 
 
 TEXT = st.text(max_size=8)

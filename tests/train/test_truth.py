@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, join_ranks, random_model
+from conftest import TINY, assert_same, join_ranks, random_model, spawn
 from world import TEXTS
 
 from thinkmid.data.pack import Reply, Unit, make_pack, plan
@@ -141,12 +141,11 @@ def two_ranks_worker(rank, folder):
     found, together = joined_gradients(sharded, text, capacity=60, ranks=ranks)
     assert_same(found, want)
     assert together == pytest.approx(sums)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     make_text(tmp_path)
-    torch.multiprocessing.spawn(two_ranks_worker, (str(tmp_path),), nprocs=2)
+    spawn(two_ranks_worker, 2, str(tmp_path))
 
 
 @pytest.mark.parametrize(
