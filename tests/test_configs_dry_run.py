@@ -111,6 +111,21 @@ def test_each_plan_fits_its_gpus_and_is_the_one_in_the_docs(home, monkeypatch, c
     assert len(hours) == 1 or "a thousand answers of a rank" in said
 
 
+def test_a_resident_judge_is_counted_in_every_phase(home, monkeypatch, capsys):
+    name, folder = "llama3-8b-rlmt", "models/llama3.2-1b"
+    alone, num = phases(dry_run(name, monkeypatch, capsys)), PARAMETERS["llama3.2-1b"]
+    cache = (
+        512 * (640 + 4 * 128) * 2 * 2 * 16 * 8 * 64
+    )  # rows, tokens, keys and values, bytes, layers, heads, head size
+    for engine, kept, at_work in (("native", 0, cache), ("vllm", 4e9 + 3e9, 4e9 + 3e9)):
+        flags = ["--judge.kind=resident", f"--judge.folder={folder}", f"--judge.engine={engine}"]
+        beside = phases(dry_run(name, monkeypatch, capsys, *flags))
+        more = {phase: beside[phase] - alone[phase] for phase in alone}
+        assert more["sync"] == pytest.approx(2 * num + kept, abs=2e8), more
+        assert more["training"] == pytest.approx(2 * num + kept, abs=2e8)
+        assert more["rollout"] == pytest.approx(2 * num + at_work + 512 * 128_256 * 24, abs=2e8)
+
+
 @pytest.mark.parametrize("name", [name for name in REAL if "-eval" in name])
 def test_each_evaluation_is_the_papers_and_fits_one_gpu(home, monkeypatch, capsys, name):
     dry_run(name, monkeypatch, capsys, "--data.sets", "questions=q.jsonl")

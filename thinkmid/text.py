@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -249,6 +250,12 @@ class Text:
         return len(self.pieces)
 
     @cached_property
+    def digest(self) -> str:
+        """Hash of all that decides the ids of a text."""
+        decides = (self.tokenizer.to_str(), self.bos_id, self.eos_ids, self.open_ids, self.close_ids)
+        return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
+
+    @cached_property
     def matcher(self) -> CloseMatcher:
         return CloseMatcher(self.pieces, CLOSE.encode())
 
@@ -274,14 +281,17 @@ class Text:
 
     def encode_woven_many(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[tuple[list[int], list[bool]]]:
         """[encode_woven(pieces) for pieces in documents], on all cores."""
-        encoded = iter(self.encode_many(text for pieces in documents for _, text in pieces))
         woven = []
-        for pieces in documents:
-            runs = [(thought, next(encoded)) for thought, _ in pieces]
-            runs = [(thought, [*self.open_ids, *ids, *self.close_ids] if thought else ids) for thought, ids in runs]
-            mask = chain.from_iterable([thought] * len(ids) for thought, ids in runs)
-            woven.append((list(chain.from_iterable(ids for _, ids in runs)), list(mask)))
+        for pieces, runs in zip(documents, self.encode_pieces(documents), strict=True):
+            mask = chain.from_iterable([thought] * len(ids) for (thought, _), ids in zip(pieces, runs, strict=True))
+            woven.append((list(chain.from_iterable(runs)), list(mask)))
         return woven
+
+    def encode_pieces(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[list[list[int]]]:
+        """What encode_woven joins, for each document: the ids of every piece."""
+        encoded = iter(self.encode_many(text for pieces in documents for _, text in pieces))
+        tagged = lambda ids: [*self.open_ids, *ids, *self.close_ids]  # noqa: E731
+        return [[tagged(next(encoded)) if thought else next(encoded) for thought, _ in pieces] for pieces in documents]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; special tokens and ids past the vocabulary are left out, broken UTF-8 becomes U+FFFD."""

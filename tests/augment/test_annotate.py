@@ -189,7 +189,7 @@ def test_documents_do_not_cross_splits_and_every_document_is_somewhere(small):
 
 
 def test_tokens_are_counted_as_training_counts_them(small):
-    from thinkmid.train.sft import read_sequences
+    from thinkmid.data.sequences import read_sequences
 
     misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
     report = json.loads((small / "out" / "report.json").read_text())

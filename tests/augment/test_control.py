@@ -6,9 +6,9 @@ import pytest
 
 from thinkmid.augment.control import fill
 from thinkmid.augment.split import SplitConfig
+from thinkmid.data.sequences import read_sequences
 from thinkmid.data.source import read_documents
 from thinkmid.text import Text
-from thinkmid.train.sft import read_sequences
 
 
 @pytest.fixture(scope="module")

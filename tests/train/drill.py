@@ -162,7 +162,11 @@ def damaged_model(rlmt) -> dict:
     Path("flipped/model.safetensors").write_bytes(content)
     codes = finish(launch(rlmt, ["rlmt.toml", "--model.folder=flipped", "--run.folder=refused"], 2))
     said = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")]
-    return {"codes": [*codes], "said": sorted(said), "wrote": Path("refused").exists()}
+    return {
+        "codes": [*codes],
+        "said": sorted(said),
+        "wrote": sorted(path.name for path in Path("refused").glob("[!.]*")),
+    }
 
 
 def _rollouts(folder: str, step: int) -> list[dict]:

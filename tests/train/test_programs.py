@@ -7,9 +7,9 @@ import pytest
 from conftest import exit_code
 from world import rlmt_flags, sft_flags
 
+from thinkmid.data.sequences import read_sequences
 from thinkmid.text import Text
 from thinkmid.train import rlmt, sft
-from thinkmid.train.sft import read_sequences
 
 
 @pytest.fixture(scope="module")

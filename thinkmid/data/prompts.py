@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from thinkmid.augment import weave
 from thinkmid.data.source import Document
+from thinkmid.data.store import Store
 from thinkmid.errors import UserError
 from thinkmid.text import Text
 from thinkmid.types import Prompt
@@ -20,13 +23,13 @@ def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -
 
     The reference is the text after it without thoughts. UserError names a document whose prefix is too long.
     """
-    for doc in documents:
-        pieces = split(doc)
+    documents = list(documents)
+    pieces_of = [split(doc) for doc in documents]
+    for doc, pieces, runs in zip(documents, pieces_of, text.encode_pieces(pieces_of), strict=True):
         for k, (is_thought, _) in enumerate(pieces):
             rest = "".join(piece for thought, piece in pieces[k:] if not thought)
             if is_thought and rest.strip():
-                tokens, _ = text.encode_woven(pieces[:k])
-                yield _prompt(f"{doc.id}#{k}", doc, tokens, rest, text, max_prefix)
+                yield _prompt(f"{doc.id}#{k}", doc, chain.from_iterable(runs[:k]), rest, text, max_prefix)
 
 
 def in_raw_text(
@@ -71,6 +74,25 @@ def split(doc: Document) -> list[tuple[bool, str]]:
         return weave.split(doc.text)
     except UserError as error:
         raise UserError(f"{doc.where}: {error}") from None
+
+
+class StoredPrompts(Sequence[Prompt]):
+    """Prompts that stay on disk until they are asked for: the records of a store to which `record` wrote them."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self.longest = int(store.numbers.max(initial=0))  # tokens of the longest
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, i: int) -> Prompt:  # type: ignore[override]
+        return Prompt(**json.loads(bytes(self._store[i]).decode("utf-8", "surrogatepass")))
+
+
+def record(prompt: Prompt) -> tuple[bytes, tuple[int]]:
+    fields = {"id": prompt.id, "tokens": prompt.tokens, "meta": prompt.meta}
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass"), (len(prompt.tokens),)
 
 
 def _prompt(id, doc, tokens, reference, text, max_prefix) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Literal
 from thinkmid.errors import UserError
 from thinkmid.rollout import templates
 from thinkmid.rollout.engine import EngineConfig, Sampling, make_engine
-from thinkmid.types import Tally
+from thinkmid.types import Prompt, Tally
 
 CANARIES = 9  # references in a look at the judge
 QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
@@ -64,6 +65,12 @@ def question_tokens(judge: JudgeConfig, max_suffix: int) -> int:
     return QUESTION_TOKENS + 4 * max_suffix if judge.kind in ("policy", "swap") else 0
 
 
+def resident_engine(judge: JudgeConfig, policys: EngineConfig, sampling: Sampling, shape) -> tuple[EngineConfig, int]:
+    """A resident judge's engine, and the tokens of its longest question and answer. shape: the judge's."""
+    longest = min(shape.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
+    return replace(policys, kind=judge.engine, kv_gb=judge.kv_gb, sleep=False, max_len=0, tensor_parallel=1), longest
+
+
 def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, shape):
     """(shape, text) of a judge in a folder, None for others. UserError if it cannot judge beside this policy."""
     from thinkmid.model import weights
@@ -80,8 +87,8 @@ def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, shape):
     return theirs, text
 
 
-def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, references: list[str], seed: int):
-    """The reward of RLMT. ask: of make_ask, None for judges by rule. references: to examine the judge with."""
+def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, prompts: Sequence[Prompt], seed: int):
+    """The reward of RLMT. ask: of make_ask, None for judges by rule. prompts: their references examine the judge."""
     from thinkmid.rollout.judge import ContinuationReward, ModelJudge
     from thinkmid.rollout.match import match
 
@@ -98,19 +105,19 @@ def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, references: l
         cache_size=0 if judge.kind == "policy" else 100_000,
     )
     cut = lambda whole: text.decode(text.encode(whole)[: sampling.max_suffix])  # noqa: E731
-    look = partial(examine, judge, ask, seed, references, cut)
+    look = partial(examine, judge, ask, seed, prompts, cut)
     return ContinuationReward(text, model, max_suffix=sampling.max_suffix, look=look)
 
 
-def examine(judge: JudgeConfig, ask, seed: int, references: list[str], cut, step: int) -> Tally:
+def examine(judge: JudgeConfig, ask, seed: int, prompts: Sequence[Prompt], cut, step: int) -> Tally:
     """Every canary_every steps: questions whose answers are known, the same on every rank. UserError names what the
     judge gets wrong."""
     from thinkmid.rollout import canary
 
     if not judge.canary_every or step % judge.canary_every:
         return {}
-    drawn = random.Random(f"{seed}/{step}").sample(references, min(CANARIES, len(references)))
-    texts = [text for text in dict.fromkeys(map(cut, drawn)) if text.strip()]
+    drawn = random.Random(f"{seed}/{step}").sample(range(len(prompts)), min(CANARIES, len(prompts)))
+    texts = [text for text in dict.fromkeys(cut(prompts[i].meta["reference"]) for i in drawn) if text.strip()]
     if len(texts) < 2:
         return {}
     report = canary.run(ask, judge.template, seed + step, list(zip(texts[1:], texts, strict=False)))
@@ -143,8 +150,7 @@ def make_ask(
     if judge.kind == "swap":
         stream = lambda: weights.stream_folder(judge.folder, config.dtype)  # noqa: E731
         return SwapAsk(EngineAsk(engine, text, max_len), engine, stream), nothing
-    longest = min(shape.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
-    beside = replace(config, kind=judge.engine, kv_gb=judge.kv_gb, sleep=False, max_len=0, tensor_parallel=1)
+    beside, longest = resident_engine(judge, config, sampling, shape)
     resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
     resident.load_weights(weights.stream_folder(judge.folder, beside.dtype), 0)
     return EngineAsk(resident, text, longest), nothing

@@ -24,7 +24,8 @@ FREE_KEYS = (
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
 # what a run writes into its folder, and what --run.fresh forgets
-FOLDERS = ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch")
+STORE, NEW_STORE = "store", ".store"
+FOLDERS = ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch", STORE, NEW_STORE)
 FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
 LOCK = ".train.lock"  # held by the one process that trains here
 
@@ -40,7 +41,7 @@ def describe_run(cfg, ranks: Ranks) -> None:
 
 
 def _describe(folder: Path, cfg, ranks: Ranks) -> None:
-    _hold(folder)  # a new one is made only now
+    hold(folder)  # a new one is made only now
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
     config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
@@ -51,7 +52,7 @@ def _claim(folder: Path, cfg) -> None:
     if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):
         raise UserError(f"{folder}/config.toml: not of a training run (no metrics.jsonl); name another run.folder")
     if folder.exists():
-        _hold(folder)
+        hold(folder)
     weights.replaceable(folder / "export")
     if cfg.run.fresh:
         _clear(folder)
@@ -68,9 +69,12 @@ def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
                 raise UserError(f"{key} {text} lies in run.folder {folder}, which the run writes to")
 
 
-def _hold(folder: Path) -> None:
+def hold(folder: Path) -> None:
     """The folder is this process's until it ends. A record lock: no child inherits it, and a second call is free."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +96,12 @@ def _same_config(folder: Path, new: dict[str, Any]) -> None:
         if old.get(key) != new.get(key) and key not in FREE_KEYS:
             was, now = (json.dumps(x.get(key), default=str) for x in (old, new))
             raise UserError(f"{folder}: this run began with {key} = {was}, now {now}; --run.fresh starts over")
+
+
+def same_data(was: str | None, now: str, folder: Path) -> None:
+    """UserError where a run would go on with other data than it began with. was, now: digests."""
+    if was != now:
+        raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
 
 
 def _clear(folder: Path) -> None:

@@ -57,7 +57,9 @@ def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks
 def _train_tokenizer(cfg: FreshConfig, data: tuple[str, ...], folder: Path) -> None:
     from thinkmid.data.source import read_documents
     from thinkmid.text import train_tokenizer
+    from thinkmid.train.folder import hold
 
+    hold(folder.parent)
     train_tokenizer((doc.text for doc in read_documents(cfg.tokenizer_data or data)), cfg.vocab, folder, cfg.tags)
 
 

@@ -20,7 +20,7 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.folder import describe_run
+from thinkmid.train.folder import describe_run, same_data
 from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.watch import Watch
 
@@ -102,7 +102,6 @@ def open_job(
     Nothing is written before all that may be wrong was looked at.
     """
     folder = Path(cfg.run.folder)
-    check_vocabulary(source, shape, text)
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
 
     def make():
@@ -113,7 +112,10 @@ def open_job(
     optimizer = optim.adamw(model, cfg.optim)
     ema = make() if ema_decay else None
     state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
-    same_data(state, data, cfg.run.folder)
+    if found:
+        same_data(state["data"], data, folder)
+    elif any(folder.glob("checkpoints/step-*")):
+        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
     start = int(found.name.rpartition("-")[2]) if found else 0
     describe_run(cfg, ranks)
     options = {"num_steps": cfg.run.steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
@@ -141,27 +143,30 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 
 def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
     """The model in an HF folder, of which each rank reads its own rows."""
-    model = empty_model(shape, section, ranks, source)
+    model = empty_model(shape, section, ranks)
     ranks.agree(lambda: weights.load_into(model, source))
     return model
 
 
-def empty_model(
-    shape: ModelConfig, section: ModelSection, ranks: shard.Ranks, source: Path | None = None
-) -> Transformer:
-    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32.
-
-    source: an HF folder that must fit, looked at before there is memory.
-    """
+def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
+    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing)
-    if source:
-        ranks.agree(lambda: weights.matched(model, source))
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 
 
-def check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:
+def check_source(source: Path, shape: ModelConfig, text: Text, folder: str, ranks: shard.Ranks) -> None:
+    """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run in `folder`
+    that has checkpoints does not need the weights. Collective."""
+    ranks.agree(lambda: _check_vocabulary(source, shape, text))
+    if not any(Path(folder, "checkpoints").glob("step-*")):
+        with torch.device("meta"):
+            model = Transformer(shape)
+        ranks.agree(lambda: weights.matched(model, source))
+
+
+def _check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:
     if text.vocab_size > shape.vocab:
         raise UserError(
             f"{source}/tokenizer.json: {text.vocab_size} tokens, but config.json has vocab_size {shape.vocab}"
@@ -178,14 +183,6 @@ def fingerprint(sequences) -> str:
     for tokens in sequences:
         digest.update(np.asarray(tokens, np.int32).tobytes() + b"/")
     return digest.hexdigest()
-
-
-def same_data(state: dict, data: str, folder: str) -> None:
-    """UserError where a run cannot go on: from no checkpoint that is whole, or with other data."""
-    if not state and any(Path(folder, "checkpoints").glob("step-*")):
-        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
-    if state and state["data"] != data:
-        raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
 
 
 def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:

@@ -59,7 +59,8 @@ def rollout_phase(shape: ModelConfig, sampling, engine, max_prefix: int, rows: i
     }
 
 
-def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
+def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
+    """judge: bytes per rank of an engine that stays awake beside the policy's, by owner."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
@@ -80,10 +81,12 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int) -> int:
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
+    judge, always = judge or {}, ("weights", "graphs", "KV")
+    resident |= _kept(judge, always)
     sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
-    training = train | _kept(rollout, ("graphs",) if sleeps else ("weights", "graphs", "KV"))
-    _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout, "training": training})
+    training = train | _kept(judge, always) | _kept(rollout, ("graphs",) if sleeps else always)
+    _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout | judge, "training": training})
     if cfg.model.dtype == "bfloat16":
         _print_time(duration.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
     return 0
@@ -125,7 +128,7 @@ def dry_run_engine(cfg, shape: ModelConfig, sampling, max_prompt: int) -> int:
 
 def _kept(rollout, words):
     """What of the engine's memory stays in another phase. The native engine's cache lives for one call."""
-    return {k: v for k, v in rollout.items() if any(word in k for word in words) and (k != "KV cache")}
+    return {k: v for k, v in rollout.items() if any(word in k for word in words) and not k.endswith("KV cache")}
 
 
 def _print(cfg, shape, arithmetic, phases):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -27,47 +28,58 @@ from thinkmid.train.truth import next_token_units
 from thinkmid.types import Group, Prompt
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """What a run learns from."""
+
+    prompts: Sequence[Prompt]
+    longest: int  # tokens of the longest
+    digest: str  # of all of them: a run goes on with the data that it began with, or not at all
+    held_out: Sequence[Prompt] = ()  # to look at
+    notes: Sequence[str] = ()  # for people
+
+
 def run(
     cfg: RLConfig,
     source,
     shape,
     text,
-    prompts: list[Prompt],
+    read: Callable[[shard.Ranks], PromptSet],
     make_reward,
-    max_len: int,
-    notes=(),
     *,
+    at_least: int = 0,
     make_scores=lambda run, frozen: None,
-    held_out: list[Prompt] | None = None,
     look_every: int = 0,
 ) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
-    make_reward(engine, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the longest sequence.
-    notes: lines about the prompts. make_scores(job, frozen model or None) -> Scores or None. held_out: prompts to look
-    at before the first step and every look_every steps.
+    make_reward(prompts, engine, max_len, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the
+    longest sequence, or at_least where the engine is asked for other things too. make_scores(job, frozen model or None)
+    -> Scores or None. look_every: steps between looks at the held-out prompts, after the one before the first step.
     """
-    check_room(cfg, [*prompts, *(held_out or [])])
     if cfg.engine.kind == "vllm":
         check_vllm()
     interrupt, ranks = Interrupt(), shard.start()
     if ranks.world % cfg.engine.tensor_parallel:
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
-    data = job.fingerprint(p.tokens for p in prompts)
     claim_folder(cfg, ranks)
-    options = {"data": data, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
+    job.check_source(source, shape, text, cfg.run.folder, ranks)
+    found = read(ranks)
+    prompts, held_out = found.prompts, found.held_out
+    longest = max([found.longest, *(len(p.tokens) for p in held_out)])
+    check_room(cfg, longest)
+    max_len = min(max(longest + cfg.sampling.max_new, at_least), shape.max_positions)
+    options = {"data": found.digest, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
     opened, step, state = job.open_job(cfg, source, shape, text, **options)
-    for note in notes:
+    for note in found.notes:
         opened.log.say(f"note: {note}")
-    opened.log.say(
-        f"{len(prompts)} prompts, at most {max(len(p.tokens) for p in prompts)} tokens; starts at step {step}"
-    )
+    opened.log.say(f"{len(prompts)} prompts, at most {found.longest} tokens; starts at step {step}")
     frozen = job.sharded_model(source, shape, cfg.model, ranks) if cfg.keeps_frozen else None
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
-    reward, close = make_reward(engine, ranks.device, opened.log.note)
-    looks = {"held_out": held_out or [], "look_every": look_every}
+    reward, close = make_reward(prompts, engine, cfg.engine.max_len or max_len, ranks.device, opened.log.note)
+    looks = {"held_out": held_out, "look_every": look_every}
     more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
         code = train(opened, cfg, engine, prompts, reward, step=step, state=state, **more)
@@ -100,9 +112,9 @@ def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
     return asked or min(rooms.values()) - s.max_new
 
 
-def check_room(cfg: RLConfig, prompts: list[Prompt]) -> None:
-    """UserError if an engine of engine.max_len tokens does not hold a prompt and the new tokens."""
-    longest, room = max(len(p.tokens) for p in prompts), cfg.engine.max_len
+def check_room(cfg: RLConfig, longest: int) -> None:
+    """UserError if an engine of engine.max_len tokens does not hold the longest prompt and the new tokens."""
+    room = cfg.engine.max_len
     if cfg.engine.kind == "vllm" and 0 < room < longest + cfg.sampling.max_new:
         new = f"sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix {cfg.sampling.max_suffix}"
         raise UserError(f"engine.max_len {room}: a prompt of {longest} tokens + {new} exceed it; 0 makes room for all")
@@ -112,7 +124,7 @@ def train(
     run: job.Job,
     cfg: RLConfig,
     engine: Engine,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     reward: Reward,
     *,
     step: int,

@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine import check_vllm
 from thinkmid.rollout.guard import Verdict
-from thinkmid.rollout.judging import JudgeConfig, make_ask, make_reward, question_tokens, read_judge
+from thinkmid.rollout.judging import JudgeConfig, make_ask, make_reward, question_tokens, read_judge, resident_engine
 from thinkmid.train.config import RewardConfig, RLConfig
 
 
@@ -85,31 +86,34 @@ def main(argv: list[str]) -> int:
 
     from thinkmid.model import weights
     from thinkmid.text import Text
-    from thinkmid.train import memory, rl
+    from thinkmid.train import corpus, memory, rl
     from thinkmid.train.likelihood import Scores
 
     source = Path(cfg.model.folder)
     shape, text = weights.read_config(source), Text.load(source)
     max_prefix = rl.longest_prompt(cfg, shape, cfg.data.max_prefix, len(text.close_ids))
     if dry_run:
-        return memory.dry_run_rl(cfg, shape, max_prefix)
+        return memory.dry_run_rl(cfg, shape, max_prefix, judge_phase(cfg))
     asks = bool(cfg.reward.judge)
     theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, shape) if asks else None
     if asks and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
         check_vllm()
-    prompts = read_prompts(cfg.data, text, max_prefix, cfg.run.seed)
-    held_out = read_held_out(cfg.data, text, max_prefix, cfg.run.seed)
-    longest = max(len(p.tokens) for p in [*prompts, *held_out]) + cfg.sampling.max_new
-    questions = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
-    longest = min(max(longest, questions), shape.max_positions)
+    make = prompt_maker(cfg.data, text, max_prefix, cfg.run.seed)
 
-    def reward(engine, device, note):
+    def read(ranks):
+        held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
+        decides = {"prompts": text.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
+        if cfg.data.prefix != "thought":
+            decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
+        prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run.folder, ranks)
+        more = {"held_out": held_out, "notes": notes(cfg)}
+        return rl.PromptSet(prompts=prompts, longest=prompts.longest, digest=digest, **more)
+
+    def reward(prompts, engine, max_len, device, note):
         if not asks:
             return NoJudge(), lambda: None
-        max_len = cfg.engine.max_len or longest
         ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len, note)
-        references = [p.meta["reference"] for p in prompts]
-        return make_reward(cfg.judge, cfg.sampling, text, ask, references, cfg.run.seed), close
+        return make_reward(cfg.judge, cfg.sampling, text, ask, prompts, cfg.run.seed), close
 
     def scores(run, frozen):
         if cfg.reward.is_verdict:
@@ -118,8 +122,23 @@ def main(argv: list[str]) -> int:
         sizes = {"max_suffix": cfg.sampling.max_suffix, "pack_tokens": cfg.batch.pack_tokens}
         return Scores(cfg.reward, models, text, run.ranks, **sizes)
 
-    looks = {"held_out": held_out, "look_every": cfg.data.val_every}
-    return rl.run(cfg, source, shape, text, prompts, reward, longest, notes(cfg), make_scores=scores, **looks)
+    at_least = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
+    more = {"at_least": at_least, "make_scores": scores, "look_every": cfg.data.val_every}
+    return rl.run(cfg, source, shape, text, read, reward, **more)
+
+
+def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
+    """Bytes per rank of a resident judge, by owner; {} for others."""
+    from thinkmid.model import weights
+    from thinkmid.train import memory
+
+    if not cfg.reward.judge or cfg.judge.kind != "resident":
+        return {}
+    shape = weights.read_config(cfg.judge.folder)
+    engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, shape)
+    rows, room = cfg.sampling.max_batch, longest - cfg.sampling.max_new
+    owners = memory.rollout_phase(shape, cfg.sampling, engine, room, rows)
+    return {f"judge's {owner}": size for owner, size in owners.items()}
 
 
 def notes(cfg: RLMTConfig) -> list[str]:
@@ -128,27 +147,25 @@ def notes(cfg: RLMTConfig) -> list[str]:
     return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
 
 
-def read_held_out(data: DataConfig, text, max_prefix: int, seed: int) -> list:
-    """val_prompts prefixes spread evenly over the held-out text; [] without any."""
-    if not data.val_paths:
-        return []
-    found = read_prompts(replace(data, paths=data.val_paths), text, max_prefix, seed)
-    return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
-
-
-def read_prompts(data: DataConfig, text, max_prefix: int, seed: int) -> list:
+def prompt_maker(data: DataConfig, text, max_prefix: int, seed: int):
+    """documents -> their prompts."""
     from thinkmid.data.prompts import at_thoughts, in_raw_text
+
+    if data.prefix == "thought":
+        return partial(at_thoughts, text=text, max_prefix=max_prefix)
+    return partial(in_raw_text, text=text, where=data.prefix, length=data.length, max_prefix=max_prefix, seed=seed)
+
+
+def read_held_out(data: DataConfig, make) -> list:
+    """val_prompts prefixes spread evenly over the held-out text; [] without any."""
     from thinkmid.data.source import read_documents
 
-    documents = read_documents(data.paths)
-    if data.prefix == "thought":
-        prompts = list(at_thoughts(documents, text, max_prefix=max_prefix))
-    else:
-        where = {"where": data.prefix, "length": data.length}
-        prompts = list(in_raw_text(documents, text, **where, max_prefix=max_prefix, seed=seed))
-    if not prompts:
-        raise UserError(f"{', '.join(data.paths)}: no prefix (data.prefix = {data.prefix!r})")
-    return prompts
+    if not data.val_paths:
+        return []
+    found = list(make(read_documents(data.val_paths)))
+    if not found:
+        raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
+    return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
 
 
 if __name__ == "__main__":

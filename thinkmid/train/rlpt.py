@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     from thinkmid.model import weights
     from thinkmid.rollout.verify import AnswerReward
     from thinkmid.text import Text
-    from thinkmid.train import memory, rl
+    from thinkmid.train import job, memory, rl
 
     source = Path(cfg.model.folder)
     shape, text = weights.read_config(source), Text.load(source)
@@ -55,15 +55,15 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prompt)
     prompts, notes = read_prompts(cfg.data, text, max_prompt)
-    longest = max(len(p.tokens) for p in prompts) + cfg.sampling.max_new
-
+    longest, digest = max(len(p.tokens) for p in prompts), job.fingerprint(p.tokens for p in prompts)
+    questions = rl.PromptSet(prompts=prompts, longest=longest, digest=digest, notes=notes)
     grader = make_grader(cfg.verify)
 
-    def reward(engine, device, note):
+    def reward(prompts, engine, max_len, device, note):
         made = AnswerReward(text, grader, thinks=cfg.data.template.endswith("-think"))
         return made, made.close
 
-    return rl.run(cfg, source, shape, text, prompts, reward, longest, notes)
+    return rl.run(cfg, source, shape, text, lambda ranks: questions, reward)
 
 
 def read_prompts(data: QuestionConfig, text, max_prompt: int) -> tuple[list, list[str]]:

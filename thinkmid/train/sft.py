@@ -69,9 +69,10 @@ class SFTConfig:
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(SFTConfig, argv, prog="torchrun -m thinkmid.train.sft", description=__doc__)
 
+    from thinkmid.data.sequences import read_sequences
     from thinkmid.model import weights
     from thinkmid.text import Text
-    from thinkmid.train import fresh, job, memory, probe, shard
+    from thinkmid.train import corpus, fresh, job, memory, probe, shard
     from thinkmid.train.folder import claim_folder
     from thinkmid.train.interrupt import Interrupt
 
@@ -86,11 +87,11 @@ def main(argv: list[str]) -> int:
     shape, text = weights.read_config(source), Text.load(source)
     if shape.max_positions < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
-    sequences = read_sequences(cfg.data.paths, text, cfg.data.max_len)
+    job.check_source(source, shape, text, cfg.run.folder, ranks)
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     probed = probe.read_thoughts(cfg.data.probe_paths, text, cfg.data.max_len) if cfg.data.probe_paths else []
-    data = job.fingerprint(tokens for tokens, _ in sequences)
-    cfg = of_length(cfg, num_steps(cfg, [len(tokens) for tokens, _ in sequences]))
+    sequences, data = corpus.stored_sequences(cfg.data.paths, text, cfg.data.max_len, cfg.run.folder, ranks)
+    cfg = of_length(cfg, num_steps(cfg, sequences.lengths))
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     try:
         code = learn(run, cfg, sequences, held_out, probed, step, state)
@@ -157,31 +158,11 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
     return 0
 
 
-def read_sequences(paths, text, max_len) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, is thought) of every document, begin and end tokens added, cut into pieces of at most max_len."""
-    from thinkmid.data.prompts import split
-    from thinkmid.data.source import read_documents
-
-    pieces = [split(doc) for doc in read_documents(paths)]
-    begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
-    out = []
-    for tokens, thought in text.encode_woven_many(pieces):
-        tokens = np.array([*begin, *tokens, *end], np.int32)
-        thought = np.array([*[False] * len(begin), *thought, *[False] * len(end)], bool)
-        # pieces overlap by one token, so that every token but the first is predicted once
-        for at in range(0, max(1, len(tokens) - 1), max_len - 1):
-            if len(tokens[at : at + max_len]) > 1:
-                out.append((tokens[at : at + max_len], thought[at : at + max_len]))
-    if not out:
-        raise UserError(f"{', '.join(paths)}: no document of two tokens or more")
-    return out
-
-
 def of_length(cfg: SFTConfig, steps: int) -> SFTConfig:
     return replace(cfg, run=replace(cfg.run, steps=steps), data=replace(cfg.data, epochs=0.0, tokens=0))
 
 
-def num_steps(cfg: SFTConfig, lengths: list[int]) -> int:
+def num_steps(cfg: SFTConfig, lengths: np.ndarray) -> int:
     """Optimiser steps of the run; with data.epochs or data.tokens the first number that takes as much."""
     from thinkmid.data.source import Order
 
@@ -192,7 +173,7 @@ def num_steps(cfg: SFTConfig, lengths: list[int]) -> int:
     while cursor < passes * len(lengths) or seen < tokens:
         size = 0
         while not size or size + lengths[order.take(cursor, 1)[0]] <= cfg.data.batch_tokens:
-            size += lengths[order.take(cursor, 1)[0]]
+            size += int(lengths[order.take(cursor, 1)[0]])
             cursor += 1
         step, seen = step + 1, seen + size
     return step
@@ -202,7 +183,7 @@ def take_batch(order, cursor, sequences, batch_tokens) -> tuple[list[np.ndarray]
     """The next sequences that fit into batch_tokens, and how many they are."""
     batch, size = [], 0
     while True:
-        tokens, _ = sequences[order.take(cursor + len(batch), 1)[0]]
+        tokens = sequences[order.take(cursor + len(batch), 1)[0]]
         if batch and size + len(tokens) > batch_tokens:
             return batch, len(batch)
         batch.append(tokens)

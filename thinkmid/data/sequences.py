@@ -1,0 +1,63 @@
+"""Documents -> token sequences for next-token loss: in memory, or as many as a disk holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from thinkmid.data.prompts import split
+from thinkmid.data.source import Document, read_documents
+from thinkmid.data.store import Store
+from thinkmid.errors import UserError
+from thinkmid.text import Text
+
+
+def tokens_of(documents: Sequence[Document], text: Text) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens int32, is thought) of every document, begin and end tokens added."""
+    begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
+    for tokens, thought in text.encode_woven_many([split(doc) for doc in documents]):
+        mask = [*[False] * len(begin), *thought, *[False] * len(end)]
+        yield np.array([*begin, *tokens, *end], np.int32), np.array(mask, bool)
+
+
+def num_pieces(num_tokens, max_len: int):
+    """Pieces of at most max_len tokens. They overlap by one, so that every token but the first is predicted once."""
+    return np.maximum(num_tokens + max_len - 3, 0) // (max_len - 1)
+
+
+def read_sequences(paths, text: Text, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, is thought) of every document, cut into pieces of at most max_len."""
+    out = []
+    for tokens, thought in tokens_of(list(read_documents(paths)), text):
+        for at in range(0, num_pieces(len(tokens), max_len) * (max_len - 1), max_len - 1):
+            out.append((tokens[at : at + max_len], thought[at : at + max_len]))
+    if not out:
+        raise UserError(f"{', '.join(paths)}: no document of two tokens or more")
+    return out
+
+
+def records(documents: Sequence[Document], text: Text) -> Iterator[tuple[bytes, tuple[()]]]:
+    """What a store keeps of each document that has a target: its tokens."""
+    return ((tokens.tobytes(), ()) for tokens, _ in tokens_of(documents, text) if len(tokens) > 1)
+
+
+class Sequences:
+    """The tokens of read_sequences, from a store of records(...) when they are asked for."""
+
+    def __init__(self, store: Store, max_len: int):
+        num_tokens = store.sizes // 4
+        pieces = num_pieces(num_tokens, max_len)
+        self._store, self._max_len, self._ends = store, max_len, np.cumsum(pieces)
+        self.lengths = np.full(len(self), max_len, np.int64)  # (N,) tokens of each
+        last = (num_tokens - (pieces - 1) * (max_len - 1))[pieces > 0]
+        self.lengths[self._ends[pieces > 0] - 1] = last
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        doc = int(np.searchsorted(self._ends, i, side="right"))
+        tokens = np.frombuffer(self._store[doc], np.int32)
+        nth = i - (int(self._ends[doc - 1]) if doc else 0)
+        return tokens[nth * (self._max_len - 1) :][: self._max_len]
