@@ -1,14 +1,19 @@
 import json
 import random
+import re
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from thinkmid.data import store
-from thinkmid.data.prompts import StoredPrompts, at_thoughts, record
+from thinkmid.data.prompts import StoredPrompts, at_thoughts, in_raw_text
+from thinkmid.data.prompts import records as prompt_records
 from thinkmid.data.sequences import Sequences, num_pieces, read_sequences, records
 from thinkmid.data.source import Document, read_documents
 from thinkmid.text import Text, train_tokenizer
+from thinkmid.types import Prompt
 
 MADE_OF = {"tokenizer": "x"}
 
@@ -32,12 +37,13 @@ def encode(docs):
             yield f"{doc.id}.{k} {doc.text}".encode("utf-8", "surrogatepass") * k or b"one", (int(doc.id), k)
 
 
-def stored(folder, docs, world, made_of=MADE_OF):
-    folder.mkdir()
+def stored(folder, docs, world, encode=encode, name="0123abcd"):
+    folder.mkdir(exist_ok=True)
     for rank in range(world):
-        store.write(folder, rank, world, iter(docs), encode)
-    store.seal(folder, world, made_of, [])
-    return store.Store(folder)
+        store.write(folder, name, rank, world, iter(docs), encode)
+    manifest = store.describe(folder, name, world, MADE_OF)
+    store.publish(folder, manifest)
+    return store.Store(folder, manifest)
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 3, 40])
@@ -50,18 +56,17 @@ def test_records_come_back_in_the_order_of_the_documents_from_any_number_of_rank
     assert list(map(tuple, found.numbers.tolist())) == [numbers for _, numbers in want]
 
 
-def test_the_digest_is_of_the_records_and_of_what_decides_them_alone(tmp_path, small_blocks):
+def test_the_digest_is_of_the_records_alone(tmp_path, small_blocks):
     docs = documents(40)
     digest = stored(tmp_path / "one", docs, 1).digest
-    assert stored(tmp_path / "three", docs, 3).digest == digest
+    assert stored(tmp_path / "three", docs, 3, name="00000000").digest == digest
     other = [*docs[:20], Document(id="20", text="other", where=""), *docs[21:]]
     others = [
         stored(tmp_path / "a", docs[:-1], 1),
         stored(tmp_path / "b", other, 2),
         stored(tmp_path / "c", [docs[0], docs[2], docs[1], *docs[3:]], 2),
-        stored(tmp_path / "d", docs, 1, {"tokenizer": "y"}),
     ]
-    assert len({digest, *(found.digest for found in others)}) == 5
+    assert len({digest, *(found.digest for found in others)}) == 4
 
 
 def test_blocks_are_bounded_by_documents_and_by_characters(small_blocks):
@@ -74,21 +79,53 @@ def test_blocks_are_bounded_by_documents_and_by_characters(small_blocks):
         assert sum(len(doc.text) for doc in block[:-1]) < 150
 
 
-def test_a_store_is_used_again_only_whole_and_for_the_same(tmp_path, small_blocks):
+def test_a_store_is_found_only_whole_and_made_of_the_same(tmp_path, small_blocks, monkeypatch):
     folder = tmp_path / "s"
-    assert not store.is_store_of(folder, MADE_OF, [])
+    assert store.find(folder, MADE_OF) is None
     stored(folder, documents(20), 2)
-    assert store.is_store_of(folder, MADE_OF, [])
-    assert not store.is_store_of(folder, {"tokenizer": "y"}, [])
-    assert not store.is_store_of(folder, MADE_OF, [["x.jsonl", 3, 4]])
-    part, index, manifest = folder / "rank-00001.bin", folder / "rank-00001.npz", folder / store.MANIFEST
-    damages = ((part, b"short"), (part, None), (index, b"x"), (index, None), (manifest, b"{"), (manifest, b"[]"))
+    found = store.find(folder, MADE_OF)
+    assert found == json.loads((folder / store.MANIFEST).read_text())
+    assert store.find(folder, {"tokenizer": "y"}) is None
+    part, index, manifest = (folder / name for name in ("0123abcd-00001.bin", "0123abcd-00001.npz", store.MANIFEST))
+    damages = [(part, b"short"), (part, None), (index, b"x"), (index, None)]
+    damages += [(manifest, text) for text in (b"{", b"[]", b"{}", b"\xff", None)]
+    damages += [(manifest, json.dumps(found | {"writing": "../../x"}).encode())]
     for file, damage in damages:
         whole = file.read_bytes()
         file.unlink() if damage is None else file.write_bytes(damage)
-        assert not store.is_store_of(folder, MADE_OF, [])
+        assert store.find(folder, MADE_OF) is None
         file.write_bytes(whole)
-    assert store.is_store_of(folder, MADE_OF, [])
+    assert store.find(folder, MADE_OF) == found
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    assert store.find(folder, MADE_OF) is None
+
+
+def test_a_writing_replaces_the_one_before_and_touches_nothing_else(tmp_path, small_blocks):
+    folder = tmp_path / "s"
+    stored(folder, documents(20), 3)
+    (folder / "thesis.txt").write_text("years of work")
+    (folder / "89abcdef-fault").touch()  # of a run that was killed
+    docs = documents(7)
+    found = stored(folder, docs, 2, name="4567cdef")
+    parts = {f"4567cdef-0000{rank}.{kind}" for rank in (0, 1) for kind in ("bin", "npz")}
+    assert {path.name for path in folder.iterdir()} == parts | {store.MANIFEST, "thesis.txt"}
+    assert len(found) == len(list(encode(docs)))
+    store.discard(folder, "4567cdef")
+    assert {path.name for path in folder.iterdir()} == {store.MANIFEST, "thesis.txt"}
+
+
+def test_what_is_told_to_end_ends_at_the_next_block(tmp_path, small_blocks):
+    told = []
+
+    def go_on(*counts):
+        told.append(counts)
+        return len(told) < 3
+
+    docs = documents(40)
+    store.write(tmp_path, "0123abcd", 0, 2, iter(docs), encode, go_on)
+    ends = np.cumsum([len(block) for block in store.blocks(docs)])[:3]
+    assert told == [(n, sum(len(doc.text) for doc in docs[:n])) for n in ends]
+    assert not (tmp_path / "0123abcd-00000.npz").exists()
 
 
 STORY = "Mia has 12 apples.<think> 12 - 5 = 7</think> So 7 remain.<think> none</think> É ok. "
@@ -111,12 +148,7 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("max_len", [2, 3, 7, 50, 10_000])
 def test_sequences_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, corpus, max_len):
-    folder = tmp_path / "s"
-    folder.mkdir()
-    for rank in range(2):
-        store.write(folder, rank, 2, read_documents([corpus]), lambda docs: records(docs, text))
-    store.seal(folder, 2, MADE_OF, [])
-    found = Sequences(store.Store(folder), max_len)
+    found = Sequences(stored(tmp_path / "s", read_documents([corpus]), 1, lambda docs: records(docs, text)), max_len)
     want = [tokens for tokens, _ in read_sequences([corpus], text, max_len)]
     assert [found[i].tolist() for i in range(len(found))] == [tokens.tolist() for tokens in want]
     assert found.lengths.tolist() == list(map(len, want))
@@ -131,17 +163,44 @@ def test_pieces_hold_every_target_once():
             assert all(num - at >= 2 for at in starts)
 
 
-def test_prompts_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, corpus):
-    docs = [*read_documents([corpus]), Document(id="lone", text="a \ud800<think>t</think> b\ud800", where="y:1")]
-    folder = tmp_path / "s"
-    folder.mkdir()
-    for rank in range(2):
-        store.write(folder, rank, 2, docs, lambda docs: map(record, at_thoughts(docs, text, max_prefix=1000)))
-    store.seal(folder, 2, MADE_OF, [])
-    found, want = StoredPrompts(store.Store(folder)), list(at_thoughts(docs, text, max_prefix=1000))
+LONE = Document(id="lone", text="a \ud800<think>t</think> b\ud800", where="y:1")
+MAKERS = {
+    "thought": partial(at_thoughts, max_prefix=1000),
+    "sentence": partial(in_raw_text, where="sentence", length=0, max_prefix=20, seed=1),
+    "fixed": partial(in_raw_text, where="fixed", length=9, max_prefix=20, seed=1),
+}
+
+
+@pytest.mark.parametrize("where", MAKERS)
+def test_prompts_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, corpus, where):
+    docs = [*read_documents([corpus]), LONE]
+    if where != "thought":
+        docs = [replace(doc, text=re.sub("</?think>", "", doc.text)) for doc in docs]
+    make = partial(MAKERS[where], text=text)
+    found = StoredPrompts(stored(tmp_path / "s", docs, 2, lambda docs: prompt_records(make(docs))))
+    want = list(make(docs))
+    assert len(want) >= 8
     assert [found[i] for i in range(len(found))] == want
     assert found.longest == max(len(p.tokens) for p in want)
-    for p in want:  # encoded together or alone
-        doc = next(doc for doc in docs if doc.id == p.id.split("#")[0])
-        before = doc.text.split("<think>")
-        assert text.decode(p.tokens).count("<think>") <= len(before)
+
+
+def test_prompts_of_a_document_are_stored_once(text):
+    def size(num):
+        doc = Document(id="a", text=STORY * num + "tail", where="x:1")
+        (data, (num_prompts, longest)), *more = prompt_records(at_thoughts([doc], text, max_prefix=10**6))
+        assert (num_prompts, more) == (2 * num, [])
+        assert longest <= len(data) / 4
+        return len(data)
+
+    assert size(64) < 2.2 * size(32)
+
+
+def test_prompts_that_share_nothing_are_stored_apart():
+    def prompt(tokens, reference, where="x"):
+        return Prompt(id=f"{tokens}", tokens=tokens, meta={"reference": reference, "where": where})
+
+    rows = [
+        prompt([1], "abc"), prompt([1, 2], "bc"), prompt([1, 2], "c"),  # three together
+        prompt([1, 3], "c"), prompt([1, 3, 4], "d"), prompt([1, 3, 4], "d", "y"), prompt([1, 3], "d", "y"),
+    ]  # fmt: skip
+    assert [numbers for _, numbers in prompt_records(rows)] == [(3, 2), (1, 2), (1, 3), (1, 3), (1, 2)]

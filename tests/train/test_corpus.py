@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from conftest import join_ranks, spawn
 
 from thinkmid.data import store
 from thinkmid.data.sequences import read_sequences
+from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.text import Text, train_tokenizer
 from thinkmid.train import corpus
+from thinkmid.train.config import RunConfig
 from thinkmid.train.shard import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -30,16 +35,21 @@ def write(home, texts):
     (home / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def sequences(home, ranks=ALONE, folder="run"):
-    found, digest = corpus.stored_sequences(
-        [str(home / "corpus.jsonl")], Text.load(home / "tokenizer"), 16, str(home / folder), ranks
-    )
+def sequences(home, ranks=ALONE, folder="run", fresh=False, interrupt=None):
+    paths, text = [str(home / "corpus.jsonl")], Text.load(home / "tokenizer")
+    run = RunConfig(folder=str(home / folder), steps=1, fresh=fresh)
+    interrupt = interrupt or SimpleNamespace(requested=False)
+    found, digest = corpus.stored_sequences(paths, text, 16, run, ranks, interrupt)
     return [found[i].tolist() for i in range(len(found))], digest
 
 
 def in_memory(home):
     text = Text.load(home / "tokenizer")
     return [tokens.tolist() for tokens, _ in read_sequences([home / "corpus.jsonl"], text, 16)]
+
+
+def names(home, folder="run"):
+    return sorted(path.name for path in (home / folder).rglob("*") if path.name != ".train.lock")
 
 
 def unread(*_):
@@ -59,16 +69,19 @@ def test_a_run_that_goes_on_reads_no_document(home, monkeypatch):
 def test_other_documents_take_the_place_of_the_old_until_a_run_has_begun(home):
     first = sequences(home)
     write(home, TEXTS[:-1])
-    second = sequences(home)
+    second, before = sequences(home), names(home)
     assert second[0] == in_memory(home) != first[0]
     assert second[1] != first[1]
+    assert len(before) == 4  # the folder, one part, its index, the manifest
     (home / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     write(home, TEXTS)
     with pytest.raises(UserError, match=r"run: the data has changed since this run began; --run.fresh starts over"):
         sequences(home)
-    assert not (home / "run" / ".store").exists()
+    assert names(home) == sorted([*before, "checkpoints", "step-000001"])
     write(home, TEXTS[:-1])
     assert sequences(home) == second
+    write(home, TEXTS)
+    assert sequences(home, fresh=True) == first
 
 
 def test_another_tokenizer_makes_another_store(home):
@@ -79,41 +92,94 @@ def test_another_tokenizer_makes_another_store(home):
     assert second[1] != first[1]
 
 
-def test_what_a_killed_run_left_is_written_anew(home):
-    (home / "run" / ".store").mkdir(parents=True)
-    (home / "run" / ".store" / "rank-00003.bin").write_bytes(b"x")
+@pytest.mark.parametrize("manifest", [b"{", b"{}", b"[]"])
+def test_a_damaged_store_is_written_anew(home, manifest):
+    first = sequences(home)
+    (home / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (home / "run" / "store" / "store.json").write_bytes(manifest)
+    assert sequences(home) == first
+
+
+def test_a_store_on_another_disk_is_kept_there(home):
+    (home / "big").mkdir()
+    (home / "run").mkdir()
+    (home / "run" / "store").symlink_to(home / "big")
+    sequences(home)
+    write(home, TEXTS[:-1])
     assert sequences(home)[0] == in_memory(home)
-    assert {path.name for path in (home / "run" / "store").iterdir()} == {
-        "rank-00000.bin",
-        "rank-00000.npz",
-        "store.json",
-    }
+    assert (home / "run" / "store").is_symlink()
+    assert len(list((home / "big").iterdir())) == 3
 
 
-def test_a_full_disk_leaves_nothing_behind(home, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind_and_nothing_of_others_goes(home, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.np, "savez", full)
-    with pytest.raises(UserError, match=r"run/.store: cannot be written \(No space left on device\)"):
+    line = r"run/store: cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=line):
         sequences(home)
     assert not (home / "run").exists()
+    (home / "run" / "store").mkdir(parents=True)
+    for name in ("run/thesis.txt", "run/store/thesis.txt"):
+        (home / name).write_text("years of work")
+    with pytest.raises(UserError, match=line):
+        sequences(home)
+    assert names(home) == ["store", "thesis.txt", "thesis.txt"]
+
+
+def test_a_stop_while_documents_are_read_ends_with_75_and_leaves_nothing_behind(home, monkeypatch, capsys):
+    monkeypatch.setattr(store, "BLOCK_DOCUMENTS", 1)
+    interrupt = corpus.Interrupt()
+
+    def interrupted(paths):
+        for number, doc in enumerate(read_documents(paths)):
+            assert number < 7, "it reads on"
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield doc
+
+    monkeypatch.setattr(corpus, "read_documents", interrupted)
+    with pytest.raises(SystemExit) as end:
+        sequences(home, interrupt=interrupt)
+    assert end.value.code == 75
+    assert capsys.readouterr().out == "stopped before the first step; the same command begins again\n"
+    assert not (home / "run").exists()
+
+
+def test_long_work_says_how_far_it_is(home, monkeypatch, capsys):
+    monkeypatch.setattr(store, "BLOCK_DOCUMENTS", 10)
+    monkeypatch.setattr(corpus, "TELL_S", -1)
+    sequences(home)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" documents")[0] for line in said] == ["data: 10", "data: 20", "data: 24"]
 
 
 def two_ranks_worker(rank, home):
     store.BLOCK_DOCUMENTS = 5
     ranks = join_ranks(rank, 2, home)
     (home / f"found-{rank}.json").write_text(json.dumps(sequences(home, ranks)))
-    # only rank 1 encodes the sixth document
+    before = names(home)
+    # only rank 1 encodes the seventh document
     if rank == 0:
-        write(home, [*TEXTS[:6], "a stray </think>", *TEXTS[7:]])
+        write(home, [*TEXTS[:6], "a stray </think>", *TEXTS[7:] * 100])
     ranks.barrier()
-    for folder, stays in (("run", True), ("other", False)):
+    read = []
+
+    def slowly(paths):
+        for doc in read_documents(paths):
+            read.append(doc)
+            time.sleep(0.01 if rank == 0 else 0)
+            yield doc
+
+    corpus.read_documents = slowly
+    for folder, stays in (("run", before), ("other", [])):
         with pytest.raises(UserError, match=r"corpus.jsonl:7: .*</think>"):
             sequences(home, ranks, folder)
         ranks.barrier()
-        assert (home / folder / "store" / "store.json").exists() is stays
-        assert (home / folder).exists() is stays
+        assert len(read) < 1000, "it read to the end"
+        assert names(home, folder) == stays
+        assert (home / folder).exists() is bool(stays)
 
 
 def test_two_ranks_share_the_work_and_what_one_finds_wrong_both_say(home, monkeypatch):

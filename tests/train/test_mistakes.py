@@ -201,6 +201,20 @@ def test_a_fresh_run_does_not_care_what_is_damaged(call, world):
     assert call(*BASE, "--run.steps=1", "--run.fresh")[0] == 0
 
 
+@pytest.mark.parametrize("program", [RLMT, BASE], ids=["rlmt", "sft"])
+def test_a_fresh_run_forgets_the_old_one_only_when_its_data_is_right(call, world, program):
+    assert call(*program, "--run.steps=2")[0] == 0
+    (world / "broken.jsonl").write_text(DOCUMENT * 3 + "{\n")
+    (world / "blank.jsonl").write_text('{"text": " "}\n')
+    for name in ("nowhere.jsonl", "broken.jsonl", "blank.jsonl"):
+        for folder in ([], ["--run.folder=new"]):
+            assert name in refused(call, world, *program, "--run.fresh", f"--data.paths={name}", *folder)
+    assert not (world / "new").exists()
+    assert call(*program, "--run.steps=1", "--run.fresh")[0] == 0
+    folder = "run" if program is RLMT else "base"
+    assert [row["step"] for row in read_rows(f"{folder}/metrics.jsonl")] == [1]
+
+
 @pytest.mark.parametrize("flags", [[], ["--run.fresh"]])
 def test_what_is_not_of_a_training_run_is_left_alone(call, world, flags):
     (world / "eval").mkdir()

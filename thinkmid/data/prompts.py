@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
+import numpy as np
+
 from thinkmid.augment import weave
 from thinkmid.data.source import Document
 from thinkmid.data.store import Store
@@ -77,22 +79,50 @@ def split(doc: Document) -> list[tuple[bool, str]]:
 
 
 class StoredPrompts(Sequence[Prompt]):
-    """Prompts that stay on disk until they are asked for: the records of a store to which `record` wrote them."""
+    """Prompts that stay on disk until they are asked for, in a store of records(...)."""
 
     def __init__(self, store: Store):
-        self._store = store
-        self.longest = int(store.numbers.max(initial=0))  # tokens of the longest
+        self._store, self._ends = store, np.cumsum(store.numbers[:, 0])
+        self.longest = int(store.numbers[:, 1].max())  # tokens of the longest
 
     def __len__(self) -> int:
-        return len(self._store)
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Prompt:  # type: ignore[override]
-        return Prompt(**json.loads(bytes(self._store[i]).decode("utf-8", "surrogatepass")))
+        at = int(np.searchsorted(self._ends, i, side="right"))
+        data = self._store[at]
+        num_bytes = 4 * int(self._store.numbers[at, 1])
+        told = json.loads(bytes(data[num_bytes:]).decode("utf-8", "surrogatepass"))
+        id, num_tokens, num_chars = told["prompts"][i - int(self._ends[at])]
+        reference = told["reference"][len(told["reference"]) - num_chars :]
+        tokens = np.frombuffer(data[:num_bytes], np.int32)[:num_tokens].tolist()
+        return Prompt(id=id, tokens=tokens, meta={"reference": reference, "where": told["where"]})
 
 
-def record(prompt: Prompt) -> tuple[bytes, tuple[int]]:
-    fields = {"id": prompt.id, "tokens": prompt.tokens, "meta": prompt.meta}
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass"), (len(prompt.tokens),)
+def records(prompts: Iterable[Prompt]) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """What a store keeps of prompts: one record for those in a row of which each goes on where the one before ended, as
+    thoughts of a document do, so that it grows with the text and not with its square. Beside it: their number, and the
+    tokens of the longest."""
+    row: list[Prompt] = []
+    for prompt in prompts:
+        if row and not _goes_on(row[-1], prompt):
+            yield _record(row)
+            row = []
+        row.append(prompt)
+    if row:
+        yield _record(row)
+
+
+def _goes_on(a: Prompt, b: Prompt) -> bool:
+    same = a.meta["where"] == b.meta["where"] and a.tokens == b.tokens[: len(a.tokens)]
+    return same and a.meta["reference"].endswith(b.meta["reference"])
+
+
+def _record(row: list[Prompt]) -> tuple[bytes, tuple[int, int]]:
+    each = [(p.id, len(p.tokens), len(p.meta["reference"])) for p in row]
+    told = {"prompts": each, "reference": row[0].meta["reference"], "where": row[0].meta["where"]}
+    tokens = np.array(row[-1].tokens, np.int32).tobytes()
+    return tokens + json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass"), (len(row), len(tokens) // 4)
 
 
 def _prompt(id, doc, tokens, reference, text, max_prefix) -> Prompt:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
 from thinkmid.data.prompts import split
 from thinkmid.data.source import Document, read_documents
-from thinkmid.data.store import Store
+from thinkmid.data.store import Store, blocks
 from thinkmid.errors import UserError
 from thinkmid.text import Text
 
@@ -29,7 +30,7 @@ def num_pieces(num_tokens, max_len: int):
 def read_sequences(paths, text: Text, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len."""
     out = []
-    for tokens, thought in tokens_of(list(read_documents(paths)), text):
+    for tokens, thought in chain.from_iterable(tokens_of(block, text) for block in blocks(read_documents(paths))):
         for at in range(0, num_pieces(len(tokens), max_len) * (max_len - 1), max_len - 1):
             out.append((tokens[at : at + max_len], thought[at : at + max_len]))
     if not out:

@@ -1,10 +1,16 @@
-"""Records on disk, more than memory holds: ranks write them block by block, then each reads all by memory map."""
+"""Records on disk, more than memory holds: ranks write them block by block, then each reads all by memory map.
+
+1f9c03ab-00000.bin   the records of rank 0, of the run of the store's writing that is called 1f9c03ab
+1f9c03ab-00000.npz   their sizes
+store.json           which of them count: replaced at the end, and only then are those of another writing removed
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +21,11 @@ import numpy as np
 from thinkmid.data.source import Document
 from thinkmid.log import write_whole
 
+FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARS = 1 << 24
-MANIFEST = "store.json"  # written last: without it there is no store
+MANIFEST = "store.json"
+OURS = re.compile(r"([0-9a-f]{8})-(\d{5}\.(bin|npz)|fault)")
 
 # of a block of documents its records: their bytes, and whole numbers that are kept in memory beside their size
 Encode = Callable[[Sequence[Document]], Iterable[tuple[bytes, tuple[int, ...]]]]
@@ -36,14 +44,22 @@ def blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield block
 
 
-def write(folder: Path, rank: int, world: int, documents: Iterable[Document], encode: Encode, tell=lambda *_: None):
+def write(
+    folder: Path,
+    writing: str,
+    rank: int,
+    world: int,
+    documents: Iterable[Document],
+    encode: Encode,
+    go_on: Callable[[int, int], bool] = lambda *_: True,
+) -> None:
     """One rank's records: those of every world-th block. Every rank is given all documents, encode() a block of them.
 
-    tell(documents, characters): is told of each block, whoever encodes it.
+    go_on(documents, characters): is told after each block, whoever encodes it, how many that were; False ends it.
     """
     sizes, numbers, counts, digests = array("q"), array("q"), [], []
     num_documents = num_chars = 0
-    with _part(folder, rank).open("wb") as file:
+    with _part(folder, writing, rank).open("wb") as file:
         for at, block in enumerate(blocks(documents)):
             if at % world == rank:
                 digest, before = hashlib.blake2b(digest_size=16), len(sizes)
@@ -55,11 +71,12 @@ def write(folder: Path, rank: int, world: int, documents: Iterable[Document], en
                 counts.append(len(sizes) - before)
                 digests.append(digest.digest())
             num_documents, num_chars = num_documents + len(block), num_chars + sum(len(doc.text) for doc in block)
-            tell(num_documents, num_chars)
+            if not go_on(num_documents, num_chars):
+                return
         file.flush()
         os.fsync(file.fileno())
     columns = len(numbers) // len(sizes) if sizes else 0
-    with _index(folder, rank).open("wb") as file:
+    with _index(folder, writing, rank).open("wb") as file:
         np.savez(
             file,
             sizes=np.array(sizes, np.int64),
@@ -71,39 +88,60 @@ def write(folder: Path, rank: int, world: int, documents: Iterable[Document], en
         os.fsync(file.fileno())
 
 
-def seal(folder: Path, world: int, made_of: dict[str, Any], files: list) -> None:
-    """The manifest, once every rank has written. made_of: what decides the records beside the documents. files: where
-    the documents came from, compared before a store is used again."""
-    indices = [dict(np.load(_index(folder, rank), allow_pickle=False)) for rank in range(world)]
-    digest = hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16)
+def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of what all ranks have written. made_of: what decides the records, to find a store again by."""
+    indices = [_read(_index(folder, writing, rank)) for rank in range(world)]
     each_once = _in_order([np.ones_like(x["counts"]) for x in indices])
-    digest.update(np.concatenate([x["digests"] for x in indices])[each_once])
-    parts = [_measured(folder, rank) for rank in range(world)]
-    manifest = {"made_of": made_of, "files": files, "digest": digest.hexdigest(), "parts": parts}
+    digest = hashlib.blake2b(np.concatenate([x["digests"] for x in indices])[each_once], digest_size=16)
+    parts = [_measured(folder, writing, rank) for rank in range(world)]
+    about = {"format": FORMAT, "made_of": made_of, "writing": writing}
+    return about | {"parts": parts, "digest": digest.hexdigest()}
+
+
+def publish(folder: Path, manifest: dict[str, Any]) -> None:
+    """This writing counts from now on, and the files of others go."""
     write_whole(folder / MANIFEST, json.dumps(manifest) + "\n")
+    for path in folder.iterdir():
+        if (ours := OURS.fullmatch(path.name)) and ours[1] != manifest["writing"]:
+            path.unlink()
 
 
-def is_store_of(folder: Path, made_of: dict[str, Any], files: list) -> bool:
-    """Whether the folder holds a whole store of just this."""
+def discard(folder: Path, writing: str) -> None:
+    for path in folder.glob(f"{writing}-*"):
+        path.unlink()
+
+
+def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if all that it names is there and was made of this."""
+    manifest = published(folder)
+    try:
+        writing, parts = manifest["writing"], manifest["parts"]
+        found = [_measured(folder, writing, rank) for rank in range(len(parts))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    same = (manifest.get("format"), manifest.get("made_of"), parts) == (FORMAT, made_of, found)
+    return manifest if same and OURS.fullmatch(f"{writing}-fault") else None
+
+
+def published(folder: Path) -> dict[str, Any]:
+    """The manifest as it stands there, {} without a readable one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        parts = [_measured(folder, rank) for rank in range(len(manifest["parts"]))]
-        return (manifest["made_of"], manifest["files"], manifest["parts"]) == (made_of, files, parts)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 class Store(Sequence[memoryview]):
     """The records in the order of their documents, whatever the number of ranks that wrote them.
 
-    sizes (N,) bytes, numbers (N, C) int64: in memory, with another 12 bytes a record. digest: of records and made_of.
+    sizes (N,) bytes, numbers (N, C) int64: in memory, with another 12 bytes a record. digest: of all records.
     """
 
-    def __init__(self, folder: Path):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        world, self.digest = len(manifest["parts"]), manifest["digest"]
-        indices = [dict(np.load(_index(folder, rank), allow_pickle=False)) for rank in range(world)]
-        self._parts = [_mapped(_part(folder, rank)) for rank in range(world)]
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        writing, world, self.digest = manifest["writing"], len(manifest["parts"]), manifest["digest"]
+        indices = [_read(_index(folder, writing, rank)) for rank in range(world)]
+        self._parts = [_mapped(_part(folder, writing, rank)) for rank in range(world)]
         order = _in_order([x["counts"] for x in indices])
         self.sizes = np.concatenate([x["sizes"] for x in indices])[order]
         self.numbers = _stacked([x["numbers"] for x in indices])[order]
@@ -118,10 +156,10 @@ class Store(Sequence[memoryview]):
         return self._parts[self._part_of[i]][start : start + self.sizes[i]]
 
 
-def _measured(folder: Path, rank: int) -> list:
+def _measured(folder: Path, writing: str, rank: int) -> list:
     """Bytes of a part, and a hash of its index."""
-    index = hashlib.blake2b(_index(folder, rank).read_bytes(), digest_size=16).hexdigest()
-    return [_part(folder, rank).stat().st_size, index]
+    index = hashlib.blake2b(_index(folder, writing, rank).read_bytes(), digest_size=16).hexdigest()
+    return [_part(folder, writing, rank).stat().st_size, index]
 
 
 def _in_order(counts: list[np.ndarray]) -> np.ndarray:
@@ -140,9 +178,13 @@ def _mapped(path: Path) -> memoryview:
     return memoryview(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"")
 
 
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.bin"
+def _read(path: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(path, allow_pickle=False))
 
 
-def _index(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.npz"
+def _part(folder: Path, writing: str, rank: int) -> Path:
+    return folder / f"{writing}-{rank:05d}.bin"
+
+
+def _index(folder: Path, writing: str, rank: int) -> Path:
+    return folder / f"{writing}-{rank:05d}.npz"

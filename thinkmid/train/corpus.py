@@ -3,106 +3,145 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thinkmid.data.prompts import StoredPrompts, record
-from thinkmid.data.sequences import Sequences, records
+from thinkmid.data import prompts, sequences, store
 from thinkmid.data.source import Document, data_files, read_documents
-from thinkmid.data.store import MANIFEST, Encode, Store, is_store_of, seal, write
 from thinkmid.errors import UserError
-from thinkmid.files import read_json
 from thinkmid.text import Text
-from thinkmid.train.folder import NEW_STORE, STORE, hold, same_data
+from thinkmid.train.config import RunConfig
+from thinkmid.train.folder import LOCK, STORE, begun, hold, same_data
+from thinkmid.train.interrupt import EXIT, Interrupt
 from thinkmid.train.shard import Ranks
 from thinkmid.types import Prompt
 
 TELL_S = 10  # between lines of progress
 
 
-def stored_sequences(paths, text: Text, max_len: int, run_folder: str, ranks: Ranks) -> tuple[Sequences, str]:
+def stored_sequences(
+    paths, text: Text, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
+) -> tuple[sequences.Sequences, str]:
     """Token sequences of all documents, and a digest of them. Collective."""
-    encode = lambda documents: records(documents, text)  # noqa: E731
-    store = _stored(paths, encode, {"tokens": text.digest}, run_folder, ranks, "document of two tokens or more")
-    return Sequences(store, max_len), store.digest
+    encode = lambda documents: sequences.records(documents, text)  # noqa: E731
+    what = "document of two tokens or more"
+    found = _Writing(paths, encode, {"tokens": text.digest}, run, ranks, interrupt, what).store()
+    return sequences.Sequences(found, max_len), found.digest
 
 
 def stored_prompts(
     paths,
-    make: Callable[[Sequence[Document]], Iterable[Prompt]],
+    make: Callable[[Iterable[Document]], Iterable[Prompt]],
     decides: dict[str, Any],
-    run_folder: str,
+    run: RunConfig,
     ranks: Ranks,
-) -> tuple[StoredPrompts, str]:
+    interrupt: Interrupt,
+) -> tuple[prompts.StoredPrompts, str]:
     """The prompts that make() makes of all documents, and a digest of them. Collective.
 
     decides: what prompts come out, beside the documents.
     """
-    encode = lambda documents: map(record, make(documents))  # noqa: E731
-    store = _stored(paths, encode, decides, run_folder, ranks, f"prefix (data.prefix = {decides['prefix']!r})")
-    return StoredPrompts(store), store.digest
+    encode = lambda documents: prompts.records(make(documents))  # noqa: E731
+    what = f"prefix (data.prefix = {decides['prefix']!r})"
+    found = _Writing(paths, encode, decides, run, ranks, interrupt, what).store()
+    return prompts.StoredPrompts(found), found.digest
 
 
-def _stored(paths, encode: Encode, made_of: dict[str, Any], run_folder: str, ranks: Ranks, what: str) -> Store:
-    """The store in a run's folder, written first where there is none of this. what: the data must have, for people."""
-    folder, new = Path(run_folder, STORE), Path(run_folder, NEW_STORE)
-    files = ranks.agree(lambda: _files(paths))
-    if ranks.any(not is_store_of(folder, made_of, files)):
-        is_ours = not Path(run_folder).exists()
-        tell = _progress() if ranks.rank == 0 else lambda *_: None
-        first = lambda work: ranks.agree(lambda: work() if ranks.rank == 0 else None)  # noqa: E731
+@dataclass
+class _Writing:
+    """A store in a run's folder, written if it is not there yet."""
+
+    paths: Sequence[str]
+    encode: store.Encode
+    decides: dict[str, Any]
+    run: RunConfig
+    ranks: Ranks
+    interrupt: Interrupt
+    what: str  # the data must have, for people
+    told: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.folder, STORE)
+
+    def store(self) -> store.Store:
+        """Collective. UserError: what is wrong with the data; then nothing is left behind."""
+        ranks = self.ranks
+        made_of = self.decides | {"files": ranks.agree(self._files)}
+        found = store.find(self.folder, made_of)
+        if not ranks.any(found is None):
+            return ranks.agree(lambda: store.Store(self.folder, found))
+        name = ranks.gather_bytes(secrets.token_hex(4).encode())[0].decode()
+        made = self._first(self._hold)
         try:
-            first(lambda: _emptied(new))
-            ranks.agree(lambda: _write(new, ranks, read_documents(paths), encode, tell))
-            first(lambda: seal(new, ranks.world, made_of, files))
-            first(lambda: _put(new, folder, f"{', '.join(paths)}: no {what}"))
-        except UserError:
-            if ranks.rank == 0:
-                shutil.rmtree(run_folder if is_ours else new, ignore_errors=True)
+            ranks.agree(lambda: self._write(name))
+            if ranks.any(self.interrupt.requested):
+                self._first(lambda: print("stopped before the first step; the same command begins again", flush=True))
+                raise SystemExit(EXIT)
+            manifest = ranks.agree(lambda: store.describe(self.folder, name, ranks.world, made_of))
+            found = ranks.agree(lambda: store.Store(self.folder, manifest))
+            self._first(lambda: self._publish(found, manifest))
+        except (UserError, SystemExit):
+            self._first(lambda: self._clean(name, made))
             raise
-    return Store(folder)
+        return found
 
+    def _first(self, work: Callable[[], Any]) -> Any:
+        return self.ranks.agree(lambda: work() if self.ranks.rank == 0 else None)
 
-def _emptied(new: Path) -> None:
-    hold(new.parent)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    def _files(self) -> list:
+        """Path, bytes and time of the last change of every file."""
+        stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
+    def _hold(self) -> bool:
+        """Whether the run's folder had to be made."""
+        made = not Path(self.run.folder).exists()
+        hold(Path(self.run.folder))
+        return made
 
-def _write(new: Path, ranks: Ranks, *what: Any) -> None:
-    try:
-        write(new, ranks.rank, ranks.world, *what)
-    except OSError as error:
-        raise UserError(f"{new}: cannot be written ({error.strerror})") from error
+    def _write(self, name: str) -> None:
+        fault = self.folder / f"{name}-fault"  # what stops one rank stops the others at their next block
 
+        def go_on(num_documents: int, num_chars: int) -> bool:
+            if self.ranks.rank == 0 and time.monotonic() - self.told > TELL_S:
+                self.told = time.monotonic()
+                print(f"data: {num_documents:,} documents, {num_chars / 1e6:,.0f} M characters read", flush=True)
+            if self.interrupt.requested:
+                fault.touch()
+            return not fault.exists()
 
-def _put(new: Path, folder: Path, if_empty: str) -> None:
-    """In the place of the old one, unless a run began with that."""
-    found = Store(new)
-    if not len(found):
-        raise UserError(if_empty)
-    if (folder / MANIFEST).exists() and any(folder.parent.glob("checkpoints/step-*")):
-        same_data(read_json(folder / MANIFEST).get("digest"), found.digest, folder.parent)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+        try:
+            # on every rank: another node may not see yet what the first one made
+            self.folder.mkdir(parents=True, exist_ok=True)
+            where = (self.folder, name, self.ranks.rank, self.ranks.world)
+            store.write(*where, read_documents(self.paths), self.encode, go_on)
+        except UserError:
+            fault.touch()
+            raise
+        except OSError as error:
+            with suppress(OSError):
+                fault.touch()
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
+    def _publish(self, found: store.Store, manifest: dict[str, Any]) -> None:
+        """Unless there is nothing in it, or a run began with something else."""
+        if not len(found):
+            raise UserError(f"{', '.join(self.paths)}: no {self.what}")
+        if begun(self.run) and (before := store.published(self.folder).get("digest")):
+            same_data(before, found.digest, Path(self.run.folder))
+        store.publish(self.folder, manifest)
 
-def _files(paths) -> list:
-    """Path, bytes and time of the last change of every file."""
-    stats = [(str(file), os.stat(file)) for path in paths for file in data_files(Path(path))]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def _progress() -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def tell(num_documents: int, num_chars: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > TELL_S:
-            last = time.monotonic()
-            print(f"data: {num_documents:,} documents, {num_chars / 1e6:,.0f} M characters read", flush=True)
-
-    return tell
+    def _clean(self, name: str, made: bool) -> None:
+        with suppress(OSError):
+            store.discard(self.folder, name)
+            self.folder.rmdir()  # it does not remove what holds something
+        if made:
+            with suppress(OSError):
+                Path(self.run.folder, LOCK).unlink()
+                Path(self.run.folder).rmdir()

@@ -14,6 +14,7 @@ from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
+from thinkmid.train.config import RunConfig
 from thinkmid.train.shard import Ranks
 
 # a run may be resumed with other values of these
@@ -23,16 +24,28 @@ FREE_KEYS = (
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
-# what a run writes into its folder, and what --run.fresh forgets
-STORE, NEW_STORE = "store", ".store"
-FOLDERS = ("checkpoints", "rollouts", "export", "init", "tokenizer", "watch", STORE, NEW_STORE)
+# what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew
+FOLDERS = ("checkpoints", "rollouts", "export", "watch")
 FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
+MADE = ("init", "tokenizer")
+STORE = "store"  # --run.fresh leaves it, for the next run may learn from the same
 LOCK = ".train.lock"  # held by the one process that trains here
 
 
 def claim_folder(cfg, ranks: Ranks) -> None:
-    """Refuse a folder that another run began, clear it if asked to. Collective."""
+    """Refuse a folder that another run began. Nothing in it changes. Collective."""
     ranks.agree(lambda: _claim(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
+
+
+def clear_folder(cfg, ranks: Ranks) -> None:
+    """With run.fresh: forget what the run before left, when all that may be wrong was looked at. Collective."""
+    if cfg.run.fresh:
+        ranks.agree(lambda: _clear(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
+
+
+def begun(run: RunConfig) -> bool:
+    """Whether there is something that this run goes on from. Of one rank: another node may see it later."""
+    return not run.fresh and any(Path(run.folder, "checkpoints").glob("step-*"))
 
 
 def describe_run(cfg, ranks: Ranks) -> None:
@@ -41,7 +54,7 @@ def describe_run(cfg, ranks: Ranks) -> None:
 
 
 def _describe(folder: Path, cfg, ranks: Ranks) -> None:
-    hold(folder)  # a new one is made only now
+    hold(folder)
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
     config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
@@ -54,15 +67,13 @@ def _claim(folder: Path, cfg) -> None:
     if folder.exists():
         hold(folder)
     weights.replaceable(folder / "export")
-    if cfg.run.fresh:
-        _clear(folder)
-    elif (folder / "config.toml").exists() and (folder / "checkpoints").exists():
+    if not cfg.run.fresh and (folder / "config.toml").exists() and (folder / "checkpoints").exists():
         _same_config(folder, told)
 
 
 def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
     """No text of the config may be a path to what the run itself writes, or clears."""
-    own = [Path(os.path.realpath(folder), name) for name in (*FOLDERS, *FILES)]
+    own = [Path(os.path.realpath(folder), name) for name in (*FOLDERS, *MADE, STORE, *FILES)]
     for key, value in told.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any(Path(os.path.realpath(text)).is_relative_to(place) for place in own):
@@ -104,8 +115,8 @@ def same_data(was: str | None, now: str, folder: Path) -> None:
         raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
 
 
-def _clear(folder: Path) -> None:
-    for name in FOLDERS:
+def _clear(folder: Path, cfg) -> None:
+    for name in FOLDERS + (MADE if cfg.model.folder else ()):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)

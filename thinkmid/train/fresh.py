@@ -10,6 +10,7 @@ from thinkmid.errors import UserError
 
 if TYPE_CHECKING:
     from thinkmid.model.transformer import ModelConfig
+    from thinkmid.train.config import RunConfig
     from thinkmid.train.shard import Ranks
 
 
@@ -31,25 +32,27 @@ class FreshConfig:
     tied: bool = False  # head shares the embedding
 
 
-def make(cfg: FreshConfig, data: tuple[str, ...], folder: Path, seed: int, ranks: Ranks) -> Path:
+def make(cfg: FreshConfig, data: tuple[str, ...], run: RunConfig, ranks: Ranks) -> Path:
     """An HF folder with a new tokenizer and drawn weights (Qwen3's form); decided by seed and texts. Collective.
 
-    A run that has checkpoints keeps what it began with: its text may have changed, which is for the caller to notice.
+    A run that goes on keeps what it began with: its text may have changed, which is for the caller to notice.
     """
     import torch
 
     from thinkmid.model import weights
     from thinkmid.model.transformer import init_weights
     from thinkmid.text import Text
+    from thinkmid.train.folder import begun
 
-    if (folder / "checkpoints").exists() and (folder / "init").exists():
+    folder = Path(run.folder)
+    if ranks.any(begun(run) and (folder / "init").exists()):
         return folder / "init"
     shape_of(cfg, cfg.vocab, ())  # numbers that make no model are refused before the tokenizer takes its minutes
     ranks.agree(lambda: _train_tokenizer(cfg, data, folder / "tokenizer") if ranks.rank == 0 else None)
     text = Text.load(folder / "tokenizer")
     shape = shape_of(cfg, text.vocab_size, text.eos_ids)
     model = weights.build(shape)
-    init_weights(model, seed)
+    init_weights(model, run.seed)
     weights.save(folder / "init", shape, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer")
     return folder / "init"
 
@@ -59,8 +62,12 @@ def _train_tokenizer(cfg: FreshConfig, data: tuple[str, ...], folder: Path) -> N
     from thinkmid.text import train_tokenizer
     from thinkmid.train.folder import hold
 
-    hold(folder.parent)
-    train_tokenizer((doc.text for doc in read_documents(cfg.tokenizer_data or data)), cfg.vocab, folder, cfg.tags)
+    def texts():
+        for doc in read_documents(cfg.tokenizer_data or data):
+            yield doc.text
+        hold(folder.parent)  # nothing is wrong with them, and what is written comes now
+
+    train_tokenizer(texts(), cfg.vocab, folder, cfg.tags)
 
 
 def shape_of(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:

@@ -20,7 +20,7 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.folder import describe_run, same_data
+from thinkmid.train.folder import begun, clear_folder, describe_run, same_data
 from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.watch import Watch
 
@@ -99,9 +99,10 @@ def open_job(
     """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {}).
 
     Collective. data: fingerprint of what is learnt from. ema_decay: above 0 the job has a moving average.
-    Nothing is written before all that may be wrong was looked at.
+    With run.fresh the folder is cleared here: of what may be wrong, config, data and the model's folder were looked at.
     """
     folder = Path(cfg.run.folder)
+    clear_folder(cfg, ranks)
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
 
     def make():
@@ -156,11 +157,11 @@ def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -
     return weights.materialise(model, ranks.device)
 
 
-def check_source(source: Path, shape: ModelConfig, text: Text, folder: str, ranks: shard.Ranks) -> None:
-    """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run in `folder`
-    that has checkpoints does not need the weights. Collective."""
+def check_source(source: Path, shape: ModelConfig, text: Text, run: RunConfig, ranks: shard.Ranks) -> None:
+    """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run that goes on
+    does not need the weights. Collective."""
     ranks.agree(lambda: _check_vocabulary(source, shape, text))
-    if not any(Path(folder, "checkpoints").glob("step-*")):
+    if not ranks.any(begun(run)):
         with torch.device("meta"):
             model = Transformer(shape)
         ranks.agree(lambda: weights.matched(model, source))

@@ -44,7 +44,7 @@ def run(
     source,
     shape,
     text,
-    read: Callable[[shard.Ranks], PromptSet],
+    read: Callable[[shard.Ranks, Interrupt], PromptSet],
     make_reward,
     *,
     at_least: int = 0,
@@ -63,8 +63,8 @@ def run(
     if ranks.world % cfg.engine.tensor_parallel:
         raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
     claim_folder(cfg, ranks)
-    job.check_source(source, shape, text, cfg.run.folder, ranks)
-    found = read(ranks)
+    job.check_source(source, shape, text, cfg.run, ranks)
+    found = read(ranks, interrupt)
     prompts, held_out = found.prompts, found.held_out
     longest = max([found.longest, *(len(p.tokens) for p in held_out)])
     check_room(cfg, longest)

@@ -100,12 +100,12 @@ def main(argv: list[str]) -> int:
         check_vllm()
     make = prompt_maker(cfg.data, text, max_prefix, cfg.run.seed)
 
-    def read(ranks):
+    def read(ranks, interrupt):
         held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
         decides = {"prompts": text.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
         if cfg.data.prefix != "thought":
             decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
-        prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run.folder, ranks)
+        prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run, ranks, interrupt)
         more = {"held_out": held_out, "notes": notes(cfg)}
         return rl.PromptSet(prompts=prompts, longest=prompts.longest, digest=digest, **more)
 
@@ -159,10 +159,11 @@ def prompt_maker(data: DataConfig, text, max_prefix: int, seed: int):
 def read_held_out(data: DataConfig, make) -> list:
     """val_prompts prefixes spread evenly over the held-out text; [] without any."""
     from thinkmid.data.source import read_documents
+    from thinkmid.data.store import blocks
 
     if not data.val_paths:
         return []
-    found = list(make(read_documents(data.val_paths)))
+    found = [prompt for block in blocks(read_documents(data.val_paths)) for prompt in make(block)]
     if not found:
         raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
     return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]

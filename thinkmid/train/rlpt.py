@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         made = AnswerReward(text, grader, thinks=cfg.data.template.endswith("-think"))
         return made, made.close
 
-    return rl.run(cfg, source, shape, text, lambda ranks: questions, reward)
+    return rl.run(cfg, source, shape, text, lambda *_: questions, reward)
 
 
 def read_prompts(data: QuestionConfig, text, max_prompt: int) -> tuple[list, list[str]]:

@@ -83,14 +83,14 @@ def main(argv: list[str]) -> int:
     claim_folder(cfg, ranks)
     source = Path(cfg.model.folder)
     if not cfg.model.folder:
-        source = fresh.make(cfg.fresh, cfg.data.paths, Path(cfg.run.folder), cfg.run.seed, ranks)
+        source = fresh.make(cfg.fresh, cfg.data.paths, cfg.run, ranks)
     shape, text = weights.read_config(source), Text.load(source)
     if shape.max_positions < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
-    job.check_source(source, shape, text, cfg.run.folder, ranks)
+    job.check_source(source, shape, text, cfg.run, ranks)
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     probed = probe.read_thoughts(cfg.data.probe_paths, text, cfg.data.max_len) if cfg.data.probe_paths else []
-    sequences, data = corpus.stored_sequences(cfg.data.paths, text, cfg.data.max_len, cfg.run.folder, ranks)
+    sequences, data = corpus.stored_sequences(cfg.data.paths, text, cfg.data.max_len, cfg.run, ranks, interrupt)
     cfg = of_length(cfg, num_steps(cfg, sequences.lengths))
     run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
     try:
