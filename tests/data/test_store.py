@@ -110,8 +110,10 @@ def test_a_writing_replaces_the_one_before_and_touches_nothing_else(tmp_path, sm
     parts = {f"4567cdef-0000{rank}.{kind}" for rank in (0, 1) for kind in ("bin", "npz")}
     assert {path.name for path in folder.iterdir()} == parts | {store.MANIFEST, "thesis.txt"}
     assert len(found) == len(list(encode(docs)))
-    store.discard(folder, "4567cdef")
-    assert {path.name for path in folder.iterdir()} == {store.MANIFEST, "thesis.txt"}
+    (folder / store.MANIFEST).unlink()
+    store.sweep(folder)
+    assert {path.name for path in folder.iterdir()} == {"thesis.txt"}
+    store.sweep(tmp_path / "none")
 
 
 def test_what_is_told_to_end_ends_at_the_next_block(tmp_path, small_blocks):

@@ -147,6 +147,14 @@ def test_a_stop_while_documents_are_read_ends_with_75_and_leaves_nothing_behind(
     assert not (home / "run").exists()
 
 
+def test_what_a_killed_run_left_goes_before_more_is_written(home, monkeypatch):
+    left = home / "run" / "store" / "0123abcd-00000.bin"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    monkeypatch.setattr(corpus, "read_documents", lambda paths: [] if left.exists() else read_documents(paths))
+    assert sequences(home)[0] == in_memory(home)
+
+
 def test_long_work_says_how_far_it_is(home, monkeypatch, capsys):
     monkeypatch.setattr(store, "BLOCK_DOCUMENTS", 10)
     monkeypatch.setattr(corpus, "TELL_S", -1)

@@ -99,16 +99,17 @@ def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) ->
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """This writing counts from now on, and the files of others go."""
+    """This writing counts from now on."""
     write_whole(folder / MANIFEST, json.dumps(manifest) + "\n")
-    for path in folder.iterdir():
-        if (ours := OURS.fullmatch(path.name)) and ours[1] != manifest["writing"]:
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files of all writings but the published one; what is not of a store stays."""
+    kept = published(folder).get("writing")
+    for path in folder.glob("*-*"):
+        if (ours := OURS.fullmatch(path.name)) and ours[1] != kept:
             path.unlink()
-
-
-def discard(folder: Path, writing: str) -> None:
-    for path in folder.glob(f"{writing}-*"):
-        path.unlink()
 
 
 def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:

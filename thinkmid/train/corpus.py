@@ -87,7 +87,7 @@ class _Writing:
             found = ranks.agree(lambda: store.Store(self.folder, manifest))
             self._first(lambda: self._publish(found, manifest))
         except (UserError, SystemExit):
-            self._first(lambda: self._clean(name, made))
+            self._first(lambda: self._clean(made))
             raise
         return found
 
@@ -100,9 +100,10 @@ class _Writing:
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
-        """Whether the run's folder had to be made."""
+        """Whether the run's folder had to be made. What a killed run left goes: there may be no room for both."""
         made = not Path(self.run.folder).exists()
         hold(Path(self.run.folder))
+        store.sweep(self.folder)
         return made
 
     def _write(self, name: str) -> None:
@@ -137,9 +138,9 @@ class _Writing:
             same_data(before, found.digest, Path(self.run.folder))
         store.publish(self.folder, manifest)
 
-    def _clean(self, name: str, made: bool) -> None:
+    def _clean(self, made: bool) -> None:
         with suppress(OSError):
-            store.discard(self.folder, name)
+            store.sweep(self.folder)
             self.folder.rmdir()  # it does not remove what holds something
         if made:
             with suppress(OSError):
