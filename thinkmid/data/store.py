@@ -1,8 +1,8 @@
 """Records on disk, more than memory holds: ranks write them block by block, then each reads all by memory map.
 
-1f9c03ab-00000.bin   the records of rank 0, of the run of the store's writing that is called 1f9c03ab
+1f9c03ab-00000.bin   the records of rank 0, of a writing called 1f9c03ab
 1f9c03ab-00000.npz   their sizes
-store.json           which of them count: replaced at the end, and only then are those of another writing removed
+store.json           which writing counts: one replaces another when it is whole
 """
 
 from __future__ import annotations
