@@ -104,6 +104,8 @@ def open_job(
     folder = Path(cfg.run.folder)
     clear_folder(cfg, ranks)
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
+    if not found and begun(cfg.run):
+        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
 
     def make():
         # a checkpoint holds every weight
@@ -115,8 +117,6 @@ def open_job(
     state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
     if found:
         same_data(state["data"], data, folder)
-    elif any(folder.glob("checkpoints/step-*")):
-        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
     start = int(found.name.rpartition("-")[2]) if found else 0
     describe_run(cfg, ranks)
     options = {"num_steps": cfg.run.steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
