@@ -152,7 +152,10 @@ def corpus(tmp_path):
 def test_sequences_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, corpus, max_len):
     found = Sequences(stored(tmp_path / "s", read_documents([corpus]), 1, lambda docs: records(docs, text)), max_len)
     want = [tokens for tokens, _ in read_sequences([corpus], text, max_len)]
-    assert [found[i].tolist() for i in range(len(found))] == [tokens.tolist() for tokens in want]
+    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in want]
+    for i in (-1, len(want)):
+        with pytest.raises(IndexError):
+            found[i]
     assert found.lengths.tolist() == list(map(len, want))
 
 
@@ -182,7 +185,10 @@ def test_prompts_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, co
     found = StoredPrompts(stored(tmp_path / "s", docs, 2, lambda docs: prompt_records(make(docs))))
     want = list(make(docs))
     assert len(want) >= 8
-    assert [found[i] for i in range(len(found))] == want
+    assert list(found) == want
+    for i in (-1, len(want)):
+        with pytest.raises(IndexError):
+            found[i]
     assert found.longest == max(len(p.tokens) for p in want)
 
 

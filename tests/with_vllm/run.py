@@ -89,7 +89,7 @@ def compared(train):
             sync.push(job.model, e, cfg.run.steps, torch.float32)
         engine.wake_cache()
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
-        some = prompts[job.ranks.rank :: job.ranks.world][:8]
+        some = [prompts[i] for i in range(job.ranks.rank, len(prompts), job.ranks.world)][:8]
         ours, theirs = (collect(e, some, [[0]] * len(some), greedy) for e in (engine, native))
         pairs = [(a.samples[0], b.samples[0]) for a, b in zip(ours, theirs, strict=True)]
         same = sum(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)

@@ -89,6 +89,8 @@ class StoredPrompts(Sequence[Prompt]):
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> Prompt:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         at = int(np.searchsorted(self._ends, i, side="right"))
         data = self._store[at]
         num_bytes = 4 * int(self._store.numbers[at, 1])

@@ -58,6 +58,8 @@ class Sequences:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         doc = int(np.searchsorted(self._ends, i, side="right"))
         tokens = np.frombuffer(self._store[doc], np.int32)
         nth = i - (int(self._ends[doc - 1]) if doc else 0)
