@@ -114,9 +114,8 @@ def test_each_plan_fits_its_gpus_and_is_the_one_in_the_docs(home, monkeypatch, c
 def test_a_resident_judge_is_counted_in_every_phase(home, monkeypatch, capsys):
     name, folder = "llama3-8b-rlmt", "models/llama3.2-1b"
     alone, num = phases(dry_run(name, monkeypatch, capsys)), PARAMETERS["llama3.2-1b"]
-    cache = (
-        512 * (640 + 4 * 128) * 2 * 2 * 16 * 8 * 64
-    )  # rows, tokens, keys and values, bytes, layers, heads, head size
+    # rows, tokens, keys and values, bytes, layers, heads, head size
+    cache = 512 * (640 + 4 * 128) * 2 * 2 * 16 * 8 * 64
     for engine, kept, at_work in (("native", 0, cache), ("vllm", 4e9 + 3e9, 4e9 + 3e9)):
         flags = ["--judge.kind=resident", f"--judge.folder={folder}", f"--judge.engine={engine}"]
         beside = phases(dry_run(name, monkeypatch, capsys, *flags))

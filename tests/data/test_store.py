@@ -86,7 +86,9 @@ def test_a_store_is_found_only_whole_and_made_of_the_same(tmp_path, small_blocks
     found = store.find(folder, MADE_OF)
     assert found == json.loads((folder / store.MANIFEST).read_text())
     assert store.find(folder, {"tokenizer": "y"}) is None
-    part, index, manifest = (folder / name for name in ("0123abcd-00001.bin", "0123abcd-00001.npz", store.MANIFEST))
+    part, index, manifest = (
+        folder / name for name in ("0123abcd-00001.bin", "0123abcd-00001.safetensors", store.MANIFEST)
+    )
     damages = [(part, b"short"), (part, None), (index, b"x"), (index, None)]
     damages += [(manifest, text) for text in (b"{", b"[]", b"{}", b"\xff", None)]
     damages += [(manifest, json.dumps(found | {"writing": "../../x"}).encode())]
@@ -107,7 +109,7 @@ def test_a_writing_replaces_the_one_before_and_touches_nothing_else(tmp_path, sm
     (folder / "89abcdef-fault").touch()  # of a run that was killed
     docs = documents(7)
     found = stored(folder, docs, 2, name="4567cdef")
-    parts = {f"4567cdef-0000{rank}.{kind}" for rank in (0, 1) for kind in ("bin", "npz")}
+    parts = {f"4567cdef-0000{rank}.{kind}" for rank in (0, 1) for kind in ("bin", "safetensors")}
     assert {path.name for path in folder.iterdir()} == parts | {store.MANIFEST, "thesis.txt"}
     assert len(found) == len(list(encode(docs)))
     (folder / store.MANIFEST).unlink()
@@ -127,7 +129,7 @@ def test_what_is_told_to_end_ends_at_the_next_block(tmp_path, small_blocks):
     store.write(tmp_path, "0123abcd", 0, 2, iter(docs), encode, go_on)
     ends = np.cumsum([len(block) for block in store.blocks(docs)])[:3]
     assert told == [(n, sum(len(doc.text) for doc in docs[:n])) for n in ends]
-    assert not (tmp_path / "0123abcd-00000.npz").exists()
+    assert not (tmp_path / "0123abcd-00000.safetensors").exists()
 
 
 STORY = "Mia has 12 apples.<think> 12 - 5 = 7</think> So 7 remain.<think> none</think> É ok. "

@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_nothing_behind_and_nothing_of_others_goes(home, monk
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.np, "savez", full)
+    monkeypatch.setattr(store, "save", full)
     line = r"run/store: cannot be written \(No space left on device\)"
     with pytest.raises(UserError, match=line):
         sequences(home)

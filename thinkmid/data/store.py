@@ -1,8 +1,8 @@
 """Records on disk, more than memory holds: ranks write them block by block, then each reads all by memory map.
 
-1f9c03ab-00000.bin   the records of rank 0, of a writing called 1f9c03ab
-1f9c03ab-00000.npz   their sizes
-store.json           which writing counts: one replaces another when it is whole
+1f9c03ab-00000.bin           the records of rank 0, of a writing called 1f9c03ab
+1f9c03ab-00000.safetensors   their sizes
+store.json                   which writing counts: one replaces another when it is whole
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save
 
 from thinkmid.data.source import Document
+from thinkmid.errors import UserError
+from thinkmid.files import read_json
 from thinkmid.log import write_whole
 
 FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARS = 1 << 24
 MANIFEST = "store.json"
-OURS = re.compile(r"([0-9a-f]{8})-(\d{5}\.(bin|npz)|fault)")
+OURS = re.compile(r"([0-9a-f]{8})-(\d{5}\.(bin|safetensors)|fault)")
 
 # of a block of documents its records: their bytes, and whole numbers that are kept in memory beside their size
 Encode = Callable[[Sequence[Document]], Iterable[tuple[bytes, tuple[int, ...]]]]
@@ -65,7 +68,8 @@ def write(
                 digest, before = hashlib.blake2b(digest_size=16), len(sizes)
                 for data, beside in encode(block):
                     file.write(data)
-                    digest.update(len(data).to_bytes(8, "little") + data)
+                    digest.update(len(data).to_bytes(8, "little"))
+                    digest.update(data)
                     sizes.append(len(data))
                     numbers.extend(beside)
                 counts.append(len(sizes) - before)
@@ -75,22 +79,17 @@ def write(
                 return
         file.flush()
         os.fsync(file.fileno())
-    columns = len(numbers) // len(sizes) if sizes else 0
+    index = {name: np.array(x, np.int64) for name, x in (("sizes", sizes), ("numbers", numbers), ("counts", counts))}
+    index["digests"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
     with _index(folder, writing, rank).open("wb") as file:
-        np.savez(
-            file,
-            sizes=np.array(sizes, np.int64),
-            numbers=np.array(numbers, np.int64).reshape(len(sizes), columns),
-            counts=np.array(counts, np.int64),
-            digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
-        )
+        file.write(save(index))
         file.flush()
         os.fsync(file.fileno())
 
 
 def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) -> dict[str, Any]:
     """The manifest of what all ranks have written. made_of: what decides the records, to find a store again by."""
-    indices = [_read(_index(folder, writing, rank)) for rank in range(world)]
+    indices = [load_file(_index(folder, writing, rank)) for rank in range(world)]
     each_once = _in_order([np.ones_like(x["counts"]) for x in indices])
     digest = hashlib.blake2b(np.concatenate([x["digests"] for x in indices])[each_once], digest_size=16)
     parts = [_measured(folder, writing, rank) for rank in range(world)]
@@ -127,10 +126,9 @@ def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
 def published(folder: Path) -> dict[str, Any]:
     """The manifest as it stands there, {} without a readable one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / MANIFEST)
+    except UserError:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 class Store(Sequence[memoryview]):
@@ -141,11 +139,12 @@ class Store(Sequence[memoryview]):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         writing, world, self.digest = manifest["writing"], len(manifest["parts"]), manifest["digest"]
-        indices = [_read(_index(folder, writing, rank)) for rank in range(world)]
+        indices = [load_file(_index(folder, writing, rank)) for rank in range(world)]
         self._parts = [_mapped(_part(folder, writing, rank)) for rank in range(world)]
         order = _in_order([x["counts"] for x in indices])
         self.sizes = np.concatenate([x["sizes"] for x in indices])[order]
-        self.numbers = _stacked([x["numbers"] for x in indices])[order]
+        numbers = np.concatenate([x["numbers"] for x in indices])
+        self.numbers = numbers.reshape(len(order), len(numbers) // max(1, len(order)))[order]
         self._starts = np.concatenate([np.cumsum(x["sizes"]) - x["sizes"] for x in indices])[order]
         self._part_of = np.repeat(np.arange(world, dtype=np.int32), [len(x["sizes"]) for x in indices])[order]
 
@@ -169,18 +168,9 @@ def _in_order(counts: list[np.ndarray]) -> np.ndarray:
     return np.argsort(np.concatenate(block_of), kind="stable")
 
 
-def _stacked(numbers: list[np.ndarray]) -> np.ndarray:
-    columns = max(x.shape[1] for x in numbers)
-    return np.concatenate([x.reshape(len(x), columns) for x in numbers])
-
-
 def _mapped(path: Path) -> memoryview:
     # an empty file cannot be mapped
     return memoryview(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"")
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(path, allow_pickle=False))
 
 
 def _part(folder: Path, writing: str, rank: int) -> Path:
@@ -188,4 +178,4 @@ def _part(folder: Path, writing: str, rank: int) -> Path:
 
 
 def _index(folder: Path, writing: str, rank: int) -> Path:
-    return folder / f"{writing}-{rank:05d}.npz"
+    return folder / f"{writing}-{rank:05d}.safetensors"

@@ -82,10 +82,11 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     ]
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
     judge, always = judge or {}, ("weights", "graphs", "KV")
-    resident |= _kept(judge, always)
+    judge_kept = _kept(judge, always)
+    resident |= judge_kept
     sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
-    training = train | _kept(judge, always) | _kept(rollout, ("graphs",) if sleeps else always)
+    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
     _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout | judge, "training": training})
     if cfg.model.dtype == "bfloat16":
         _print_time(duration.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
