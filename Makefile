@@ -3,6 +3,7 @@
 # make mini   the paper's rows in miniature: every stage, before and after RLPT, a table and a picture; SEEDS=0,1,2
 # make rlmt-vllm   the same with vLLM inside two ranks and a model as judge, 20 steps
 # make test-vllm   the tests that need vLLM; both in an environment of its own, .venv-vllm, for it pins its own versions
+# make gpu    the GPU session: kernels, training step, RL step against their predictions; needs a GPU, see benchmarks/session.md
 # make lint   ruff
 # make clean  removes the environment, the build and the miniature's runs
 #
@@ -21,7 +22,7 @@ VLLM_PY := .venv-vllm/bin/python
 VLLM_READY := .venv-vllm/.ready
 PIP := -m pip install -q --disable-pip-version-check
 
-.PHONY: rlmt mini rlmt-vllm test test-vllm lint setup clean
+.PHONY: rlmt mini rlmt-vllm test test-vllm gpu lint setup clean
 
 rlmt: runs/mini-rlmt/export/thinkmid.json
 
@@ -59,6 +60,17 @@ test-vllm: $(VLLM_READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+# in the Python that has torch with CUDA, not in .venv; WHEELS: what it lacks; ONLY: first, second or sections
+WHEELS ?= build/wheels
+ONLY ?= first,second
+OUT ?= runs/gpu-session
+SITE := build/site
+
+gpu:
+	$(if $(wildcard $(WHEELS)/*.whl),$(PYTHON) $(PIP) --no-index --no-deps --upgrade --target $(SITE) $(WHEELS)/*.whl)
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=$(SITE) $(PYTHON) -m benchmarks.session --only $(ONLY) --out $(OUT)
 
 lint: $(READY)
 	$(PY) -m ruff check .

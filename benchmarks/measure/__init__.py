@@ -1,0 +1,1 @@
+"""What the GPU session measures, one file a section; each yields rows as it finds them."""

@@ -1,0 +1,105 @@
+"""A 1B model in whole RL training steps: prefixes shared and not, mostly dead groups, and a padded loop beside them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from benchmarks.measure.row import Row, peak_bytes, spread, wall_s
+from benchmarks.measure.sizes import Sizes
+from benchmarks.measure.training import Trainer, fill, groups_of, packs_of, units_of
+from thinkmid.data.pack import duplicated
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.train import advantage, shard
+from thinkmid.train.optim import OptimConfig, adamw
+
+SHARED, UNSHARED, DEAD = "shared prefixes", "prefixes of each reply", "three of four groups dead"
+PADDED = "padded batches, logits kept"
+
+
+def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
+    ranks, cfg, family = shard.start(), sizes.small, sizes.rl
+    trainer = Trainer(cfg, ranks)
+    units = units_of(groups_of(family, vocab=cfg.vocab))
+    few = units_of(groups_of(family, vocab=cfg.vocab, live=max(1, family.groups // 4)))
+    copies = [part for unit in units for part in duplicated(unit)]
+    packs = {
+        name: packs_of(given, cfg, sizes.rl_pack_tokens)
+        for name, given in ((SHARED, units), (UNSHARED, copies), (DEAD, few))
+    }
+    steps: dict[str, Callable[[], object]] = {
+        name: lambda given=given: trainer.step(given) for name, given in packs.items()
+    }
+    try:
+        steps[PADDED] = Padded(cfg, sizes, ranks)
+    except ImportError as error:
+        yield Row(what=f"{PADDED}: step", value=float("nan"), unit="s", note=str(error))
+    seconds = interleaved(steps, device, sizes.repeats)
+    for name, found in seconds.items():
+        yield Row(what=f"{name}: step", value=statistics.median(found), unit="s", note=spread(found))
+    for name, step in steps.items():
+        if peak := peak_bytes(step, device):
+            yield Row(what=f"{name}: peak memory of tensors", value=peak, unit="B", note="with the other's weights")
+    for name in [name for name in seconds if name != SHARED]:
+        pairs = zip(seconds[name], seconds[SHARED], strict=True)
+        yield Row(what=f"{name} over {SHARED}", value=statistics.median(a / b for a, b in pairs), unit="1")
+
+
+def interleaved(steps, device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds by contender and round, one round for warming up; they take turns."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for r in range(rounds + 1):
+        for name, step in steps.items():
+            s = wall_s(step, device)
+            if r:
+                found[name].append(s)
+    return found
+
+
+class Padded:
+    """One optimiser step as a competent user writes it with transformers: batches of whole sequences, logits of the
+    replies alone, bf16 with fp32 master weights by the same FSDP2 and the same AdamW. All replies are of one length, so
+    that nothing is padded: its best case."""
+
+    def __init__(self, cfg: ModelConfig, sizes: Sizes, ranks: shard.Ranks):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        theirs = LlamaConfig(
+            vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+            num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, intermediate_size=cfg.ffn,
+            rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tied, max_position_embeddings=cfg.max_positions,
+            use_cache=False, attn_implementation="sdpa",
+        )  # fmt: skip
+        with ranks.device:
+            self.model = LlamaForCausalLM(theirs)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=ranks.mesh, mp_policy=policy)
+        fill(self.model)
+        self.optimizer = adamw(self.model, OptimConfig(lr=1e-6))
+        self.micro, self.reply, self.device = sizes.micro_batch, sizes.rl.reply, ranks.device
+        groups = groups_of(sizes.rl, vocab=cfg.vocab)
+        self.tokens = torch.tensor(np.array([[*g.prompt.tokens, *s.tokens] for g in groups for s in g.samples]))
+        self.logp_old = torch.tensor(np.array([s.logp for g in groups for s in g.samples]))  # (N, R)
+        self.adv = torch.tensor([a for g in groups for a in advantage.advantages(g.rewards, "dr_grpo")])
+        self.denom = float(self.logp_old.numel())
+
+    def __call__(self) -> None:
+        for at in range(0, len(self.tokens), self.micro):
+            tokens, old, adv = (
+                x[at : at + self.micro].to(self.device) for x in (self.tokens, self.logp_old, self.adv.float())
+            )
+            logits = self.model(input_ids=tokens, logits_to_keep=self.reply + 1).logits[:, :-1]  # (n, R, V)
+            targets = tokens[:, -self.reply :]
+            logp = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+            ratio, adv = (logp - old).exp(), adv[:, None]
+            (-torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).sum() / self.denom).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
