@@ -236,6 +236,8 @@ def rl(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
     seconds[PADDED] = trunk + top + fsdp_s(cfg, batches, gpu) + adamw_s(cfg, gpu)
     floors[PADDED] = floors[UNSHARED]
     found = {f"{name}: step": Guess(value=s, unit="s", floor=floors[name]) for name, s in seconds.items()}
+    for name in (UNSHARED, PADDED):
+        found[f"{name} over {SHARED}: gradient norm"] = Guess(value=1.0, unit="1")
     for name in (UNSHARED, DEAD, PADDED):
         found[f"{name} over {SHARED}"] = Guess(value=seconds[name] / seconds[SHARED], unit="1")
     return found
@@ -346,7 +348,7 @@ def report(found: dict) -> str:
             guess = guesses.get(name, {}).get(row["what"])
             value, unit = row["value"], row["unit"]
             cells = [row["what"], size(value, unit)]
-            ratio = f"{value / guess.value:.2f}" if guess and guess.value and value == value else ""
+            ratio = f"{value / guess.value:.2f}" if guess and guess.value and value is not None else ""
             cells += [size(guess.value, unit) if guess else "", ratio]
             cells += [size(guess.floor, unit) if guess and guess.floor else "", row["note"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -359,7 +361,7 @@ NAMES = {"s": "ms", "B": "GB", "FLOP/s": "TFLOP/s", "B/s": "GB/s", "Hz": "MHz", 
 
 def size(value: float | None, unit: str) -> str:
     """A figure for people: seconds in ms, bytes in GB."""
-    if value is None or value != value:
+    if value is None:
         return "-"
     scaled = value * SCALES.get(unit, 1)
     text = f"{scaled:,.0f}" if unit in ("", "1/s", "Hz", "W") or abs(scaled) >= 1000 else f"{scaled:.3g}"

@@ -70,7 +70,7 @@ def times(name: str, path: str, pack: Pack, sizes: Sizes, device: torch.device) 
         peak = peak_bytes(both, device)
         s = median_s(both, device, sizes.repeats)
     except torch.OutOfMemoryError:
-        yield Row(what=f"{name}: forward and backward", value=float("nan"), unit="s", note="out of memory")
+        yield Row(what=f"{name}: forward and backward", value=None, unit="s", note="out of memory")
         return
     yield Row(what=f"{name}: forward and backward", value=s, unit="s", note=f"peak {peak / 1e9:.2f} GB")
 

@@ -45,7 +45,7 @@ def timed(name: str, loss, case: Case, device: torch.device, repeats: int) -> It
     except Exception as problem:
         if name.startswith(OURS):
             raise
-        yield Row(what=f"{name}: loss and gradients", value=float("nan"), unit="s", note=gpu._line(problem))
+        yield Row(what=f"{name}: loss and gradients", value=None, unit="s", note=gpu._line(problem))
         return
     yield Row(what=f"{name}: loss and gradients", value=s, unit="s")
     extra = peak - case.hidden.nbytes - case.weight.nbytes

@@ -12,14 +12,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks.measure.row import Row, peak_bytes, spread, wall_s
 from benchmarks.measure.sizes import Sizes
-from benchmarks.measure.training import Trainer, fill, groups_of, packs_of, units_of
+from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from thinkmid.data.pack import duplicated
-from thinkmid.model.transformer import ModelConfig
+from thinkmid.model.transformer import ModelConfig, Transformer
+from thinkmid.model.weights import hf_name
 from thinkmid.train import advantage, shard
+from thinkmid.train.config import LossConfig
 from thinkmid.train.optim import OptimConfig, adamw
 
 SHARED, UNSHARED, DEAD = "shared prefixes", "prefixes of each reply", "three of four groups dead"
 PADDED = "padded batches, logits kept"
+WRONG = 0.05  # of the gradient's norm: what bf16 may make of another order of sums
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
@@ -32,13 +35,21 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
         name: packs_of(given, cfg, sizes.rl_pack_tokens)
         for name, given in ((SHARED, units), (UNSHARED, copies), (DEAD, few))
     }
-    steps: dict[str, Callable[[], object]] = {
-        name: lambda given=given: trainer.step(given) for name, given in packs.items()
+    steps: dict[str, Callable[[], float]] = {
+        name: lambda given=given: trainer.step(given).grad_norm for name, given in packs.items()
     }
     try:
-        steps[PADDED] = Padded(cfg, sizes, ranks)
+        padded = Padded(cfg, sizes, ranks, trainer.model)
+        steps[PADDED] = padded.step
     except ImportError as error:
-        yield Row(what=f"{PADDED}: step", value=float("nan"), unit="s", note=str(error))
+        yield Row(what=f"{PADDED}: step", value=None, unit="s", note=str(error))
+    # the same weights so far: whoever computes another gradient is not to be timed
+    norms = {name: step() for name, step in steps.items() if name != DEAD}
+    for name in [name for name in norms if name != SHARED]:
+        ratio = norms[name] / norms[SHARED]
+        yield Row(what=f"{name} over {SHARED}: gradient norm", value=ratio, unit="1")
+        if not abs(ratio - 1) < WRONG:
+            raise ValueError(f"the gradient norm of {name!r} is {ratio:.4f} of that of {SHARED!r}")
     seconds = interleaved(steps, device, sizes.repeats)
     for name, found in seconds.items():
         yield Row(what=f"{name}: step", value=statistics.median(found), unit="s", note=spread(found))
@@ -66,14 +77,15 @@ class Padded:
     replies alone, bf16 with fp32 master weights by the same FSDP2 and the same AdamW. All replies are of one length, so
     that nothing is padded: its best case."""
 
-    def __init__(self, cfg: ModelConfig, sizes: Sizes, ranks: shard.Ranks):
+    def __init__(self, cfg: ModelConfig, sizes: Sizes, ranks: shard.Ranks, like: Transformer):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         theirs = LlamaConfig(
             vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
             num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, intermediate_size=cfg.ffn,
             rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tied, max_position_embeddings=cfg.max_positions,
-            use_cache=False, attn_implementation="sdpa",
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, use_cache=False,
+            attn_implementation="sdpa",
         )  # fmt: skip
         with ranks.device:
             self.model = LlamaForCausalLM(theirs)
@@ -81,16 +93,20 @@ class Padded:
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
         fully_shard(self.model, mesh=ranks.mesh, mp_policy=policy)
-        fill(self.model)
+        theirs = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, p in like.named_parameters():
+                theirs[hf_name(name)].to_local().copy_(p.to_local())
         self.optimizer = adamw(self.model, OptimConfig(lr=1e-6))
         self.micro, self.reply, self.device = sizes.micro_batch, sizes.rl.reply, ranks.device
         groups = groups_of(sizes.rl, vocab=cfg.vocab)
         self.tokens = torch.tensor(np.array([[*g.prompt.tokens, *s.tokens] for g in groups for s in g.samples]))
         self.logp_old = torch.tensor(np.array([s.logp for g in groups for s in g.samples]))  # (N, R)
         self.adv = torch.tensor([a for g in groups for a in advantage.advantages(g.rewards, "dr_grpo")])
-        self.denom = float(self.logp_old.numel())
+        self.denom, self.cap = float(self.logp_old.numel()), LossConfig(denom=1).is_cap
 
-    def __call__(self) -> None:
+    def step(self) -> float:
+        """The norm of its gradient, before clipping."""
         for at in range(0, len(self.tokens), self.micro):
             tokens, old, adv = (
                 x[at : at + self.micro].to(self.device) for x in (self.tokens, self.logp_old, self.adv.float())
@@ -98,8 +114,9 @@ class Padded:
             logits = self.model(input_ids=tokens, logits_to_keep=self.reply + 1).logits[:, :-1]  # (n, R, V)
             targets = tokens[:, -self.reply :]
             logp = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-            ratio, adv = (logp - old).exp(), adv[:, None]
-            (-torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).sum() / self.denom).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            weight = (logp.detach() - old).exp().clamp(max=self.cap)  # trainer over sampler, truncated
+            (-(weight * adv[:, None] * logp).sum() / self.denom).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).full_tensor().item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm

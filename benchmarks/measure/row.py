@@ -13,10 +13,10 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A measurement. unit: "s", "B", "FLOP/s", "B/s", "Hz", "W", "nats", "1" (a share or ratio), "" (a count)."""
+    """A measurement. unit: "s", "B", "FLOP/s", "B/s", "1/s", "Hz", "W", "nats", "1": a ratio, "": a count."""
 
     what: str
-    value: float
+    value: float | None  # None: it could not be measured, the note says why
     unit: str
     note: str = ""
 

@@ -61,7 +61,7 @@ class Sizes:
     mini_steps: tuple[int, int, int]  # of the miniature's base, SFT and RLMT
     repeats: int
     compile_backend: str
-    tests: tuple[str, ...] = ()  # arguments of pytest beside tests/gpu
+    test_workers: int = 1  # processes that share tests/gpu
 
 
 H100 = Sizes(
@@ -72,7 +72,7 @@ H100 = Sizes(
     small=shapes.LLAMA32_1B, rl=Family(prefix=512, siblings=32, reply=255, groups=4), rl_pack_tokens=16_384,
     micro_batch=16, head=(32_768, 4096, 128_256), live=0.56,
     rollout=Family(prefix=512, siblings=32, reply=128, groups=8), rollout_steps=3, mini_steps=(20, 40, 6),
-    repeats=5, compile_backend="inductor", tests=("-n", "4"),
+    repeats=5, compile_backend="inductor", test_workers=4,
 )  # fmt: skip
 TOY = Sizes(
     square=128, copy_bytes=1 << 20, upload_bytes=1 << 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,7 +20,16 @@ OUTCOMES = ("passed", "failed", "errors", "skipped")
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
     # not this process: a kernel that spoils its CUDA context must not spoil ours
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "--no-header", "--tb=line", "-rfE", *sizes.tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "--no-header",
+        "--tb=line",
+        "-rfE",
+        *workers(sizes.test_workers),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     with open(folder / "tests-gpu.txt", "w+", encoding="utf-8") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, check=False)
@@ -32,3 +42,8 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
     for outcome in OUTCOMES:
         note = "; ".join(names[:20]) if outcome == "failed" else ""
         yield Row(what=f"tests {outcome}", value=counts.get(outcome.rstrip("s"), 0), unit="", note=note)
+
+
+def workers(num: int) -> list[str]:
+    """Kernels are compiled for every shape: several processes, where pytest-xdist is there."""
+    return ["-n", str(num)] if num > 1 and importlib.util.find_spec("xdist") else []

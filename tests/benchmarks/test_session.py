@@ -38,7 +38,7 @@ def test_every_section_runs_on_the_cpu(rehearsal):
     status = {name: (s["status"], s.get("why")) for name, s in found["sections"].items()}
     assert status == dict.fromkeys(session.SECTIONS, ("ok", None)), done.stderr
     assert done.returncode == 0
-    assert all(row["value"] == row["value"] for s in found["sections"].values() for row in s["rows"])
+    assert all(row["value"] is not None for s in found["sections"].values() for row in s["rows"])
     assert (out / "trace.json.gz").stat().st_size > 1000
     assert found["environment"]["torch"] == torch.__version__
     table = (out / "session.md").read_text()
