@@ -190,7 +190,10 @@ def test_the_attention_of_a_pack_is_that_of_its_segments_in_every_layer(segments
     cu_q, cu_k, kv_rows = layout(segments)
     zeros = torch.zeros(int(cu_q[-1]), dtype=torch.long)
     names = ("positions", "rows", "targets", "ce_w", "pg_w", "adv", "logp_old", "reply")
-    pack = Pack(tokens=zeros, cu_q=cu_q, cu_k=cu_k, kv_rows=kv_rows, owner=[], **dict.fromkeys(names, zeros))
+    counted = {"max_q": int(cu_q.diff().max()), "max_k": int(cu_k.diff().max())}
+    if kv_rows is not None:
+        counted |= {"kv_rows": kv_rows, "kv_order": kv_rows.argsort(stable=True), "kv_readers": kv_rows.bincount()}
+    pack = Pack(tokens=zeros, cu_q=cu_q, cu_k=cu_k, owner=[], **counted, **dict.fromkeys(names, zeros))
     through, plain = attend_pack(pack, impl=impl), attend_pack(pack)
     for layer in (0, 1):
         qkv = random_qkv(len(zeros))

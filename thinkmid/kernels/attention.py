@@ -52,14 +52,17 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
 
 
 def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
-    """The attention of one pack as the model wants it."""
-    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl)
+    """The attention of one pack as the model wants it. Nothing waits for the device, but for sdpa on a GPU."""
+    shared = None if pack.kv_rows is None else _Shared(pack.kv_rows, pack.kv_order, pack.kv_readers)
+    longest = pack.max_q, pack.max_k
+    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl, longest=longest, shared=shared)
 
 
-def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
+def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto", longest=None, shared=None) -> Attend:
     """varlen_attention of the same segments in every layer. What lengths alone decide is worked out once, at first use.
 
-    cu_q, cu_k on the CPU cost no wait for the device.
+    longest: (queries, keys) of the longest segment; shared: who reads which key. To find them out waits for the device
+    that holds cu_q and cu_k, or kv_rows.
     """
 
     @cache
@@ -67,9 +70,9 @@ def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
         if impl == "sdpa":
             plan = _plan(cu_q, cu_k, kv_rows, device)
             return lambda q, k, v: _sdpa(q, k, v, plan)
-        lengths = (cu_q.to(device), cu_k.to(device), _longest(cu_q), _longest(cu_k))
-        shared = _shared(kv_rows, num_keys)
-        return lambda q, k, v: _varlen(impl, q, k, v, shared, *lengths)
+        lengths = (cu_q.to(device), cu_k.to(device), *(longest or (_longest(cu_q), _longest(cu_k))))
+        gather = shared or _shared(kv_rows, num_keys)
+        return lambda q, k, v: _varlen(impl, q, k, v, gather, *lengths)
 
     def attend(layer, q, k, v):
         return ready(launch.attention_path(q) if impl == "auto" else impl, q.device, len(k))(q, k, v)
@@ -126,7 +129,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, dout):
         order, num_readers = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
-        # unsafe: its check of the lengths, which are counted in _shared, waits for the device twice
+        # unsafe: its check of the lengths, which were counted from the rows, waits for the device twice
         dx = torch.segment_reduce(dout[order].to(wide), "sum", lengths=num_readers, axis=0, initial=0, unsafe=True)
         return dx.to(dout.dtype), None, None, None
 
