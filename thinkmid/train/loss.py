@@ -84,4 +84,5 @@ def sequence_weights(model, pack: Pack, temperature: float, cap: float):
 
 
 def _through(model, pack: Pack, head):
-    return model(pack.tokens, pack.positions, attend_pack(pack), rows=pack.rows, head=head)
+    attend = attend_pack(pack, deterministic=model.deterministic)
+    return model(pack.tokens, pack.positions, attend, rows=pack.rows, head=head)
