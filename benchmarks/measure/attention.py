@@ -42,8 +42,8 @@ def packs(family: Family, device: torch.device) -> dict[str, Pack]:
 
 
 def attention_of(pack: Pack, path: str) -> Callable:
-    impl, _, _order = path.partition(", ")
-    return attend_pack(pack, impl=impl)
+    impl, _, order = path.partition(", ")
+    return attend_pack(pack, impl=impl, deterministic=order != "any order")
 
 
 def inputs(pack: Pack, sizes: Sizes, device: torch.device) -> list[torch.Tensor]:

@@ -59,7 +59,7 @@ class Trainer:
         """change: what a section tries on the model's blocks, before they are sharded."""
         self.cfg, self.ranks = cfg, ranks
         with torch.device("meta"):
-            model = Transformer(cfg)
+            model = Transformer(cfg, deterministic=deterministic)
         change(model)
         self.model = weights.materialise(shard.shard(model, ranks, compute_dtype=dtype), ranks.device)
         fill(self.model)

@@ -104,7 +104,7 @@ def kill(pids: list[int], folder: str, rng: random.Random, last: int) -> dict:
 def differences(ours: str, theirs: str) -> list[str]:
     """Names of what two runs left that is not the same, bit by bit; clocks aside."""
     a, b = Path(ours), Path(theirs)
-    names = sorted({p.relative_to(x) for x in (a, b) for d in ("rollouts", "export") for p in (x / d).iterdir()})
+    names = sorted({p.relative_to(x) for x in (a, b) for d in ("rollouts", "export") for p in (x / d).glob("*")})
     found = [str(n) for n in names if _bytes(a / n) != _bytes(b / n)]
     return found + (["metrics.jsonl"] if _metrics(a) != _metrics(b) else [])
 
@@ -141,6 +141,27 @@ def stopped_run(rlmt) -> dict:
     row = {"stopped": [*finish(pids)], "steps": num_steps("stopped"), "saved": saved("stopped")}
     row["codes"] = [*finish(launch(rlmt, [*argv, "stopped"], 2))]
     return row | {"differences": differences("stopped", "alone")}
+
+
+def stopped_in_mid_step(main, argv: list[str], losses, loss: str) -> dict:
+    """Two ranks, of which one gets two signals while it works on the second pack of the third step."""
+    argv, folder = [*argv, "--run.save_every=0", "--run.folder"], argv[0].removesuffix(".toml") + "-mid-step"
+    assert finish(launch(main, [*argv, f"{folder}-alone"], 2)) == {0}
+    calls, work = [], getattr(losses, loss)
+
+    def signalled(*args, **options):
+        calls.append(num_steps(folder))
+        if calls.count(2) == 2 and calls[-1] == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return work(*args, **options)
+
+    setattr(losses, loss, signalled)  # the ranks are forks
+    row = {"stopped": [*finish(launch(main, [*argv, folder], 2))], "steps": num_steps(folder), "saved": saved(folder)}
+    setattr(losses, loss, work)
+    row["codes"] = [*finish(launch(main, [*argv, folder], 2))]
+    return row | {"differences": differences(folder, f"{folder}-alone")}
 
 
 def fewer_ranks(rlmt) -> dict:
@@ -185,11 +206,15 @@ def main() -> None:
     import torch._dynamo  # noqa: F401
 
     from thinkmid.rollout import native  # noqa: F401
-    from thinkmid.train import rl, rlmt, sft  # noqa: F401
+    from thinkmid.train import loss, rl, rlmt, sft
 
     write_world(Path())
     assert finish(launch(sft.main, ["base.toml"])) == {0}
     results = {"killed": killed_run(rlmt.main, args.kills, args.seed), "stopped": stopped_run(rlmt.main)}
+    packs = ["--run.steps=4", "--batch.pack_tokens=64", "--loss.entropy=0.01"]  # no group is dead
+    results["rlmt"] = stopped_in_mid_step(rlmt.main, ["rlmt.toml", *packs], rl, "policy_loss")
+    packs = ["--run.steps=4", "--data.pack_tokens=64"]
+    results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], loss, "text_loss")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):

@@ -32,6 +32,14 @@ def test_sigterm_to_one_rank_saves_on_all_exits_with_75_and_loses_nothing(drill)
     assert (stopped["codes"], stopped["differences"]) == ([0], [])
 
 
+@pytest.mark.parametrize("program", ["rlmt", "sft"])
+def test_a_signal_to_one_rank_in_mid_step_drops_the_step_on_all_and_a_second_one_is_the_same_request(drill, program):
+    stopped = drill[program]
+    assert stopped["stopped"] == [75]
+    assert (stopped["steps"], stopped["saved"]) == (2, ["step-000002"])
+    assert (stopped["codes"], stopped["differences"]) == ([0], [])
+
+
 def test_a_run_of_two_ranks_goes_on_with_one(drill):
     fewer = drill["fewer"]
     assert fewer["codes"] == [0]

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
-from conftest import exit_code
+from conftest import exit_code, join_ranks, spawn
 from world import rlmt_flags, sft_flags
 
 from thinkmid.errors import UserError
@@ -14,8 +15,10 @@ from thinkmid.model import weights
 from thinkmid.rollout import sync
 from thinkmid.rollout.engine import make_engine
 from thinkmid.rollout.native import NativeEngine
-from thinkmid.train import rl, rlmt, sft
+from thinkmid.train import loss, rl, rlmt, sft, shard
+from thinkmid.train.draw import STEPS_BETWEEN_POLLS, rollouts
 from thinkmid.train.optim import Offload
+from thinkmid.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,138 @@ def test_an_engine_without_room_for_the_longest_prompt_is_refused_before_anythin
     assert exit_code(rlmt, flags) == 2
     assert "engine.max_len 22: a prompt of 13 tokens + " in capsys.readouterr().err
     assert [path.name for path in (home / "short").glob("[!.]*")] == ["store"]
+
+
+# a stop while the trainer works
+
+
+@pytest.fixture(scope="module")
+def programs(home):
+    """Module, flags of three steps of several packs each, the module that holds the loss function, its name."""
+    packs = ["--batch.pack_tokens", "80", "--loss.entropy", "0.01", "--run.save-every", "0"]  # no group is dead
+    rl_flags = [*rlmt_flags(home, "", steps=3)[:1], *packs]
+    sft_flags = [str(home / "sft.toml"), "--run.steps", "3", "--data.pack-tokens", "64", "--run.save-every", "0"]
+    return {"rlmt": (rlmt, rl_flags, rl, "policy_loss"), "sft": (sft, sft_flags, loss, "text_loss")}
+
+
+def left(folder):
+    """What a run leaves, clocks aside."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
+    return rows, (folder / "export" / "model.safetensors").read_bytes()
+
+
+def saved(folder):
+    return [path.name for path in (folder / "checkpoints").glob("step-*")]
+
+
+def signal_in(monkeypatch, module, name, folder, is_time=lambda packs, options: False):
+    """Packs that the loss function has seen, each with the steps that were done; SIGTERM once is_time(them, ...)."""
+    packs, work, sent = [], getattr(module, name), []
+
+    def counted(*args, **options):
+        packs.append(len(steps(folder)) if (folder / "metrics.jsonl").exists() else 0)
+        if not sent and is_time(packs, options):
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(*args, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return packs
+
+
+@pytest.mark.parametrize("which", ["rlmt", "sft"])
+def test_a_stop_between_two_packs_drops_the_step_and_costs_nothing_else(home, programs, monkeypatch, which):
+    program, flags, module, name = programs[which]
+    alone, stopped = home / f"{which}-alone", home / f"{which}-stopped"
+    with monkeypatch.context() as patch:
+        packs = signal_in(patch, module, name, alone)
+        assert exit_code(program, [*flags, "--run.folder", str(alone)]) == 0
+    assert min(packs.count(step) for step in range(3)) > 2
+    flags = [*flags, "--run.folder", str(stopped)]
+    with monkeypatch.context() as patch:
+        seen = signal_in(patch, module, name, stopped, lambda packs, _: packs.count(1) == 2)
+        assert exit_code(program, flags) == 75
+    assert seen == packs[: packs.index(1) + 2]
+    assert (steps(stopped), saved(stopped)) == ([1], ["step-000001"])
+    assert exit_code(program, flags) == 0
+    assert left(stopped) == left(alone)
+
+
+def test_a_stop_after_the_first_of_two_updates_ends_with_the_step_and_before_any_other_work(
+    home, programs, monkeypatch
+):
+    program, flags, module, name = programs["rlmt"]
+    flags = [*flags, "--batch.updates", "2", "--data.val-paths", str(home / "corpus.jsonl"), "--data.val-every", "2"]
+    alone, stopped, calls = home / "updates-alone", home / "updates-stopped", []
+    with monkeypatch.context() as patch:
+        packs = signal_in(patch, module, name, alone)
+        assert exit_code(program, [*flags, "--run.folder", str(alone)]) == 0
+    flags = [*flags, "--run.folder", str(stopped)]
+    with monkeypatch.context() as patch:
+        second = lambda packs, options: packs[-1] == 1 and not options["first_update"]  # noqa: E731
+        seen = signal_in(patch, module, name, stopped, second)
+        for method in ("load_weights", "generate"):
+            patch.setattr(NativeEngine, method, noted(getattr(NativeEngine, method), calls))
+        assert exit_code(program, flags) == 75
+    assert seen == [step for step in packs if step < 2]
+    assert calls == ["load_weights", "generate"] * 3  # of the look at the held-out prompts and of two steps
+    assert (steps(stopped), saved(stopped)) == ([1, 2], ["step-000002"])
+    assert exit_code(program, flags) == 0
+    (rows, weights_of_stopped), (rows_alone, weights_alone) = left(stopped), left(alone)
+    assert "val_reward" not in rows[1]
+    assert rows[1] == {name: value for name, value in rows_alone[1].items() if not name.startswith("val_")}
+    assert (rows[0], rows[2]) == (rows_alone[0], rows_alone[2])
+    assert weights_of_stopped == weights_alone
+
+
+def noted(method, calls):
+    def wrapped(*args, **options):
+        calls.append(method.__name__)
+        return method(*args, **options)
+
+    return wrapped
+
+
+# a stop while ranks that share an engine draw
+
+
+class Steps:
+    """An engine whose generation takes so many steps."""
+
+    def __init__(self, num, at, interrupt):
+        self.num, self.at, self.interrupt, self.done = num, at, interrupt, 0
+
+    def generate(self, prompts, seeds_P_G, sampling, stop):
+        while self.done < self.num:
+            if stop():
+                return
+            self.done += 1
+            self.interrupt.requested |= self.done == self.at
+        for g in range(len(seeds_P_G[0])):
+            yield 0, g, "sample"
+
+
+def draws(rank, world, folder):
+    join_ranks(rank, world, folder)
+    ranks, interrupt = shard.start(2), SimpleNamespace(requested=False)
+    # the engine of ranks 0 and 1 takes more steps than that of ranks 2 and 3; rank 1 gets the signal in the 20th
+    engine = Steps(100 if rank < 2 else 37, 20 if rank == 1 else -1, interrupt)
+    quiet = SimpleNamespace(beat=lambda: None, progress=lambda *_: None)
+    run = SimpleNamespace(ranks=ranks, interrupt=interrupt, watch=quiet, log=quiet)
+    part = SimpleNamespace
+    cfg = part(run=part(seed=0), batch=part(siblings=2), sampling=None, engine=part(tensor_parallel=2))
+    groups, _ = rollouts(run, engine, [Prompt(id="p", tokens=[1])], cfg, 0)
+    found = {"steps": engine.done, "whole": groups is not None, "saves": ranks.any(groups is None)}
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_neighbours_that_share_an_engine_stop_at_the_same_step_and_other_engines_go_on(tmp_path, world):
+    spawn(draws, world, world, tmp_path)
+    found = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    assert found[0] == found[1]
+    assert 20 <= found[0]["steps"] <= 20 + STEPS_BETWEEN_POLLS
+    assert not found[0]["whole"]
+    assert found[2:] == [{"steps": 37, "whole": True, "saves": True}] * (world - 2)
+    assert all(f["saves"] for f in found)

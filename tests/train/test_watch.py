@@ -9,9 +9,10 @@ import pytest
 
 PROGRAM = """
 import ctypes, os, sys, time
-from thinkmid.train.interrupt import Interrupt
+from thinkmid.train import interrupt
 from thinkmid.train.watch import Watch
-Interrupt()
+interrupt.GRACE_S = 2.0
+interrupt.Interrupt()
 watch = Watch({folder!r}, 3, {timeout})
 watch.beat("rollout", 12)
 def the_culprit():
@@ -77,3 +78,18 @@ def test_a_signal_leaves_the_stack(tmp_path, number):
         child.kill()
     child.wait(timeout=30)
     assert "in the_culprit" in said(tmp_path)
+
+
+def test_a_signal_soon_after_another_is_the_same_request_and_a_late_one_ends_the_process(tmp_path):
+    child, _ = start(tmp_path, "time.sleep(60)", timeout=65)
+    said = "stopping: SIGTERM; progress is saved first, a further signal after 2 s ends the run at once\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.stderr.readline() == said
+    for number in (signal.SIGTERM, signal.SIGINT):
+        time.sleep(0.5)
+        child.send_signal(number)
+    time.sleep(1.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=30) == -signal.SIGTERM
+    assert child.stderr.read() == ""

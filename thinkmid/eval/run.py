@@ -56,7 +56,7 @@ def draw(cfg: EvalConfig, sets: dict, folder: Path):
     from thinkmid.eval.generate import generate
     from thinkmid.train import shard
 
-    ranks = shard.start()
+    ranks = shard.start(cfg.engine.tensor_parallel)
     generate(cfg, sets, folder / "generations", ranks)
     ranks.barrier()
     return ranks.rank, ranks.barrier

@@ -88,7 +88,7 @@ def draw(cfg: EvalConfig, probes: dict[str, Probe], folder: Path):
     from thinkmid.eval import conditions, generate
     from thinkmid.train import shard
 
-    ranks = shard.start()
+    ranks = shard.start(cfg.engine.tensor_parallel)
     # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
     sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
     asked = {name: probe.prompts for name, probe in probes.items() if probe.prompts}

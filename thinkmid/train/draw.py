@@ -14,6 +14,9 @@ from thinkmid.train import exchange
 from thinkmid.train.config import RLConfig
 from thinkmid.types import Group, Prompt, Sample, Tally
 
+# engine steps between two looks at whether neighbours that share an engine were asked to stop
+STEPS_BETWEEN_POLLS = 16
+
 
 class Reward(Protocol):
     """Asked about each sample as it finishes, answers when all are drawn."""
@@ -36,12 +39,16 @@ def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[li
     """
     seeds_P_G = [[seed(cfg.run.seed, step, p.id, g) for g in range(cfg.batch.siblings)] for p in prompts]
     pending_P_G = [[None] * cfg.batch.siblings for _ in prompts]
-    done, total = 0, len(prompts) * cfg.batch.siblings
+    done, total, polls, neighbours = 0, len(prompts) * cfg.batch.siblings, 0, run.ranks.neighbours
 
     def stop():
+        nonlocal polls
         run.watch.beat()
-        # ranks that share an engine must take the same steps
-        return run.interrupt.requested and cfg.engine.tensor_parallel == 1
+        if neighbours is None:
+            return run.interrupt.requested
+        # they must take the same steps, so they agree, among themselves: other engines take more steps or fewer
+        polls += 1
+        return polls % STEPS_BETWEEN_POLLS == 0 and run.ranks.any(run.interrupt.requested, neighbours)
 
     def each(p, g, sample):
         nonlocal done

@@ -15,7 +15,7 @@ from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.train.config import RunConfig
-from thinkmid.train.shard import Ranks
+from thinkmid.train.shard import ALLOCATOR_VARIABLES, Ranks
 
 # a run may be resumed with other values of these
 FREE_KEYS = (
@@ -56,6 +56,7 @@ def describe_run(cfg, ranks: Ranks) -> None:
 def _describe(folder: Path, cfg, ranks: Ranks) -> None:
     hold(folder)
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
+    env["allocator"] = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
     config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
 

@@ -19,7 +19,7 @@ from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
 from thinkmid.train.folder import claim_folder
-from thinkmid.train.interrupt import EXIT, Interrupt
+from thinkmid.train.interrupt import EXIT, Interrupt, Stopped
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
@@ -59,9 +59,7 @@ def run(
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
-    interrupt, ranks = Interrupt(), shard.start()
-    if ranks.world % cfg.engine.tensor_parallel:
-        raise UserError(f"engine.tensor_parallel {cfg.engine.tensor_parallel} does not divide {ranks.world} ranks")
+    interrupt, ranks = Interrupt(), shard.start(cfg.engine.tensor_parallel)
     claim_folder(cfg, ranks)
     job.check_source(source, shape, text, cfg.run, ranks)
     found = read(ranks, interrupt)
@@ -82,7 +80,11 @@ def run(
     looks = {"held_out": held_out, "look_every": look_every}
     more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
-        code = train(opened, cfg, engine, prompts, reward, step=step, state=state, **more)
+        train(opened, cfg, engine, prompts, reward, step=step, state=state, **more)
+        code = 0
+    except Stopped:
+        opened.log.say("stopped; the same command resumes")
+        code = EXIT
     finally:
         opened.watch.rest()
         close()
@@ -133,8 +135,8 @@ def train(
     scores: Scores | None = None,
     held_out: Sequence[Prompt] = (),
     look_every: int = 0,
-) -> int:
-    """Runs steps `step` to cfg.run.steps. Returns the exit code: 0, or EXIT when stopped on request and saved."""
+) -> None:
+    """Runs steps `step` to cfg.run.steps. Stopped when that was requested and the run is saved."""
     ranks, log, watch = run.ranks, run.log, run.watch
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
     agreement, moments = Agreement(run, cfg, engine, sync), Offload(run.optimizer)
@@ -147,8 +149,9 @@ def train(
             watch.beat("save", step)
             run.save(step, now)
         if step == cfg.run.steps:
-            return 0
+            return
         with stopped_is_saved(run, step, now, engine, moments):
+            refuse_stopped(run)
             clock = Clock(watch, step)
             with clock("sync"):
                 if cfg.optim.offload:
@@ -160,14 +163,13 @@ def train(
                 taken = order.take(cursor, cfg.batch.prompts)
                 mine = places(len(taken), ranks, cfg.engine.tensor_parallel)
                 groups, pending_P_G = rollouts(run, engine, [prompts[taken[i]] for i in mine], cfg, step, reward)
-                if ranks.any(groups is None or run.interrupt.requested):
-                    save_in_mid_step(run, step, now, engine, moments)
-                    return EXIT
+                refuse_stopped(run, groups is None)
                 draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
                 checked = agreement.rescore(step, groups, mine, draw)
             with clock("reward"):
                 groups = judged(run, cfg, groups, pending_P_G, mine)
                 checked |= exchange.finished(reward, step, ranks, cfg.engine.tensor_parallel)
+                refuse_stopped(run)
                 engine.sleep()
                 if scores:
                     groups, means = scores(groups)
@@ -199,6 +201,8 @@ def train(
 
 def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments: Offload) -> dict[str, float]:
     """What describe() says of samples of held-out prompts, drawn with the same numbers each time; {} when stopped."""
+    if run.ranks.any(run.interrupt.requested):
+        return {}
     run.watch.beat("look", step)
     if cfg.optim.offload:
         moments.away()
@@ -229,12 +233,18 @@ def gate(log, seen: dict[str, float]) -> None:
             log.say(f"warning: {line}")
 
 
+def refuse_stopped(run: job.Job, early: bool = False) -> None:
+    """Stopped where one rank was asked to stop. early: what this rank drew ended early for it. Collective."""
+    if run.ranks.any(early or run.interrupt.requested):
+        raise Stopped
+
+
 @contextmanager
 def stopped_is_saved(run, step, now, engine, moments):
     """What stops the run in mid-step, on every rank at once, costs that step alone."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped):
         save_in_mid_step(run, step, now, engine, moments)
         raise
 
@@ -280,6 +290,8 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
         run.ranks,
         lr=lr,
         clip=cfg.optim.clip,
+        # once an update is applied the step runs to its end
+        interrupt=run.interrupt if first_update else None,
     )
     packs = [pack for packs in packs_of_ranks for pack in packs]
     return Update(

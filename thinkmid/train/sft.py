@@ -108,7 +108,7 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
     from thinkmid.data.pack import plan
     from thinkmid.data.source import Order
     from thinkmid.train import job, memory, probe
-    from thinkmid.train.interrupt import EXIT
+    from thinkmid.train.interrupt import EXIT, Stopped
     from thinkmid.train.loss import text_loss
     from thinkmid.train.step import train_step
 
@@ -120,23 +120,26 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
 
     while step < cfg.run.steps:
         run.watch.beat("train", step)
-        if ranks.any(run.interrupt.requested):
-            run.save(step, {"cursor": cursor, "skipped": skipped})
-            return EXIT
         began = time.perf_counter()
         batch, taken = take_batch(order, cursor, sequences, cfg.data.batch_tokens)
         num_targets = sum(len(tokens) - 1 for tokens in batch)
         units = [as_unit(tokens, f"sequence {i}", 1 / num_targets) for i, tokens in enumerate(batch)]
         lr = cfg.optim.lr_at(step, cfg.run.steps)
-        stats = train_step(
-            run.model,
-            run.optimizer,
-            packed(units),
-            lambda p: text_loss(run.model, p),
-            ranks,
-            lr=lr,
-            clip=cfg.optim.clip,
-        )
+        try:
+            stats = train_step(
+                run.model,
+                run.optimizer,
+                packed(units),
+                lambda p: text_loss(run.model, p),
+                ranks,
+                lr=lr,
+                clip=cfg.optim.clip,
+                interrupt=run.interrupt,
+            )
+        except Stopped:
+            run.save(step, {"cursor": cursor, "skipped": skipped})
+            run.log.say("stopped; the same command resumes")
+            return EXIT
         skipped = job.count_skips(run, step, stats.broken, skipped, cfg.optim.max_skipped)
         cursor, step = cursor + taken, step + 1
         step_s = time.perf_counter() - began

@@ -20,6 +20,9 @@ from thinkmid.errors import UserError
 
 # a rank may wait for the slowest rollout of another
 TIMEOUT = timedelta(hours=2)
+# packs differ in length, and cached blocks are given back at every wake: segments of fixed size fragment
+ALLOCATOR = "expandable_segments:True"
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 Result = TypeVar("Result")
 
 
@@ -31,6 +34,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    neighbours: dist.ProcessGroup | None = None  # gloo, the ranks that share this one's engine; None: it shares none
 
     def gather_bytes(self, payload: bytes) -> list[bytes]:
         """The payload of every rank, in rank order, on every rank."""
@@ -60,12 +64,12 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one."""
+    def any(self, flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+        """True on every rank if it is true on one; with a group, among the ranks of that."""
         if self.world == 1:
             return flag
         seen = torch.tensor(int(flag))
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
         return bool(seen)
 
     def sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -82,12 +86,21 @@ class Ranks:
         return dict(zip(names, host.tolist(), strict=True))
 
 
-def start() -> Ranks:
-    """Joins torchrun's process group, or makes one of a single process; on the GPU of the local rank, else the CPU."""
+def start(share: int = 1) -> Ranks:
+    """Joins torchrun's process group, or makes one of a single process; on the GPU of the local rank, else the CPU.
+
+    share: neighbouring ranks that hold one engine together.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world % share:
+        raise UserError(f"engine.tensor_parallel {share} does not divide {world} ranks")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        # with a shared engine not: vLLM's all-reduce opens its neighbours' graph buffers by CUDA IPC, which takes no
+        # expandable segment (vllm#42609)
+        if share == 1:
+            _set_allocator()
         torch.cuda.set_device(device)
     fresh = not dist.is_initialized()
     if fresh:
@@ -98,7 +111,20 @@ def start() -> Ranks:
     mesh = init_device_mesh(device.type, (world,))
     if fresh:
         atexit.register(_leave, mesh)
-    return Ranks(rank, world, device, mesh)
+    neighbours = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)[0] if share > 1 else None
+    return Ranks(rank, world, device, mesh, neighbours)
+
+
+def _set_allocator() -> None:
+    """ALLOCATOR, unless the user chose settings. Before CUDA's first allocation.
+
+    The pools that vLLM puts to sleep cannot be expandable: it switches the setting off for those, and on again after.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # both: vLLM 0.32 asks torch, versions near it read the variable of this name alone; torch may have read the
+        # variables when it was imported
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATOR
+        torch._C._accelerator_setAllocatorSettings(ALLOCATOR)
 
 
 def _leave(mesh: DeviceMesh) -> None:

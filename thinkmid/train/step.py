@@ -11,6 +11,7 @@ from torch import nn
 
 from thinkmid.data.pack import Unit, make_pack
 from thinkmid.model import weights
+from thinkmid.train.interrupt import Interrupt, Stopped
 from thinkmid.train.shard import Ranks
 from thinkmid.types import Pack
 
@@ -28,19 +29,31 @@ class Stats:
 
 
 def train_step(
-    model, optimizer, batches: list[list[Unit]], loss_fn: LossFn, ranks: Ranks, *, lr: float, clip: float
+    model,
+    optimizer,
+    batches: list[list[Unit]],
+    loss_fn: LossFn,
+    ranks: Ranks,
+    *,
+    lr: float,
+    clip: float,
+    interrupt: Interrupt | None = None,
 ) -> Stats:
     """Forward and backward over this rank's batches, then one update. Collective: every rank brings as many batches.
 
     Weights in the units carry the step's denominator, so losses are summed, never averaged. Without any batch the
     optimiser still steps, on zero gradients. A non-finite loss or gradient skips the update on all ranks. Gradients
-    are none between steps.
+    are none between steps. interrupt: polled before every batch; Stopped where one rank was asked to stop, with nothing
+    changed.
     """
     sums: dict[str, torch.Tensor] = {}
     losses: list[tuple[torch.Tensor, list[str]]] = []
     packs = (make_pack(units, ranks.device) for units in batches)
     pack = next(packs, None)
     while pack is not None:
+        if interrupt and ranks.any(interrupt.requested):
+            optimizer.zero_grad(set_to_none=True)
+            raise Stopped
         loss, more = loss_fn(pack)
         # the next pack is built here, while the head, whose products take longest, still waits in the device's queue;
         # after the backward only short kernels would be left in it, and the next forward would come late
