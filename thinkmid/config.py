@@ -29,7 +29,9 @@ from thinkmid.errors import UserError
 from thinkmid.log import plain, write_whole
 
 AnyFloat = Annotated[float, "nan and inf are allowed"]
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "triton", "vllm", "flash-attn", "math-verify")
+PACKAGES = (
+    "torch", "numpy", "tokenizers", "safetensors", "triton", "vllm", "flash-attn", "flash-attn-3", "math-verify",
+)  # fmt: skip
 EXPECTED = {bool: "true or false", int: "an integer", float: "a number", AnyFloat: "a number", str: "a string"}
 
 

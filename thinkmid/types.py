@@ -51,13 +51,18 @@ class Pack:
 
     Segment s holds the query rows cu_q[s]:cu_q[s+1] and attends to the key rows kv_rows[cu_k[s]:cu_k[s+1]],
     bottom-right aligned and causal: its last query sees its last key. Without kv_rows, keys are the queries' own rows.
+    Numbers that decide what is launched are counted on the host, so that no forward or backward waits for the device.
     """
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, a response continues its prefix's positions
     cu_q: torch.Tensor  # (S+1,) int32
     cu_k: torch.Tensor  # (S+1,) int32
-    kv_rows: torch.Tensor | None  # (Tk,) int64
+    max_q: int  # queries of the longest segment
+    max_k: int  # keys of the longest segment
+    kv_rows: torch.Tensor | None = None  # (Tk,) int64
+    kv_order: torch.Tensor | None = None  # (Tk,) int64, places in kv_rows, stably sorted by the row there; with kv_rows
+    kv_readers: torch.Tensor | None = None  # (T,) int64, how often each row stands in kv_rows; with kv_rows
     rows: torch.Tensor  # (R,) int64, positions whose hidden state predicts a token that carries loss
     targets: torch.Tensor  # (R,) int64
     ce_w: torch.Tensor  # (R,) float32, weight of -logp; the step's denominator is in it
@@ -65,4 +70,6 @@ class Pack:
     adv: torch.Tensor  # (R,) float32
     logp_old: torch.Tensor  # (R,) float32, the sampler's
     reply: torch.Tensor  # (R,) int64, which of the replies with such rows it belongs to, from 0
+    ce_at: torch.Tensor | None = None  # int64, places in the streams where ce_w is not 0; None: everywhere
+    pg_at: torch.Tensor | None = None  # int64, places in the streams where pg_w is not 0; None: everywhere
     owner: list[str]  # ids of the prompts or documents inside, to name them when something breaks

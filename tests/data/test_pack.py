@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from math import ceil
 
@@ -8,6 +8,7 @@ import torch
 from conftest import random_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinkmid.data import pack
 from thinkmid.data.pack import Reply, Unit, make_pack, plan, split
@@ -154,12 +155,23 @@ def test_a_pack_is_what_the_slow_construction_writes_down(siblings):
     text = Unit(name="text", prefix=np.array([3]), replies=[Reply.text(np.arange(11), np.linspace(0, 1, 11))])
     units.insert(2, text)
     got = make_pack(units)
-    assert as_lists(got) == slow_pack(units)
+    slow = slow_pack(units)
+    assert as_lists(got) == slow
     assert (got.kv_rows is None) == (siblings == 1)
     assert got.owner == [u.name for u in units]
     assert (got.cu_q.dtype, got.cu_k.dtype, got.tokens.dtype, got.adv.dtype) == (
         torch.int32, torch.int32, torch.int64, torch.float32,
     )  # fmt: skip
+    assert got.max_q == max(len(queries) for queries, _ in slow[2])
+    assert got.max_k == max(len(keys) for _, keys in slow[2])
+    assert got.ce_at.tolist() == [i for i, (_, _, ce_w, *_) in enumerate(slow[3]) if ce_w]
+    assert got.pg_at.tolist() == [i for i, (_, _, _, pg_w, *_) in enumerate(slow[3]) if pg_w]
+    keys = [row for _, keys in slow[2] for row in keys]
+    if siblings == 1:
+        assert got.kv_order is got.kv_readers is None
+    else:
+        assert got.kv_order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)
+        assert got.kv_readers.tolist() == [keys.count(row) for row in range(len(slow[0]))]
 
 
 def test_replies_of_one_token_hang_on_the_prefix_alone():
@@ -176,6 +188,77 @@ def test_a_pack_of_nothing_is_one_token_without_loss():
     got = make_pack([])
     assert as_lists(got) == ([0], [0], [([0], [0])], [])
     assert got.owner == []
+    assert (got.max_q, got.max_k, got.ce_at, got.pg_at) == (1, 1, None, None)
+
+
+def test_rows_of_one_kind_alone_are_not_listed():
+    text = make_pack([unit("u", 1, [3])])
+    assert text.ce_at is None
+    assert text.pg_at.tolist() == []
+
+
+LENGTHS = st.lists(st.tuples(st.sampled_from(["int64", "int32", "float32"]), st.integers(0, 9)), min_size=1, max_size=9)
+
+
+@NUMBERED
+@given(shapes=LENGTHS)
+def test_what_is_uploaded_are_the_arrays_in_one_buffer_each_where_triton_wants_it(shapes):
+    rng = np.random.default_rng(len(shapes))
+    arrays = {str(i): rng.integers(-99, 99, n).astype(dtype) for i, (dtype, n) in enumerate(shapes)}
+    got = pack.upload(arrays, "cpu")
+    assert got.keys() == arrays.keys()
+    for name, x in arrays.items():
+        one_by_one = torch.tensor(x)
+        assert got[name].dtype == one_by_one.dtype
+        assert torch.equal(got[name], one_by_one)
+        assert got[name].data_ptr() % 16 == 0 or not len(x)
+    assert len({t.untyped_storage().data_ptr() for t in got.values()}) == 1
+
+
+class Copies(TorchDispatchMode):
+    """Counts the ops that bring data from the host to the meta device, which stands in for a GPU."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        here = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args)
+        self.num += here and isinstance(out, torch.Tensor) and out.device.type == "meta"
+        return out
+
+
+@pytest.mark.parametrize("units", [[], [unit("text", 1, [7])], [unit("a", 3, [2, 5]), unit("b", 1, [4])]])
+def test_a_pack_takes_one_copy_to_the_device(units):
+    with Copies() as copies:
+        got = make_pack(units, "meta")
+    assert copies.num == 1
+    here = make_pack(units)
+    for field in fields(here):
+        mine, there = getattr(here, field.name), getattr(got, field.name)
+        if isinstance(mine, torch.Tensor):
+            assert (there.device.type, there.dtype, there.shape) == ("meta", mine.dtype, mine.shape), field.name
+        else:
+            assert there == mine, field.name
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), (torch.device("cuda", 1), True), ("cpu", False)])
+def test_a_gpu_is_copied_to_from_pinned_memory_without_a_wait(device, pinned, monkeypatch):
+    seen, empty = [], torch.empty
+
+    def fake_empty(*shape, dtype, pin_memory):
+        seen.append(pin_memory)
+        return empty(*shape, dtype=dtype)
+
+    def fake_to(self, device, non_blocking=False):
+        seen.append((device, non_blocking))
+        return self
+
+    monkeypatch.setattr(pack.torch, "empty", fake_empty)
+    monkeypatch.setattr(torch.Tensor, "to", fake_to)
+    got = make_pack([unit("u", 2, [3, 4])], device)
+    monkeypatch.undo()
+    assert seen == [pinned, (device, True)]
+    assert as_lists(got) == slow_pack([unit("u", 2, [3, 4])])
 
 
 def test_weights_of_a_text_may_differ_by_token():

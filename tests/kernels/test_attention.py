@@ -122,6 +122,30 @@ def checked(q, k, v, cu_q, cu_k, max_q, max_k, calls):
     return slow(q, k, v, cu_q, cu_k)
 
 
+def fake_flash_3(calls, monkeypatch, *, with_lse=False):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        sm_margin=0, return_attn_probs=False,
+    ):  # fmt: skip
+        assert causal
+        assert (seqused_q, seqused_k, softmax_scale, qv, window_size) == (None, None, None, None, (-1, -1))
+        asked.append(deterministic)
+        out = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
+        return (out, out.sum(-1).T) if with_lse else out
+
+    asked = []
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    return "flash-attn-3", asked
+
+
+def fake_first_flash_3(calls, monkeypatch):
+    return fake_flash_3(calls, monkeypatch, with_lse=True)
+
+
 def fake_flash(calls, monkeypatch):
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
@@ -129,13 +153,15 @@ def fake_flash(calls, monkeypatch):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         assert causal
-        assert deterministic
         assert (dropout_p, softmax_scale, window_size, return_attn_probs) == (0.0, None, (-1, -1), False)
+        asked.append(deterministic)
         return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
 
+    asked = []
     module = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return "flash-attn", asked
 
 
 def fake_torch(calls, monkeypatch):
@@ -148,6 +174,7 @@ def fake_torch(calls, monkeypatch):
         return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    return "torch-varlen", None
 
 
 def fake_old_torch(calls, monkeypatch):
@@ -159,18 +186,27 @@ def fake_old_torch(calls, monkeypatch):
         return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    return "torch-varlen", None
 
 
-@pytest.fixture(params=[fake_flash, fake_torch, fake_old_torch], ids=lambda f: f.__name__)
+FAKES = [fake_flash_3, fake_first_flash_3, fake_flash, fake_torch, fake_old_torch]
+
+
+@pytest.fixture(params=FAKES, ids=lambda f: f.__name__)
 def library(request, monkeypatch):
     """(impl, the calls that its stand-in saw)."""
     calls = []
-    request.param(calls, monkeypatch)
-    attention._flash_attn.cache_clear()
-    attention._torch_varlen.cache_clear()
-    yield "flash-attn" if request.param is fake_flash else "torch-varlen", calls
-    attention._flash_attn.cache_clear()
-    attention._torch_varlen.cache_clear()
+    impl, _ = request.param(calls, monkeypatch)
+    return impl, calls
+
+
+@pytest.mark.parametrize("fake", FAKES[:3])
+def test_a_library_is_asked_for_a_deterministic_backward_unless_that_is_switched_off(fake, monkeypatch):
+    impl, asked = fake([], monkeypatch)
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    for flag in ({}, {"deterministic": False}, {"deterministic": True}):
+        varlen_attention(*random_qkv(8), cu, cu, impl=impl, **flag)
+    assert asked == [True, False, True]
 
 
 @pytest.mark.parametrize("segments", [PLAIN[:6], SHARED[:4]], ids=["plain", "shared"])
@@ -190,13 +226,17 @@ def test_the_attention_of_a_pack_is_that_of_its_segments_in_every_layer(segments
     cu_q, cu_k, kv_rows = layout(segments)
     zeros = torch.zeros(int(cu_q[-1]), dtype=torch.long)
     names = ("positions", "rows", "targets", "ce_w", "pg_w", "adv", "logp_old", "reply")
-    pack = Pack(tokens=zeros, cu_q=cu_q, cu_k=cu_k, kv_rows=kv_rows, owner=[], **dict.fromkeys(names, zeros))
+    counted = {"max_q": int(cu_q.diff().max()), "max_k": int(cu_k.diff().max())}
+    if kv_rows is not None:
+        counted |= {"kv_rows": kv_rows, "kv_order": kv_rows.argsort(stable=True), "kv_readers": kv_rows.bincount()}
+    pack = Pack(tokens=zeros, cu_q=cu_q, cu_k=cu_k, owner=[], **counted, **dict.fromkeys(names, zeros))
     through, plain = attend_pack(pack, impl=impl), attend_pack(pack)
     for layer in (0, 1):
         qkv = random_qkv(len(zeros))
-        exact = {"o": slow(*qkv, cu_q, cu_k, kv_rows)}
-        assert_same({"o": through(layer, *qkv)}, exact)
-        assert_same({"o": plain(layer, *qkv)}, exact)
+        do = torch.randn_like(qkv[0])
+        exact = with_gradients(lambda *x: slow(*x, cu_q, cu_k, kv_rows), qkv, do)
+        for attend in (through, plain):
+            assert_same(with_gradients(lambda *x: attend(layer, *x), qkv, do), exact)  # noqa: B023
     assert len(calls) == 2
 
 
@@ -217,8 +257,7 @@ def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
             saved.append(ctx.saved_tensors)
             return do, *(torch.ones_like(x) for x in ctx.saved_tensors[1:])
 
-    monkeypatch.setattr(attention, "_flash_attn", lambda: lambda q, k, v, *_: Save.apply(q, k, v))
-    monkeypatch.setattr(attention, "_torch_varlen", lambda: lambda q, k, v, *_: Save.apply(q, k, v))
+    monkeypatch.setitem(attention.LIBRARIES, impl, lambda q, k, v, *_: Save.apply(q, k, v))
     cu_q, cu_k, kv_rows = layout(SHARED)
     q, k, v = random_qkv(int(cu_q[-1]))
     packed = []
@@ -237,8 +276,13 @@ def test_shared_keys_are_kept_once_and_gathered_again(library, monkeypatch):
     assert torch.equal(dk[:, 0, 0], kv_rows.bincount(minlength=len(k)).double())
 
 
+def modes():
+    """What torch's kernels look at: whether to be deterministic, and then whether to write NaN into new memory."""
+    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+
 class Modes(torch.autograd.Function):
-    """A library's attention, whose backward writes down torch's mode, as its kernel reads it."""
+    """A library's attention, whose backward writes down torch's modes, as its kernel reads them."""
 
     seen = None  # a list
 
@@ -248,35 +292,38 @@ class Modes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        Modes.seen.append(torch.get_deterministic_debug_mode())
+        Modes.seen.append(modes())
         return do * 2, None, None
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("fill", [True, False])
 @pytest.mark.parametrize("mode", ["default", "warn", "error"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_torchs_varlen_backward_is_deterministic_and_nothing_else_is_made_so(mode, checkpointed, monkeypatch):
+def test_torchs_varlen_backward_is_deterministic_and_nothing_else_is_made_so(
+    mode, fill, checkpointed, deterministic, monkeypatch
+):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: Modes.apply(q, k, v))
     monkeypatch.setattr(Modes, "seen", [])
-    attention._torch_varlen.cache_clear()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)
     around = []
     cu = torch.tensor([0, 8], dtype=torch.int32)
 
     def layer(q, k, v):
         q = q * 1
-        q.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # after attention's backward
-        out = varlen_attention(q, k, v, cu, cu, impl="torch-varlen") * 1
-        out.register_hook(lambda _: around.append(torch.get_deterministic_debug_mode()))  # before it
+        q.register_hook(lambda _: around.append(modes()))  # after attention's backward
+        out = varlen_attention(q, k, v, cu, cu, impl="torch-varlen", deterministic=deterministic) * 1
+        out.register_hook(lambda _: around.append(modes()))  # before it
         return out
 
     torch.set_deterministic_debug_mode(mode)
-    expected = torch.get_deterministic_debug_mode()
+    expected = modes()
     q, k, v = random_qkv(8, heads=2)
     out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False) if checkpointed else layer(q, k, v)
     assert torch.equal(*torch.autograd.grad(out.sum(), q), torch.full_like(q, 2))
-    attention._torch_varlen.cache_clear()
-    assert Modes.seen == [2]
+    assert Modes.seen == [(2, False) if deterministic else expected]
     assert around == [expected] * 2
-    assert torch.get_deterministic_debug_mode() == expected
+    assert modes() == expected
 
 
 def test_the_backward_of_torchs_own_op_is_what_the_mode_is_set_around(monkeypatch):
@@ -286,7 +333,7 @@ def test_the_backward_of_torchs_own_op_is_what_the_mode_is_set_around(monkeypatc
     modes, set_mode = [], torch.set_deterministic_debug_mode
     monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: (modes.append(mode), set_mode(mode))[1])
     qkv, cu = (empty(8, 4, 16), empty(8, 2, 16), empty(8, 2, 16)), empty(2, dtype=torch.int32)
-    out = attention._torch_varlen()(*qkv, cu, cu, 8, 8)
+    out = attention.LIBRARIES["torch-varlen"](*qkv, cu, cu, 8, 8, True)
     assert "varlen_attn" in type(out.grad_fn).__name__
     torch.autograd.grad(out.sum(), qkv)
     assert modes == ["error", torch.get_deterministic_debug_mode()]
@@ -336,10 +383,24 @@ def on(device, dtype):
     return types.SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
 
 
-@pytest.mark.parametrize(("installed", "path"), [(object(), "flash-attn"), (None, "torch-varlen")])
-def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed_where_that_takes_the_dtype(installed, path, monkeypatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: installed)
-    monkeypatch.setattr(launch, "has_flash_attn", launch.has_flash_attn.__wrapped__)
+@pytest.mark.parametrize(
+    ("installed", "capability", "path"),
+    [
+        (["flash_attn_interface", "flash_attn"], (9, 0), "flash-attn-3"),
+        (["flash_attn_interface"], (9, 0), "flash-attn-3"),
+        (["flash_attn_interface", "flash_attn"], (8, 0), "flash-attn"),
+        (["flash_attn_interface"], (10, 0), "torch-varlen"),
+        (["flash_attn"], (9, 0), "flash-attn"),
+        ([], (9, 0), "torch-varlen"),
+    ],
+)
+def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed_where_that_takes_the_dtype(
+    installed, capability, path, monkeypatch
+):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    for has in ("has_flash_attn", "has_flash_attn_3"):
+        monkeypatch.setattr(launch, has, getattr(launch, has).__wrapped__)
+    monkeypatch.setattr(launch.torch.cuda, "get_device_capability", lambda device: capability)
     for dtype in (torch.bfloat16, torch.float16):
         assert launch.attention_path(on("cuda", dtype)) == path
         assert launch.attention_path(on("cpu", dtype)) == "sdpa"

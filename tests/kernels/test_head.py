@@ -378,6 +378,30 @@ def test_nothing_waits_for_the_device_where_the_caller_promises_and_the_numbers_
     assert torch.equal(logp, linear_logprob(hidden, weight, targets))
 
 
+@pytest.mark.parametrize("loss", ["policy", "text"])
+def test_rows_that_the_caller_knows_are_those_that_would_be_found_to_the_last_bit(loss):
+    hidden, weight, targets = inputs(33, 57, dtype=FLOAT)
+    adv, more = streams(33, FLOAT)
+    mask = more["mask"]
+
+    def run(**known):
+        with Waiting() as waiting:
+            if loss == "policy":
+                options = {"mask": mask, "skip_zero_advantage": False, **known}
+                out, _, logp, _ = fused_linear_dr_grpo(hidden, weight, targets, adv, denom=7, **options)
+            else:
+                out, logp = linear_cross_entropy(hidden, weight, targets, row_weights=mask, denom=7, **known)
+            grads = torch.autograd.grad(out, (hidden, weight))
+        return waiting.num, (out.detach(), logp, *grads)
+
+    live = torch.tensor([i for i in range(33) if i % 4])
+    none, ours = run(live=live, wait=False)
+    _, exact = run()
+    assert none == 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+    assert exact[1][::4].eq(0).all()
+
+
 def test_a_promise_not_to_scale_the_loss_is_kept_or_fails():
     hidden, weight, targets = inputs(33, 57)
     loss = fused_linear_dr_grpo(hidden, weight, targets, torch.randn(33, dtype=DOUBLE), denom=7, wait=False).loss

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -8,12 +8,15 @@ import torch
 from conftest import TINY, assert_same, join_ranks, random_groups, random_model, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from thinkmid.data.pack import make_pack, plan
+from thinkmid.data.pack import Reply, Unit, make_pack, plan
+from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
-from thinkmid.train import advantage, exchange, optim, shard
-from thinkmid.train.config import LossConfig
-from thinkmid.train.loss import logprobs, policy_loss
+from thinkmid.model.transformer import Transformer
+from thinkmid.train import advantage, exchange, job, optim, shard
+from thinkmid.train.config import LossConfig, ModelSection
+from thinkmid.train.loss import logprobs, policy_loss, text_loss
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
 
@@ -99,6 +102,152 @@ def test_sums_add_over_packs_and_maxima_stay_maxima():
     assert one.sums["gap_max"] > one.sums["gap"] / one.sums["tokens"]
     drawn = [s.drawn.sum() for g in GROUPS for s in g.samples]
     assert one.sums["tokens"] == sum(drawn)
+
+
+@dataclass(frozen=True)
+class Unread(shard.Ranks):
+    """A rank whose device stands for a GPU that nothing may be read from, but for the sums of a step."""
+
+    reads: list = field(default_factory=list)
+
+    def sum(self, values):
+        assert all(x.device == self.device for x in values.values())
+        self.reads.append(sorted(values))
+        return dict.fromkeys(values, 1.0)
+
+
+class Copies(TorchDispatchMode):
+    """Writes down the ops that bring data from the host to the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        here = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args)
+        if here and isinstance(out, torch.Tensor) and out.device.type == "meta":
+            self.seen.append(func)
+        return out
+
+
+LOSSES = {
+    "text": lambda model: partial(text_loss, model),
+    **{
+        name: lambda model, cfg=cfg, first=first: partial(
+            policy_loss, model, cfg=cfg, temperature=0.7, first_update=first, reference=model if cfg.kl else None
+        )
+        for name, cfg, first in (
+            ("first update", LOSS, True),
+            ("later update", LOSS, False),
+            ("kl and entropy", replace(LOSS, kl=0.1, entropy=0.1), True),
+            ("next token", replace(LOSS, next_token=0.5), True),
+            ("of sequences", replace(LOSS, is_level="sequence", next_token=0.5), True),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_reads_the_device_once_and_copies_to_it_once_a_pack(loss, checkpointing, monkeypatch):
+    """On the meta device .item(), nonzero, x[mask] and the like raise: there is nothing to read."""
+    monkeypatch.setattr(launch, "attention_path", lambda q: "torch-varlen")
+    # torch has none for meta; that ours waits for nothing is shown in test_attention.py
+    monkeypatch.setattr(torch, "segment_reduce", lambda x, *_, lengths, **__: x.new_empty(len(lengths), *x.shape[1:]))
+    with torch.device("meta"):
+        model = Transformer(replace(TINY, head_dim=16), checkpointing=checkpointing).bfloat16()
+    model.rope(torch.zeros(1, device="meta"))  # copies its frequencies once
+    batches = planned(GROUPS, ALONE, capacity=24)
+    text = Unit(name="text", prefix=np.array([3]), replies=[Reply.text(np.arange(11), 0.5)])
+    batches = [*batches, [text], [*batches[0], text], []]
+    ranks = Unread(0, 1, torch.device("meta"), None)
+    with Copies() as copies:
+        stats = train_step(
+            model, torch.optim.SGD(model.parameters()), batches, LOSSES[loss](model), ranks, lr=0.1, clip=1.0
+        )
+    assert not stats.broken
+    assert copies.seen == [torch.ops.aten._to_copy.default] * len(batches)
+    (read,) = ranks.reads
+    assert {"loss", "grad_norm_max"} <= set(read)
+    assert stats.grad_norm == 1.0
+    assert "grad_norm_max" not in stats.sums
+
+
+def test_a_pack_is_built_between_the_forward_and_the_backward_of_the_one_before(monkeypatch):
+    told = []
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            ctx.name = name
+            told.append(f"forward {name}")
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, dloss):
+            told.append(f"backward {ctx.name}")
+            return None, None
+
+    def build(units, device):
+        told.append(f"build {units[0].name}")
+        return make_pack(units, device)
+
+    monkeypatch.setattr("thinkmid.train.step.make_pack", build)
+    model = random_model()
+    optimizer = optim.adamw(model, optim.OptimConfig(lr=0.01))
+    text = Unit(name="a", prefix=np.array([3]), replies=[Reply.text(np.arange(3), 0.5)])
+    batches = [[replace(text, name=name)] for name in "abc"]
+
+    def loss_fn(pack):
+        return Loss.apply(model.norm.weight, *pack.owner), {}
+
+    train_step(model, optimizer, batches, loss_fn, ALONE, lr=0.01, clip=1.0)
+    assert told == [
+        "build a", "forward a", "build b", "backward a", "forward b", "build c", "backward b", "forward c",
+        "backward c",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_attention_is_asked_for_is_what_the_config_says(deterministic, monkeypatch):
+    asked = []
+
+    def library(q, k, v, cu_q, cu_k, max_q, max_k, deterministic):
+        asked.append(deterministic)
+        return q * 1
+
+    monkeypatch.setattr(launch, "attention_path", lambda q: "torch-varlen")
+    monkeypatch.setitem(attention.LIBRARIES, "torch-varlen", library)
+    monkeypatch.setattr(shard, "shard", lambda model, ranks, compute_dtype: model)
+    model = job.empty_model(TINY, ModelSection(deterministic=deterministic), ALONE)
+    logprobs(model, make_pack(planned(GROUPS, ALONE)[0]))
+    assert asked == [deterministic] * TINY.layers
+
+
+def embedding_worker(rank, folder):
+    """Gradients with the embedding gathered for the backward, as FSDP2 does it unasked, and without."""
+    ranks = join_ranks(rank, 2, folder)
+    batches = planned(GROUPS, ranks, capacity=24)
+    grads, gathers = [], []
+    for again in (True, False):
+        model = shard.shard(random_model(), ranks, compute_dtype=torch.bfloat16)
+        if again:
+            model.embed_tokens.set_unshard_in_backward(True)
+        with torch.profiler.profile() as profile:
+            for units in batches:
+                loss, _ = policy_loss(model, make_pack(units), LOSS, temperature=1.0, first_update=True)
+                loss.backward()
+        gathers.append(sum("all_gather_copy_out" in e.name and "embed_tokens" in e.name for e in profile.events()))
+        grads.append([p.grad.full_tensor() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert grads[0][0].abs().max() > 0
+    assert len(batches) > 1
+    assert gathers == [2 * len(batches), len(batches)]
+
+
+def test_the_embedding_is_gathered_for_the_forward_alone_and_no_gradient_changes(tmp_path):
+    spawn(embedding_worker, 2, str(tmp_path))
 
 
 def sum_worker(rank, folder):

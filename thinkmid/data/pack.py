@@ -15,6 +15,8 @@ try:
 except ImportError:  # no compiler at install time: the twins below give the same answers, slower
     _csrc = None
 
+ALIGN = 16  # bytes; for an address that 16 does not divide Triton compiles its kernels once more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -157,31 +159,44 @@ class _Builder:
         self.replies.append([a[live] for a in (reply.tokens, reply.ce_w, reply.pg_w, reply.adv, reply.logp_old)])
 
     def finish(self, owner, device) -> Pack:
-        targets, *streams = (_cat(x) for x in zip(*self.replies, strict=True)) if self.replies else [np.zeros(0)] * 5
-        shared = self.cu_k != self.cu_q
+        targets, ce_w, pg_w, adv, logp_old = zip(*self.replies, strict=True) if self.replies else [()] * 5
+        arrays = {
+            "tokens": _cat(self.tokens, np.int64),
+            "positions": _cat(self.positions, np.int64),
+            "cu_q": np.array(self.cu_q, np.int32),
+            "cu_k": np.array(self.cu_k, np.int32),
+            "rows": _cat(self.rows, np.int64),
+            "targets": _cat(targets, np.int64),
+            "ce_w": _cat(ce_w, np.float32),
+            "pg_w": _cat(pg_w, np.float32),
+            "adv": _cat(adv, np.float32),
+            "logp_old": _cat(logp_old, np.float32),
+            "reply": _cat(self.reply, np.int64),
+        }
+        for at, weight in (("ce_at", arrays["ce_w"]), ("pg_at", arrays["pg_w"])):
+            if not weight.all():
+                arrays[at] = weight.nonzero()[0]
+        if self.cu_k != self.cu_q:
+            kv_rows = _cat(self.kv, np.int64)
+            readers = np.bincount(kv_rows, minlength=self.length)
+            arrays |= {"kv_rows": kv_rows, "kv_order": kv_rows.argsort(kind="stable"), "kv_readers": readers}
+        max_q, max_k = (int(np.diff(cu).max()) for cu in (self.cu_q, self.cu_k))
+        return Pack(**upload(arrays, device), max_q=max_q, max_k=max_k, owner=owner)
 
-        def tensor(x, dtype):
-            return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
 
-        return Pack(
-            tokens=tensor(_cat(self.tokens), torch.int64),
-            positions=tensor(_cat(self.positions), torch.int64),
-            cu_q=torch.tensor(self.cu_q, dtype=torch.int32),
-            cu_k=torch.tensor(self.cu_k, dtype=torch.int32),
-            kv_rows=tensor(_cat(self.kv), torch.int64) if shared else None,
-            rows=tensor(_cat(self.rows), torch.int64),
-            targets=tensor(targets, torch.int64),
-            **{
-                name: tensor(x, torch.float32)
-                for name, x in zip(("ce_w", "pg_w", "adv", "logp_old"), streams, strict=True)
-            },
-            reply=tensor(_cat(self.reply), torch.int64),
-            owner=owner,
-        )
+def upload(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The arrays as tensors on the device: views of one buffer that took one copy, on the CPU none."""
+    sizes = [-(-x.nbytes // ALIGN) * ALIGN for x in arrays.values()]
+    # from memory that is not pinned a copy waits until the device has done all that it was given
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    for x, room in zip(arrays.values(), host.split(sizes), strict=True):
+        room.numpy()[: x.nbytes] = x.view(np.uint8)
+    rooms = zip(arrays.items(), host.to(device, non_blocking=True).split(sizes), strict=True)
+    return {name: room[: x.nbytes].view(getattr(torch, x.dtype.name)) for (name, x), room in rooms}
 
 
-def _cat(arrays):
-    return np.concatenate(arrays) if len(arrays) else np.zeros(0, np.int64)
+def _cat(arrays, dtype):
+    return np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype, casting="unsafe")
 
 
 def _best_fit(lengths, capacity):

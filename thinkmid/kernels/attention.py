@@ -1,13 +1,14 @@
 """Packed causal attention over cu_seqlens, bottom-right aligned: queries of a segment are the last of its keys.
 
-Three paths, one meaning: flash-attn where it is installed, torch's own varlen attention on other GPUs, both with their
-deterministic backward, and grouped scaled_dot_product_attention calls on CPU and in fp32. Where segments share keys,
-autograd keeps those keys once, not once for each segment. Their gradients are added up in a fixed order, except by sdpa
-on a GPU, which torch leaves open.
+Four paths, one meaning: flash-attn 3 or 2 where it is installed, torch's own varlen attention on other GPUs, all three
+with their deterministic backward unless that is switched off, and grouped scaled_dot_product_attention calls on CPU and
+in fp32. Where segments share keys, autograd keeps those keys once, not once for each segment. Their gradients are added
+up in a fixed order, except by sdpa on a GPU, which torch leaves open.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -40,26 +41,32 @@ class _Plan:
     order: torch.Tensor  # (T,) where each row of q lies in the buckets' outputs, one after the other
 
 
-def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto"):
+def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto", deterministic: bool = True):
     """Causal attention of each segment's queries over its keys, aligned at the bottom right.
 
     q (T, H, C); k, v (Tk, K, C) with H a multiple of K; cu_q, cu_k (S+1,) int32; kv_rows (Tk',) int64 gathers keys
     and values so that several segments may share rows (a prefix and its continuations). Returns (T, H, C).
-    impl: "auto", "flash-attn", "torch-varlen" or "sdpa". Same as softmax(q k^T / sqrt(C)) v per segment.
+    impl: "auto", "flash-attn-3", "flash-attn", "torch-varlen" or "sdpa". deterministic: a GPU's backward adds up in a
+    fixed order. Same as softmax(q k^T / sqrt(C)) v per segment.
     """
     _check(q, k, v, cu_q, cu_k, kv_rows)
-    return attend_segments(cu_q, cu_k, kv_rows, impl=impl)(0, q, k, v)
+    return attend_segments(cu_q, cu_k, kv_rows, impl=impl, deterministic=deterministic)(0, q, k, v)
 
 
-def attend_pack(pack: Pack, *, impl: str = "auto") -> Attend:
-    """The attention of one pack as the model wants it."""
-    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl)
+def attend_pack(pack: Pack, *, impl: str = "auto", deterministic: bool = True) -> Attend:
+    """The attention of one pack as the model wants it. Nothing waits for the device, but for sdpa on a GPU."""
+    shared = None if pack.kv_rows is None else _Shared(pack.kv_rows, pack.kv_order, pack.kv_readers)
+    known = {"longest": (pack.max_q, pack.max_k), "shared": shared}
+    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl, deterministic=deterministic, **known)
 
 
-def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
+def attend_segments(
+    cu_q, cu_k, kv_rows=None, *, impl: str = "auto", deterministic: bool = True, longest=None, shared=None
+) -> Attend:
     """varlen_attention of the same segments in every layer. What lengths alone decide is worked out once, at first use.
 
-    cu_q, cu_k on the CPU cost no wait for the device.
+    longest: (queries, keys) of the longest segment; shared: who reads which key. To find them out waits for the device
+    that holds cu_q and cu_k, or kv_rows.
     """
 
     @cache
@@ -67,9 +74,9 @@ def attend_segments(cu_q, cu_k, kv_rows=None, *, impl: str = "auto") -> Attend:
         if impl == "sdpa":
             plan = _plan(cu_q, cu_k, kv_rows, device)
             return lambda q, k, v: _sdpa(q, k, v, plan)
-        lengths = (cu_q.to(device), cu_k.to(device), _longest(cu_q), _longest(cu_k))
-        shared = _shared(kv_rows, num_keys)
-        return lambda q, k, v: _varlen(impl, q, k, v, shared, *lengths)
+        lengths = (cu_q.to(device), cu_k.to(device), *(longest or (_longest(cu_q), _longest(cu_k))))
+        gather = shared or _shared(kv_rows, num_keys)
+        return lambda q, k, v: _varlen(LIBRARIES[impl], q, k, v, gather, *lengths, deterministic)
 
     def attend(layer, q, k, v):
         return ready(launch.attention_path(q) if impl == "auto" else impl, q.device, len(k))(q, k, v)
@@ -91,13 +98,12 @@ def _longest(cu):
     return int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
 
 
-def _varlen(impl, q, k, v, shared, cu_q, cu_k, max_q, max_k):
-    call = _flash_attn() if impl == "flash-attn" else _torch_varlen()
+def _varlen(call, q, k, v, shared, cu_q, cu_k, max_q, max_k, deterministic):
     if shared is None:
-        return call(q, k, v, cu_q, cu_k, max_q, max_k)
+        return call(q, k, v, cu_q, cu_k, max_q, max_k, deterministic)
     all_k, all_v = (_Gather.apply(x, *shared) for x in (k, v))
     with _kept_once({all_k: (k, shared.rows), all_v: (v, shared.rows)}):
-        return call(q, all_k, all_v, cu_q, cu_k, max_q, max_k)
+        return call(q, all_k, all_v, cu_q, cu_k, max_q, max_k, deterministic)
 
 
 class _Shared(NamedTuple):
@@ -126,7 +132,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, dout):
         order, num_readers = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
-        # unsafe: its check of the lengths, which are counted in _shared, waits for the device twice
+        # unsafe: its check of the lengths, which were counted from the rows, waits for the device twice
         dx = torch.segment_reduce(dout[order].to(wide), "sum", lengths=num_readers, axis=0, initial=0, unsafe=True)
         return dx.to(dout.dtype), None, None, None
 
@@ -155,47 +161,55 @@ def _kept_once(gathered: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]):
         yield
 
 
-@cache
-def _flash_attn():
+def _flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, deterministic):
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True, deterministic=deterministic)
+    return out[0] if isinstance(out, tuple) else out  # its first releases return the log-sum-exp as well
+
+
+def _flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, deterministic):
     from flash_attn import flash_attn_varlen_func
 
-    return lambda q, k, v, cu_q, cu_k, max_q, max_k: flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, causal=True, deterministic=True
-    )
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True, deterministic=deterministic)
+
+
+def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, deterministic):
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = {"enable_gqa": True}
+    if not _knows_gqa(varlen_attn):
+        grouped, (k, v) = {}, (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **grouped)
+    return _repeatable(out) if deterministic and out.grad_fn is not None else out
 
 
 @cache
-def _torch_varlen():
-    import inspect
+def _knows_gqa(varlen_attn) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
 
-    from torch.nn.attention.varlen import varlen_attn
 
-    knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
-
-    def call(q, k, v, cu_q, cu_k, max_q, max_k):
-        if knows_gqa:
-            return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=True))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return _repeatable(varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0)))
-
-    return call
+LIBRARIES = {"flash-attn-3": _flash_attn_3, "flash-attn": _flash_attn, "torch-varlen": _torch_varlen}
 
 
 def _repeatable(out):
     """out, whose own backward runs in torch's deterministic mode: elsewhere it adds up dq in whatever order comes.
 
-    The mode is global and would refuse other ops of a training step, so it is on for this one alone.
+    The mode is global and would refuse other ops of a training step, so it is on for this one alone; and without its
+    habit of writing NaN into new memory first, which costs a pass over each gradient. Where this backward raises, torch
+    runs no hook after it, and the mode stays: the step is lost then anyway.
     """
-    if out.grad_fn is None:
-        return out
+    memory = torch.utils.deterministic
     was = []
 
     def enter(_):
-        was.append(torch.get_deterministic_debug_mode())
+        was.append((torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory))
         torch.set_deterministic_debug_mode("error")
+        memory.fill_uninitialized_memory = False
 
     def leave(*_):
-        torch.set_deterministic_debug_mode(was.pop())
+        mode, memory.fill_uninitialized_memory = was.pop()
+        torch.set_deterministic_debug_mode(mode)
 
     out.grad_fn.register_prehook(enter)
     out.grad_fn.register_hook(leave)

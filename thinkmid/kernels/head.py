@@ -91,6 +91,7 @@ def fused_linear_dr_grpo(
     return_entropy=False,
     skip_zero_advantage=True,
     weight_grad_into=None,
+    live=None,
     wait=True,
 ) -> FusedLoss:
     """linear_logprob and dr_grpo_loss in one pass over the logits: loss, metrics, logp and, if asked for, entropy.
@@ -103,8 +104,10 @@ def fused_linear_dr_grpo(
     weight_grad_into: fp32 (V, D), to which the weight's gradient is added during this call, as in Megatron's main_grad;
     the loss must then be the root of backward, unscaled, and weight.grad is left alone.
 
+    live (L,) int64, rising: the rows that are not left out, where the caller knows them; they are not looked for then.
+
     wait=False: nothing waits for the device, neither here nor in backward. No target may be ignored or lie outside
-    [0, V), no row is left out, and backward must not scale the loss: it fails on the device if it does.
+    [0, V), no row is left out but by live, and backward must not scale the loss: it fails on the device if it does.
     """
     job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
     if weight_grad_into is not None:
@@ -124,8 +127,8 @@ def fused_linear_dr_grpo(
         entropy_coef=entropy_coef,
         mask=_and(mask, job.valid),
     )
-    index = None
-    if wait and (skip_zero_advantage or policy.mask is not None):
+    index = live
+    if wait and live is None and (skip_zero_advantage or policy.mask is not None):
         index = plan_rows(policy.mask, policy.adv, *((beta, entropy_coef) if skip_zero_advantage else (1, 1))).index
     asked = return_entropy or entropy_coef != 0
     loss, sums, logp, entropy = _OnePass.apply(
@@ -146,13 +149,14 @@ def linear_cross_entropy(
     softcap=None,
     ignore_index=-100,
     chunk="auto",
+    live=None,
     wait=True,
 ):
     """Next-token loss in one pass: (loss, logp), logp (R,) detached.
 
     loss = -sum(row_weights * logp) / denom. row_weights (R,), None: 1. denom None: the number of targets that are not
-    ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). wait as in fused_linear_dr_grpo,
-    everything else as in linear_logprob.
+    ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). live and wait as in
+    fused_linear_dr_grpo, everything else as in linear_logprob.
     """
     job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
     mask = _and(row_weights, job.valid)
@@ -161,7 +165,7 @@ def linear_cross_entropy(
     # DrGRPO's first update with advantage 1: the coefficient of a row is its weight
     ones = torch.ones(len(targets), dtype=job.wide, device=hidden.device)
     policy = make_policy(ones, ones, denom=denom, mask=mask)
-    index = plan_rows(policy.mask, ones).index if wait and mask is not None else None
+    index = plan_rows(policy.mask, ones).index if wait and live is None and mask is not None else live
     loss, _, logp, _ = _OnePass.apply(
         hidden, weight, bias, job, policy, index, False, None, _cross_entropy, torch.is_grad_enabled(), wait
     )
@@ -360,7 +364,7 @@ def _scores(h, weight, dtype):
     h = h.to(dtype)
     if weight.shape[1] <= CHAIN and _suits_onednn(weight, dtype):
         return _onednn(h.contiguous(), weight)
-    out = torch.empty(len(h), len(weight), dtype=dtype)
+    out = torch.empty(len(h), len(weight), dtype=dtype, device=h.device)
     for at, slab in _slabs(weight, dtype, SLAB):
         torch.mm(h, slab.T, out=out[:, at])
     return out

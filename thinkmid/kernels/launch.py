@@ -14,11 +14,19 @@ def has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+@cache
+def has_flash_attn_3() -> bool:
+    return importlib.util.find_spec("flash_attn_interface") is not None
+
+
 def attention_path(q: Tensor) -> str:
-    """ "sdpa" on CPU and for fp32 and fp64; on a GPU "flash-attn" where that is installed, else "torch-varlen"."""
-    # the kernels of both take 16 bits alone
+    """ "sdpa" on CPU and for fp32 and fp64; on a GPU "flash-attn-3" (Hopper alone) or "flash-attn" where that is
+    installed, else "torch-varlen"."""
+    # the kernels of all three take 16 bits alone
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
+    if has_flash_attn_3() and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return "flash-attn-3"
     return "flash-attn" if has_flash_attn() else "torch-varlen"
 
 

@@ -169,9 +169,10 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """The decoder. Parameters carry their Hugging Face names without the leading "model."."""
 
-    def __init__(self, cfg: ModelConfig, *, checkpointing: bool = False) -> None:
+    def __init__(self, cfg: ModelConfig, *, checkpointing: bool = False, deterministic: bool = True) -> None:
         super().__init__()
         self.cfg, self.checkpointing = cfg, checkpointing  # checkpointing: recompute each block in the backward
+        self.deterministic = deterministic  # what whoever trains it asks of attention's backward
         # nn.Embedding's own initialisation costs seconds on the meta device: it imports torch's compiler
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(cfg.vocab, cfg.width), freeze=False)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))

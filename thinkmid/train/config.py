@@ -39,6 +39,7 @@ class ModelSection:
     folder: str = ""  # Hugging Face folder
     dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
     checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
+    deterministic: bool = True  # fixed order of sums in a GPU's attention backward; off: faster, not measured how much
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks
 def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
     """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
-        model = Transformer(shape, checkpointing=section.checkpointing)
+        model = Transformer(shape, checkpointing=section.checkpointing, deterministic=section.deterministic)
     shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 

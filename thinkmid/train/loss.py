@@ -54,14 +54,15 @@ def policy_loss(model, pack: Pack, cfg: LossConfig, *, temperature: float, first
         entropy_coef=cfg.entropy,
         return_entropy=True,
         # groups without advantage are not in the pack; the others are measured whole
-        skip_zero_advantage=False,
-        # rows of the text alone are worth a look at which they are
-        wait=bool(cfg.next_token),
+        live=pack.pg_at,
+        wait=False,
+    )
+    ce = partial(
+        linear_cross_entropy, targets=pack.targets, row_weights=pack.ce_w, denom=1, live=pack.ce_at, wait=False
     )
 
     def heads(hidden, weight):
         # each leaves the other's rows out before its products
-        ce = partial(linear_cross_entropy, targets=pack.targets, row_weights=pack.ce_w, denom=1)
         return head(hidden, weight), ce(hidden, weight)[0] if cfg.next_token else 0
 
     (loss, metrics, logp, _), text = _through(model, pack, heads)
@@ -83,4 +84,5 @@ def sequence_weights(model, pack: Pack, temperature: float, cap: float):
 
 
 def _through(model, pack: Pack, head):
-    return model(pack.tokens, pack.positions, attend_pack(pack), rows=pack.rows, head=head)
+    attend = attend_pack(pack, deterministic=model.deterministic)
+    return model(pack.tokens, pack.positions, attend, rows=pack.rows, head=head)

@@ -38,18 +38,25 @@ def train_step(
     """
     sums: dict[str, torch.Tensor] = {}
     losses: list[tuple[torch.Tensor, list[str]]] = []
-    for units in batches:
-        pack = make_pack(units, ranks.device)
+    packs = (make_pack(units, ranks.device) for units in batches)
+    pack = next(packs, None)
+    while pack is not None:
         loss, more = loss_fn(pack)
+        # the next pack is built here, while the head, whose products take longest, still waits in the device's queue;
+        # after the backward only short kernels would be left in it, and the next forward would come late
+        ahead = next(packs, None)
         loss.backward()
         losses.append((loss.detach(), pack.owner))
         _add(sums, more | {"loss": loss.detach()})
+        pack = ahead
     # the optimiser's parameters, not the model's: those may be whole copies that a forward left behind
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    stats = Stats(grad_norm=_clip(params, clip), sums=ranks.sum(sums))
+    # the norm, the same on all ranks, is read together with the sums: the host waits for the device once
+    read = ranks.sum(sums | {"grad_norm_max": _clip(params, clip)})
+    stats = Stats(grad_norm=read.pop("grad_norm_max"), sums=read)
     if math.isfinite(stats.grad_norm) and math.isfinite(stats.sums.get("loss", 0.0)):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -64,13 +71,14 @@ def train_step(
     return stats
 
 
-def _clip(params: list[nn.Parameter], clip: float) -> float:
-    """Clips the gradient in place; the norm it had. 0 does not clip."""
+def _clip(params: list[nn.Parameter], clip: float) -> torch.Tensor:
+    """Clips the gradient in place; the norm it had, 0-d. 0 does not clip. A norm that is not finite spoils the
+    gradient; the caller, who reads it, drops that."""
     norm = nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if clip and torch.isfinite(norm):
+    if clip:
         nn.utils.clip_grads_with_norm_(params, clip, norm)
-    return norm.item()
+    return norm
 
 
 def _add(sums, more):
