@@ -54,47 +54,62 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the JSON line alone, without the table")
     args = parser.parse_args()
-    seen = figures()
+    tables = figures()
     if not args.json:
-        print("\n".join(table(seen)))
-    print(json.dumps({"benchmark": "counters", "torch": torch.__version__, **seen}))
+        print("\n".join(markdown(tables)))
+    print(json.dumps({"benchmark": "counters", "torch": torch.__version__, **tables}))
     return 0
 
 
-def figures() -> dict[str, list[float]]:
-    """What the table shows: one figure, or one for each world."""
-    at, of = host(), cases()
-    shared, unshared = of["shared"], of["unshared"]
-    rows = {
-        "waits of the host, a pack": [_total(at.pack, "wait")],
-        "waits of the host, a step besides": [_total(at.step, "wait")],
-        "uploads from pinned memory, a pack": [at.pack["upload", "pinned"]],
-        "uploads from pageable memory, a pack": [at.pack["upload", "pageable"]],
-        "kernels, forward of a layer": [at.layer["kernel", "forward"]],
-        "kernels, backward of a layer": [at.layer["kernel", "backward"]],
+def figures() -> dict[str, dict[str, list[float]]]:
+    """Three tables; a row has one figure, or one for each world."""
+    return {"host and device": host_table(), "FLOPs": flop_table(), "network": network_table()}
+
+
+def host_table() -> dict[str, list[float]]:
+    at = host()
+    return {
+        "waits, a pack": [_total(at.pack, "wait")],
+        "waits, a step besides its packs": [_total(at.step, "wait")],
+        "copies from pinned memory, a pack": [at.pack["upload", "pinned"]],
+        "copies from pageable memory, a pack": [at.pack["upload", "pageable"]],
+        "kernels, a layer forward": [at.layer["kernel", "forward"]],
+        "kernels, a layer backward": [at.layer["kernel", "backward"]],
         "kernels, a pack besides its layers": [_total(at.pack, "kernel") - 2 * _total(at.layer, "kernel")],
-        "PFLOP, shared": [shared.executed / 1e15],
-        "PFLOP, unshared": [unshared.executed / 1e15],
-        "FLOPs executed / needed, shared": [shared.ratio],
-        "FLOPs executed / needed, unshared": [unshared.ratio],
-        "FLOPs executed, unshared / shared": [unshared.executed / shared.executed],
-        "share of FLOPs that flash attention's backward does again": [shared.again / shared.executed],
     }
-    for name in ("packs of 8192", "packs of 10240"):
-        rows[f"FLOPs executed / needed, longest group, {name}"] = [of[name].ratio]
+
+
+def flop_table() -> dict[str, list[float]]:
+    group, longest = blank_group(prefix=1024, siblings=8, reply=896), blank_group(prefix=1024, siblings=16, reply=1152)
+    shared, unshared = flops(LLAMA, [group]), flops(LLAMA, duplicated(group))
+    return {
+        "8 replies of 896 to 1024 tokens, shared: executed / needed": [shared.ratio],
+        "the same, unshared: executed / needed": [unshared.ratio],
+        "unshared / shared, executed": [unshared.executed / shared.executed],
+        "PFLOP executed, shared": [shared.executed / 1e15],
+        "share of it that flash attention's backward does again": [shared.again / shared.executed],
+        "16 replies of 1152 to 1024 tokens, packs of 8192: executed / needed": [flops(LLAMA, [longest]).ratio],
+        "the same, packs of 10240: executed / needed": [flops(LLAMA, [longest], capacity=10240).ratio],
+    }
+
+
+def network_table() -> dict[str, list[float]]:
     worlds = [network_by_formula(LLAMA, world) for world in WORLDS]
-    for name in worlds[0]:
-        rows[name] = [w[name] for w in worlds]
-    return rows
+    return {name: [w[name] for w in worlds] for name in worlds[0]}
 
 
-def table(seen: dict[str, list[float]]) -> list[str]:
-    """Lines of Markdown. docs/h100.md holds them."""
-    lines = ["| what | 8 ranks | 64 ranks |", "|---|---|---|"]
-    for name, values in seen.items():
-        cells = [str(v) if isinstance(v, int) else f"{v:.3f}" for v in values]
-        lines.append(" | ".join([f"| {name}", *cells, *[""] * (2 - len(cells))]).rstrip() + " |")
+def markdown(tables: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Lines of three tables; docs/h100.md holds them."""
+    lines = []
+    for title, rows in tables.items():
+        heads = [f"{world} ranks" for world in WORLDS] if title == "network" else ["counted"]
+        lines += [_row(title, heads), "|---" * (1 + len(heads)) + "|"]
+        lines += [_row(name, [str(v) if isinstance(v, int) else f"{v:.3f}" for v in row]) for name, row in rows.items()]
     return lines
+
+
+def _row(name, cells):
+    return f"| {' | '.join([name, *cells])} |"
 
 
 def on_policy(model: Transformer, pack: Pack):
@@ -133,9 +148,10 @@ def by_pack(counts_of: Callable[[int], Counter]) -> tuple[Counter, Counter]:
     return pack, Counter({what: n - 2 * pack[what] for what, n in two.items()})
 
 
-def device_counts(loss_of: LossOf, layers: int, num_packs: int) -> Counter:
+def device_counts(loss_of: LossOf, layers: int, num_packs: int, beside: tuple[Unit, ...] = ()) -> Counter:
+    """Of a steady step whose packs hold a group each, and what is beside it."""
     cfg = replace(SMALL, layers=layers)
-    batches = [[unit] for unit in small_units(num_packs)]
+    batches = [[unit, *beside] for unit in small_units(num_packs)]
     with fake_gpu() as count:
         model = weights.build(cfg, "bfloat16", "meta")
         optimizer, ranks = adamw(model, OptimConfig(lr=1e-4)), shard.Ranks(0, 1, CUDA, None)
@@ -146,9 +162,9 @@ def device_counts(loss_of: LossOf, layers: int, num_packs: int) -> Counter:
             count.phase = "backward"
             return out
 
-        for _ in range(2):  # the first step fills caches
+        for packs in (batches[:1], batches):  # the first step fills caches
             count.seen.clear()
-            train_step(model, optimizer, batches, loss_fn, ranks, lr=1e-4, clip=1.0)
+            train_step(model, optimizer, packs, loss_fn, ranks, lr=1e-4, clip=1.0)
     return count.seen
 
 
@@ -172,17 +188,6 @@ class Flops:
         return (self.executed - self.again) / self.needed
 
 
-def cases() -> dict[str, Flops]:
-    """Of Llama-3-8B: a group, shared and not; the longest group of configs/llama3-8b-rlmt.toml, which no pack holds."""
-    group, longest = blank_group(prefix=1024, siblings=8, reply=896), blank_group(prefix=1024, siblings=16, reply=1152)
-    return {
-        "shared": flops(LLAMA, [group]),
-        "unshared": flops(LLAMA, duplicated(group)),
-        "packs of 8192": flops(LLAMA, [longest]),
-        "packs of 10240": flops(LLAMA, [longest], capacity=10240),
-    }
-
-
 def blank_group(*, prefix: int, siblings: int, reply: int) -> Unit:
     ones = np.ones(reply, np.float32)
     same = Reply(tokens=np.zeros(reply, np.int64), ce_w=0 * ones, pg_w=ones, adv=ones, logp_old=-ones)
@@ -192,10 +197,16 @@ def blank_group(*, prefix: int, siblings: int, reply: int) -> Unit:
 def flops(cfg: ModelConfig, units: list[Unit], *, capacity: int = 8192, checkpointing: bool = False) -> Flops:
     """Of a step on units, packed."""
     executed = again = 0
+    seen: dict[tuple[int, ...], int] = {}
     for batch in plan(units, capacity=capacity, ranks=1, pair_cost=0.0)[0]:
         pack = make_pack(batch)
-        pairs = _pairs(pack.cu_q.tolist(), pack.cu_k.tolist())
-        executed += _executed(cfg, batch, pairs, checkpointing)
+        cu_q, cu_k = pack.cu_q.tolist(), pack.cu_k.tolist()
+        pairs = _pairs(cu_q, cu_k)
+        # packs of the same lengths run the same products
+        lengths = (*cu_q, *cu_k)
+        if lengths not in seen:
+            seen[lengths] = _executed(cfg, batch, pairs, checkpointing)
+        executed += seen[lengths]
         again += 2 * cfg.layers * cfg.heads * cfg.head_dim * pairs
     return Flops(executed, again, needed(cfg, units))
 
@@ -259,7 +270,7 @@ class Wire(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in name and "wrap" not in name:
-            kind = next(kind for kind in ("gather", "scatter", "reduce") if kind in name)
+            kind = next((kind for kind in ("gather", "scatter", "reduce") if kind in name), name)
             whole = args[1] if kind == "scatter" else out if isinstance(out, torch.Tensor) else args[0]
             whole = whole[0] if isinstance(whole, list) else whole
             self.seen[kind] += 1
@@ -306,16 +317,18 @@ def network(cfg: ModelConfig, world: int) -> dict[str, float]:
 def network_by_formula(cfg: ModelConfig, world: int) -> dict[str, float]:
     """The same from shapes. A unit of FSDP is a block, the embedding, or the last norm with the head.
 
-    Each is gathered in bf16 for the forward; blocks and embedding, which the backward finds sharded, once more; and its
-    gradient is scattered in fp32. A sync gathers each parameter once. Rows are padded to a multiple of the ranks.
+    Each is gathered in bf16 for the forward, blocks once more for the backward; gradients are scattered in fp32. A
+    sync gathers each parameter once. Rows are padded to a multiple of the ranks.
     """
     shapes = {name: p.shape for name, p in weights.build(cfg, device="meta").named_parameters()}
     sizes = {name: -(-s[0] // world) * world * s[1:].numel() for name, s in shapes.items()}
-    whole, kept = sum(sizes.values()), sizes["norm.weight"] + sizes["lm_head.weight"]
-    gathers, gathered = 2 * (cfg.layers + 2) - 1, 2 * whole - kept
-    pack = Counter(
-        {"gather": gathers, "gather bytes": 2 * gathered, "scatter": cfg.layers + 2, "scatter bytes": 4 * whole}
-    )
+    whole, blocks = sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith("layers."))
+    pack = {
+        "gather": cfg.layers + 2 + cfg.layers,
+        "gather bytes": 2 * (whole + blocks),
+        "scatter": cfg.layers + 2,
+        "scatter bytes": 4 * whole,
+    }
     step = Counter({"reduce": 3})  # the gradient's norm; sums and maxima to log, on the host
     return _network(world, pack, step, Counter({"gather": len(sizes), "gather bytes": 2 * whole}))
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.nn.attention.varlen  # its ops have names from here on
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils, checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,9 +42,6 @@ class Count(TorchDispatchMode):
         self.seen: Counter[tuple[str, str]] = Counter()
         self.phase = ""
         self._pinned: dict[int, torch.Tensor] = {}  # by address; kept, so that none is given out twice
-
-    def total(self, kind: str) -> int:
-        return sum(n for (k, _), n in self.seen.items() if k == kind)
 
     def kernel(self, *args, **kwargs) -> None:
         self.seen["kernel", self.phase] += 1
@@ -157,7 +155,6 @@ def _is_cuda(x):
 @contextmanager
 def fake_gpu():
     """The fake is CUDA, for all that runs inside; yields its Count. Attention is torch's varlen attention."""
-    import torch.nn.attention.varlen
     from triton.runtime.jit import KernelInterface
 
     count = Count()
