@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,7 +125,10 @@ def _set_allocator() -> None:
         # both: vLLM 0.32 asks torch, versions near it read the variable of this name alone; torch may have read the
         # variables when it was imported
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATOR
-        torch._C._accelerator_setAllocatorSettings(ALLOCATOR)
+        # the name that all of torch 2.11 to 2.14 have; newer ones deprecate it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.cuda.memory._set_allocator_settings(ALLOCATOR)
 
 
 def _leave(mesh: DeviceMesh) -> None:
