@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from benchmarks.fake_gpu import CUDA, fake_gpu
+from benchmarks.shapes import LLAMA3_8B, needed_flops
 from benchmarks.step import make_groups
 from thinkmid.data.pack import Reply, Unit, duplicated, make_pack, plan
 from thinkmid.model import weights
@@ -40,11 +41,8 @@ from thinkmid.train.optim import OptimConfig, adamw
 from thinkmid.train.step import train_step
 from thinkmid.types import Pack
 
-LLAMA = ModelConfig(
-    kind="llama", vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336,
-    rope_theta=500_000.0, norm_eps=1e-5, tied=False, max_positions=8192, eos_ids=(),
-)  # fmt: skip
 WORLDS = (8, 64)
+LLAMA = LLAMA3_8B
 SMALL = replace(LLAMA, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=176, vocab=640)
 LOSS = LossConfig(denom=8)
 LossOf = Callable[[Transformer, Pack], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -208,21 +206,7 @@ def flops(cfg: ModelConfig, units: list[Unit], *, capacity: int = 8192, checkpoi
             seen[lengths] = _executed(cfg, batch, pairs, checkpointing)
         executed += seen[lengths]
         again += 2 * cfg.layers * cfg.heads * cfg.head_dim * pairs
-    return Flops(executed, again, needed(cfg, units))
-
-
-def needed(cfg: ModelConfig, units: list[Unit]) -> int:
-    """By lengths alone, each prefix once: 6 a weight of the blocks and row, 6 a weight of the head and row with loss;
-    attention two products a pair forward, four backward."""
-    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    block = 2 * cfg.width * (q + kv) + 3 * cfg.width * cfg.ffn
-    total = 0
-    for unit in units:
-        p, lengths = len(unit.prefix), [len(r.tokens) for r in unit.replies]
-        rows = p + sum(n - 1 for n in lengths)  # the last token of a reply predicts nothing
-        pairs = p * (p + 1) // 2 + sum((n - 1) * p + (n - 1) * n // 2 for n in lengths)
-        total += 6 * (cfg.layers * block * rows + cfg.vocab * cfg.width * sum(lengths)) + 12 * cfg.layers * q * pairs
-    return total
+    return Flops(executed, again, needed_flops(cfg, units))
 
 
 def _executed(cfg, batch, pairs, checkpointing):

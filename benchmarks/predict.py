@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from benchmarks import roofline
 from benchmarks.measure.sizes import H100, Family, Sizes
 from benchmarks.roofline import DEVICES, Device
+from benchmarks.shapes import needed_flops
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.train import memory
 from thinkmid.train.config import ModelSection
@@ -178,14 +179,14 @@ def peak(cfg: ModelConfig, pack_tokens: int) -> float:
 
 
 def block(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
-    from benchmarks.measure.training import needed_flops
+    from benchmarks.measure.training import groups_of, units_of
 
     found, seconds = {}, {}
     for layers in sizes.depths:
         cfg, name = replace(sizes.wide, layers=layers), f"{layers} layers"
         seconds[layers], least = step_s(cfg, sizes.pack, gpu)
         found[f"{name}: step"] = Guess(value=seconds[layers], unit="s", floor=least)
-        flops = needed_flops(cfg, sizes.pack)
+        flops = needed_flops(cfg, units_of(groups_of(sizes.pack, vocab=cfg.vocab)))
         found[f"{name}: FLOPs needed a second"] = Guess(value=flops / seconds[layers], unit="FLOP/s", floor=gpu.bf16)
         found[f"{name}: tokens a second"] = Guess(value=sizes.pack.tokens() / seconds[layers], unit="1/s")
         found[f"{name}: peak memory of tensors"] = Guess(value=peak(cfg, sizes.pack.tokens()), unit="B")

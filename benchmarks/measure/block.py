@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.measure.row import Row, free, median_s, peak_bytes, walls
 from benchmarks.measure.sizes import Sizes
-from benchmarks.measure.training import Trainer, groups_of, needed_flops, packs_of, units_of
+from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
+from benchmarks.shapes import needed_flops
 from thinkmid.train import shard
 
 
@@ -20,14 +21,15 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
     for layers in sizes.depths:
         cfg = replace(sizes.wide, layers=layers)
         trainer = Trainer(cfg, ranks)
-        packs = packs_of(units_of(groups_of(sizes.pack, vocab=cfg.vocab)), cfg, sizes.pack_tokens)
+        units = units_of(groups_of(sizes.pack, vocab=cfg.vocab))
+        packs = packs_of(units, cfg, sizes.pack_tokens)
         assert len(packs) == 1, f"{sizes.pack.tokens()} tokens make {len(packs)} packs"
         name = f"{layers} layers"
         trainer.step(packs)  # kernels are compiled, memory is found
         peak = peak_bytes(partial(trainer.step, packs), device)
         seconds[layers], note = walls(partial(trainer.step, packs), device, sizes.repeats)
         yield Row(what=f"{name}: step", value=seconds[layers], unit="s", note=note)
-        flops = needed_flops(cfg, sizes.pack)
+        flops = needed_flops(cfg, units)
         yield Row(what=f"{name}: FLOPs needed a second", value=flops / seconds[layers], unit="FLOP/s")
         yield Row(what=f"{name}: tokens a second", value=sizes.pack.tokens() / seconds[layers], unit="1/s")
         if peak:

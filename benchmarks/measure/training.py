@@ -82,12 +82,3 @@ def fill(model: torch.nn.Module) -> None:
             local.fill_(1)
         else:
             local.normal_(0, p.shape[1] ** -0.5)
-
-
-def needed_flops(cfg: ModelConfig, families: Family, shared: bool = True) -> float:
-    """Of forward and backward: 6 a weight of the blocks and token, 6 a weight of the head and row with loss, and of
-    attention 12 H C a pair of query and key."""
-    blocks = cfg.num_parameters - cfg.vocab * cfg.width * (1 if cfg.tied else 2)
-    pair = 12 * cfg.layers * cfg.heads * cfg.head_dim
-    head = 6 * cfg.vocab * cfg.width * families.rows
-    return 6 * blocks * families.tokens(shared) + pair * families.pairs(shared) + head
