@@ -218,8 +218,8 @@ def test_the_run_keeps_its_threads_precision_and_draws(one, tmp_path):
     other = random_model(one.cfg, seed=8)
     sync.push(other, second, 0, torch.float32)
     sync.push(one.model, one.vllm, 11, torch.float32)
-    assert sync.difference(second, sync.checksums(other, torch.float32), {}) == ""
-    assert sync.difference(one.vllm, sync.checksums(one.model, torch.float32), {}) == ""
+    assert sync.difference(second, sync.checksums(other, second, torch.float32), {}) == ""
+    assert sync.difference(one.vllm, sync.checksums(one.model, one.vllm, torch.float32), {}) == ""
 
 
 def test_another_version_of_vllm_is_refused(monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.model.weights import EMBEDDING, HEAD
+from thinkmid.rollout import slices
 from thinkmid.rollout.engine import Answer, EngineConfig, Sampling, check_vllm
 from thinkmid.rollout.phases import Phases
 from thinkmid.rollout.rows import Rows
@@ -50,6 +51,9 @@ class VllmEngine:
         self._llm = _build(folder, config, max_len=max_len, rows=rows, cuda=cuda, sleeps=self._sleeps)
         self._core = self._llm.llm_engine.engine_core
         self._model = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        self._tp_rank = get_tensor_model_parallel_rank()
         self._asked: dict[str, _Question] = {}
         self._inbox: list = []  # outputs of sequences, seen while questions were answered
         self._num = 0  # requests so far: their ids
@@ -102,30 +106,26 @@ class VllmEngine:
     def reset_cache(self):
         assert self._core.reset_prefix_cache(), "the prefix cache is in use: a sequence is running"
 
+    def part(self, name, whole):
+        return slices.part(self._cfg, name, whole, self._tp_rank, self._tp)
+
     @torch.inference_mode()
     def named_weights(self):
-        """Read back, fused matrices taken apart; nothing where ranks share an engine: each holds a part."""
-        if self._tp > 1:
-            return
-        q, kv = self._cfg.heads * self._cfg.head_dim, self._cfg.kv_heads * self._cfg.head_dim
-        parts = {
-            "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
-            "gate_up_proj": {"gate_proj": self._cfg.ffn, "up_proj": self._cfg.ffn},
-        }
+        """Read back, fused matrices taken apart, padding cut off."""
+        parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        vocab = len(slices.vocab_rows(self._cfg.vocab, self._tp_rank, self._tp))
         for path, module in self._model.named_modules():
             for kind, p in module.named_parameters(recurse=False):
                 name = f"{path}.{kind}"
                 if name == HEAD and self._cfg.tied:
                     continue
-                whole = _read(module) if kind == "weight" and p.numel() == 0 else p
+                held = _read(module) if kind == "weight" and p.numel() == 0 else p
                 parent, _, leaf = path.rpartition(".")
                 if leaf in parts:
-                    sizes = list(parts[leaf].values())
-                    for part, rows in zip(parts[leaf], whole.split(sizes), strict=True):
+                    for part, rows in zip(parts[leaf], held.split(module.output_partition_sizes), strict=True):
                         yield f"{parent}.{part}.{kind}", rows
                 else:
-                    # vocabularies are padded to a multiple of 64
-                    yield name, whole[: self._cfg.vocab] if name in (HEAD, EMBEDDING) else whole
+                    yield name, held[:vocab] if name in (HEAD, EMBEDDING) else held
 
     # sequences
 
@@ -344,9 +344,9 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
 
 
 def _read(linear) -> torch.Tensor:
-    """The (out, in) weight of a linear whose matrix was packed away: what it makes of the identity."""
+    """A rank's (out, in) weight of a linear whose matrix was packed away: what it makes of the identity."""
     dtype = linear.weight.dtype
-    eye = torch.eye(linear.input_size, dtype=dtype, device=linear.weight.device)
+    eye = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
     return linear.quant_method.apply(linear, eye).T
 
 
