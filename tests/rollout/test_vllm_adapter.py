@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, random_model
 from torch import nn
 
+from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.rollout import sync, vllm
 from thinkmid.rollout.engine import EngineConfig
@@ -57,19 +58,50 @@ def test_questions_are_answered_and_what_sequences_said_meanwhile_is_kept_once_a
     assert [o.new_token_ids for o in engine._step()] == [[9]]
 
 
-def test_the_engine_asks_for_nothing_but_its_cache_and_steps_in_turn(monkeypatch):
-    asked = {}
-    fake = types.ModuleType("vllm")
-    fake.__version__, fake.LLM = "0.33.0", lambda **options: asked.update(options)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+@pytest.fixture
+def package(monkeypatch):
+    """A stand-in for vLLM that builds nothing; rope: what it keeps per process."""
+    fake, layers = types.ModuleType("vllm"), "vllm.model_executor.layers"
+    rotary = types.ModuleType(f"{layers}.rotary_embedding")
+    fake.__version__, fake.LLM, fake.rotary, rotary._ROPE_DICT = "0.33.0", None, rotary, {}
+    modules = {"vllm": fake, "vllm.model_executor": types.ModuleType("vllm.model_executor")}
+    modules |= {layers: types.ModuleType(layers), rotary.__name__: rotary}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     for name in (*vllm.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING"):
         monkeypatch.setenv(name, "0")
-    vllm._build("folder", EngineConfig(kind="vllm", kv_gb=36.0), max_len=100, rows=4, cuda=True, sleeps=True)
+    return fake
+
+
+def build(**config):
+    config = EngineConfig(kind="vllm", **config)
+    return vllm._build("folder", config, max_len=100, rows=4, cuda=True, sleeps=True)
+
+
+def test_the_engine_asks_for_nothing_but_its_cache_and_steps_in_turn(package):
+    asked = {}
+    package.LLM = lambda **options: asked.update(options)
+    build(kv_gb=36.0)
     total_gb, trainer_gb = 80, 70
     # what vLLM's request_memory wants to be free before anything is allocated
     assert asked["gpu_memory_utilization"] * total_gb < total_gb - trainer_gb
     assert asked["kv_cache_memory_bytes"] == 36e9
     assert asked["async_scheduling"] is False
+
+
+def test_a_second_engine_is_given_no_rotary_table_of_the_first(package):
+    """Which it would read while the first one sleeps, its memory unmapped."""
+    rope = package.rotary._ROPE_DICT
+    package.LLM = lambda **_: rope.setdefault("one RoPE", object())
+    first = build()
+    assert rope == {"one RoPE": first}
+    assert build() is not first
+
+
+def test_a_vllm_that_keeps_its_rotary_tables_elsewhere_is_refused(package):
+    del package.rotary._ROPE_DICT
+    with pytest.raises(UserError, match=r"vllm 0\.33\.0 keeps its rotary modules elsewhere.*_ROPE_DICT"):
+        build()
 
 
 def held_by(rank, tp, cfg, named):

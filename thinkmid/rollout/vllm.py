@@ -302,6 +302,7 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     os.environ.update(alone)
     try:
         with _quiet():
+            _forget_rope(vllm.__version__)
             llm = vllm.LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,
@@ -341,6 +342,20 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     torch.set_rng_state(states[2])
     gc.unfreeze()
     return llm
+
+
+def _forget_rope(version: str) -> None:
+    """Gives the next engine rotary tables of its own. UserError if this vLLM does not keep them where we look.
+
+    vLLM keeps rotary modules per process: the next engine of the same RoPE would read tables that lie in the first
+    one's memory, unmapped while it sleeps. Of vLLM's other caches, each engine replaces the scratch buffers, and the
+    sampler's tables lie outside the memory that sleeps.
+    """
+    try:
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    except ImportError as error:
+        raise UserError(f"vllm {version} keeps its rotary modules elsewhere than the adapter looks: {error}") from error
+    _ROPE_DICT.clear()
 
 
 def _read(linear) -> torch.Tensor:
