@@ -104,6 +104,58 @@ def test_a_vllm_that_keeps_its_rotary_tables_elsewhere_is_refused(package):
         build()
 
 
+class Memory:
+    """The core of an engine over vLLM's allocator, as far as memory goes: what is freed is unmapped, asleep or not."""
+
+    def __init__(self):
+        self.mapped, self.freed, self.shutdowns = {"weights", "kv_cache"}, [], 0
+        self._finalizer = SimpleNamespace(detach=lambda: self.freed.append("never"))
+
+    def sleep(self, level):
+        self.mapped.clear()
+
+    def wake_up(self, tags):
+        self.mapped.update(tags)
+
+    def shutdown(self):
+        self.shutdowns += 1
+        for tag in ("weights", "kv_cache"):
+            assert tag in self.mapped, f"{tag} is unmapped twice"
+            self.mapped.remove(tag)
+            self.freed.append(tag)
+
+
+def sleeper(monkeypatch, *, sleeps=True):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    engine = make_engine()
+    engine._core, engine._sleeps = Memory(), sleeps
+    return engine
+
+
+@pytest.mark.parametrize("calls", [("sleep",), ("sleep", "wake_weights"), ("sleep", "sleep")])
+def test_an_engine_that_is_closed_asleep_unmaps_nothing_again_and_wakes_nothing(monkeypatch, calls):
+    engine = sleeper(monkeypatch)
+    for call in calls:
+        getattr(engine, call)()
+    mapped = set(engine._core.mapped)
+    engine.close()
+    # the finaliser, which would shut down at exit, is gone
+    assert (engine._core.shutdowns, engine._core.freed, engine._core.mapped) == (0, ["never"], mapped)
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_that_is_closed_awake_frees_everything_once(monkeypatch, sleeps):
+    engine = sleeper(monkeypatch, sleeps=sleeps)
+    engine.sleep()
+    if sleeps:
+        engine.wake_weights()
+        engine._phases.loaded = True
+        engine.wake_cache()
+    engine.close()
+    assert (engine._core.shutdowns, engine._core.freed) == (1, ["weights", "kv_cache"])
+
+
 def held_by(rank, tp, cfg, named):
     """A module tree with a rank's parameters, laid out as vLLM's loaders do it; widths of 4 heads and 2 kv heads."""
     root, c = nn.Module(), cfg.head_dim

@@ -62,7 +62,11 @@ class VllmEngine:
     def close(self) -> None:
         """At an orderly exit, before the process group goes; after an error its groups are left to the system."""
         # the first engine that goes takes the groups along
-        if getattr(sys, "last_value", None) is None and torch.distributed.is_initialized():
+        orderly = getattr(sys, "last_value", None) is None and torch.distributed.is_initialized()
+        # a shutdown frees the tensors, and on CUDA vLLM's allocator unmaps what it frees: of a sleeping engine that
+        # would be the second time. Waking first would need the memory that the trainer has
+        mapped = not self._sleeps or self._phases.state == "ready"
+        if orderly and mapped:
             self._core.shutdown()
         else:
             self._core._finalizer.detach()
