@@ -106,11 +106,11 @@ FAULTS = {
 def test_what_went_wrong_in_a_sync_is_named(fault):
     engine, old, new = NativeEngine(CFG, TEXT), make_model(CFG, seed=1), make_model(CFG)
     before = sync.push(old, engine, 0, torch.float32)
-    assert before == sync.checksums(old, torch.float32)
+    assert before == sync.checksums(old, engine, torch.float32)
     assert sync.difference(engine, before, {}) == ""
     spoilt = fault(dict(weights.stream(new)), dict(weights.stream(old)))
     engine.load_weights(spoilt.items(), 1)
-    assert sync.difference(engine, sync.checksums(new, torch.float32), before).startswith(FAULTS[fault])
+    assert sync.difference(engine, sync.checksums(new, engine, torch.float32), before).startswith(FAULTS[fault])
 
 
 def test_weights_that_did_not_change_are_not_called_stale():

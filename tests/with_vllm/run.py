@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+import torch.distributed as dist
 
 from thinkmid import config
 from thinkmid.rollout import sync
@@ -64,6 +65,30 @@ def transposed(load):
     return lambda self, named, version: load(self, stream(named, version), version)
 
 
+def one_element(load):
+    """Of one rank's slice of a matrix that ranks share: its last column lies on the last rank."""
+
+    def stream(named, version):
+        for name, tensor in named:
+            if name == "model.layers.1.self_attn.o_proj.weight" and version >= SPOILT and dist.get_rank() == 1:
+                tensor = tensor.clone()
+                tensor[3, -1] += 1
+            yield name, tensor
+
+    return lambda self, named, version: load(self, stream(named, version), version)
+
+
+def exchanged(load):
+    """Two ranks hold each other's slice."""
+
+    def stream(named, version):
+        for name, tensor in named:
+            other = name == "model.layers.0.mlp.down_proj.weight" and version >= SPOILT
+            yield name, tensor.roll(tensor.shape[1] // 2, 1) if other else tensor
+
+    return lambda self, named, version: load(self, stream(named, version), version)
+
+
 def stale_cache(load):
     def load_weights(self, named, version):
         self.reset_cache = lambda: None
@@ -73,7 +98,14 @@ def stale_cache(load):
     return load_weights
 
 
-SABOTAGE = {"skipped": skip, "bucket": stale_bucket, "transposed": transposed, "cache": stale_cache}
+SABOTAGE = {
+    "skipped": skip,
+    "bucket": stale_bucket,
+    "transposed": transposed,
+    "cache": stale_cache,
+    "element": one_element,
+    "exchanged": exchanged,
+}
 
 
 def compared(train):
@@ -86,15 +118,21 @@ def compared(train):
         native = NativeEngine(job.model.cfg, job.text)
         engine.wake_weights()
         for e in (engine, native):
-            sync.push(job.model, e, cfg.run.steps, torch.float32)
+            sums = sync.push(job.model, e, cfg.run.steps, torch.float32)
+            assert sync.difference(e, sums, {}) == ""
         engine.wake_cache()
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
-        some = [prompts[i] for i in range(job.ranks.rank, len(prompts), job.ranks.world)][:8]
+        # ranks that share an engine ask for the same
+        share = cfg.engine.tensor_parallel
+        mine = range(job.ranks.rank // share, len(prompts), job.ranks.world // share)
+        some = [prompts[i] for i in mine][:8]
+        names = len(list(engine.named_weights()))
         ours, theirs = (collect(e, some, [[0]] * len(some), greedy) for e in (engine, native))
         pairs = [(a.samples[0], b.samples[0]) for a, b in zip(ours, theirs, strict=True)]
         same = sum(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)
         gap = max(float(abs(a.logp - b.logp).max()) for a, b in pairs if len(a.logp) == len(b.logp))
-        print(json.dumps({"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap}), flush=True)
+        row = {"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap, "names": names}
+        print(json.dumps(row), flush=True)
         return code
 
     return run

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
+from safetensors import safe_open
 from world import rlmt_flags, sft_flags
 
 from thinkmid.log import read_rows
@@ -94,11 +95,44 @@ def test_a_prefix_cache_of_old_weights_stops_the_run_and_is_named(home):
 
 def test_ranks_that_share_one_engine_draw_what_one_rank_alone_draws(home):
     """tensor_parallel 2 against one rank: the same samples, but for the order of sums."""
-    flags = ["--engine.tensor_parallel=2"]
-    code, _, errors, shared = run(home, "shared", *flags, ranks=2, steps=1)
+    code, out, errors, shared = run(home, "shared", "--engine.tensor_parallel=2", ranks=2, steps=1)
     assert code == 0, errors
+    found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    assert sorted(f["rank"] for f in found) == [0, 1]
+    assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found)
+    # each rank compared its part of every tensor
+    with safe_open(home / "sft/export/model.safetensors", "pt") as file:
+        assert {f["names"] for f in found} == {len(file.keys())}
     code, _, errors, alone = run(home, "alone", steps=1)
     assert code == 0, errors
     assert shared[0]["reward"] == alone[0]["reward"]
     assert shared[0]["generated_tokens"] == alone[0]["generated_tokens"]
     assert shared[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-3)
+
+
+def test_ranks_that_share_an_engine_read_back_their_slices_of_every_tensor_of_every_family(tmp_path):
+    program = [str(Path(__file__).with_name("shared.py")), str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    assert sorted((f["rank"], f["family"]) for f in found) == [(r, k) for r in (0, 1) for k in KINDS]
+    for f in found:
+        with safe_open(tmp_path / f["family"] / "model.safetensors", "pt") as file:
+            assert (f["wrong"], f["names"]) == ("", sorted(file.keys()))
+
+
+KINDS = ("llama", "qwen2", "qwen3")
+SHARED = {
+    "element": "bucket model.layers.1 is damaged: model.layers.1.self_attn.o_proj.weight",
+    "exchanged": "bucket model.layers.0 is damaged: model.layers.0.mlp.down_proj.weight",
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_a_slice_that_one_of_the_ranks_holds_wrong_stops_the_run_and_is_named(home, what):
+    code, _, errors, rows = run(home, what, "--engine.tensor_parallel=2", ranks=2)
+    assert code == 1, errors  # torchrun's own
+    assert len(errors) == 2  # on both ranks, whichever saw it
+    assert all(f"step 2: engine and trainer disagree: {SHARED[what]}" in line for line in errors)
+    assert [row["step"] for row in rows] == [1, 2]

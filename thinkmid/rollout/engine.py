@@ -116,7 +116,10 @@ class Engine(Protocol):
         """Replaces every weight in place; names are Hugging Face's, a tied head appears once."""
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What it holds now, under the same names: sync compares checksums."""
+        """What it holds now on this rank, under the same names: sync compares checksums."""
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """The slice of a whole tensor that it should hold on this rank; all of it unless ranks share the engine."""
 
 
 def check_vllm() -> None:

@@ -60,6 +60,9 @@ class NativeEngine:
     def named_weights(self):
         return iter(self._params.items())
 
+    def part(self, name, whole):
+        return whole
+
     def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
         self._phases.enter("generate")
         return self._run(prompts, seeds_P_G, sampling, stop)

@@ -6,7 +6,7 @@ import torch
 
 from thinkmid.model import weights
 
-Sums = dict[str, int]  # tensor name -> checksum
+Sums = dict[str, int]  # tensor name -> checksum of the part that this rank's engine holds
 
 
 def push(model, engine, version: int, dtype: torch.dtype, *, summed: bool = True) -> Sums:
@@ -19,26 +19,24 @@ def push(model, engine, version: int, dtype: torch.dtype, *, summed: bool = True
     def stream():
         for name, tensor in weights.stream(model, dtype=dtype):
             if summed:
-                sums[name] = checksum(tensor)
+                sums[name] = checksum(engine.part(name, tensor))
             yield name, tensor
 
     engine.load_weights(stream(), version)
     return sums
 
 
-def checksums(model, dtype: torch.dtype) -> Sums:
+def checksums(model, engine, dtype: torch.dtype) -> Sums:
     """Of the trainer's weights as the engine should hold them. Collective."""
-    return {name: checksum(tensor) for name, tensor in weights.stream(model, dtype=dtype)}
+    return {name: checksum(engine.part(name, tensor)) for name, tensor in weights.stream(model, dtype=dtype)}
 
 
 def difference(engine, sums: Sums, before: Sums) -> str:
     """What is wrong with the weights that the engine holds, by name; "" if they are those of sums.
 
-    before: checksums of an older version, to know what is stale; may be empty. An engine that shows nothing passes.
+    before: checksums of an older version, to know what is stale; may be empty. Each rank sees its own part.
     """
     held = {name: checksum(tensor) for name, tensor in engine.named_weights()}
-    if not held:
-        return ""
     if unknown := sorted(sums.keys() ^ held.keys()):
         return f"{unknown[0]} is held by one of trainer and engine alone"
     wrong = [name for name in sums if held[name] != sums[name]]

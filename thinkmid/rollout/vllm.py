@@ -17,6 +17,7 @@ import torch
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.model.weights import EMBEDDING, HEAD
+from thinkmid.rollout import slices
 from thinkmid.rollout.engine import Answer, EngineConfig, Sampling, check_vllm
 from thinkmid.rollout.phases import Phases
 from thinkmid.rollout.rows import Rows
@@ -50,6 +51,9 @@ class VllmEngine:
         self._llm = _build(folder, config, max_len=max_len, rows=rows, cuda=cuda, sleeps=self._sleeps)
         self._core = self._llm.llm_engine.engine_core
         self._model = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        self._tp_rank = get_tensor_model_parallel_rank()
         self._asked: dict[str, _Question] = {}
         self._inbox: list = []  # outputs of sequences, seen while questions were answered
         self._num = 0  # requests so far: their ids
@@ -58,7 +62,11 @@ class VllmEngine:
     def close(self) -> None:
         """At an orderly exit, before the process group goes; after an error its groups are left to the system."""
         # the first engine that goes takes the groups along
-        if getattr(sys, "last_value", None) is None and torch.distributed.is_initialized():
+        orderly = getattr(sys, "last_value", None) is None and torch.distributed.is_initialized()
+        # a shutdown frees the tensors, and on CUDA vLLM's allocator unmaps what it frees: of a sleeping engine that
+        # would be the second time. Waking first would need the memory that the trainer has
+        mapped = not self._sleeps or self._phases.state == "ready"
+        if orderly and mapped:
             self._core.shutdown()
         else:
             self._core._finalizer.detach()
@@ -102,30 +110,26 @@ class VllmEngine:
     def reset_cache(self):
         assert self._core.reset_prefix_cache(), "the prefix cache is in use: a sequence is running"
 
+    def part(self, name, whole):
+        return slices.part(self._cfg, name, whole, self._tp_rank, self._tp)
+
     @torch.inference_mode()
     def named_weights(self):
-        """Read back, fused matrices taken apart; nothing where ranks share an engine: each holds a part."""
-        if self._tp > 1:
-            return
-        q, kv = self._cfg.heads * self._cfg.head_dim, self._cfg.kv_heads * self._cfg.head_dim
-        parts = {
-            "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
-            "gate_up_proj": {"gate_proj": self._cfg.ffn, "up_proj": self._cfg.ffn},
-        }
+        """Read back, fused matrices taken apart, padding cut off."""
+        parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        vocab = len(slices.vocab_rows(self._cfg.vocab, self._tp_rank, self._tp))
         for path, module in self._model.named_modules():
             for kind, p in module.named_parameters(recurse=False):
                 name = f"{path}.{kind}"
                 if name == HEAD and self._cfg.tied:
                     continue
-                whole = _read(module) if kind == "weight" and p.numel() == 0 else p
+                held = _read(module) if kind == "weight" and p.numel() == 0 else p
                 parent, _, leaf = path.rpartition(".")
                 if leaf in parts:
-                    sizes = list(parts[leaf].values())
-                    for part, rows in zip(parts[leaf], whole.split(sizes), strict=True):
+                    for part, rows in zip(parts[leaf], held.split(module.output_partition_sizes), strict=True):
                         yield f"{parent}.{part}.{kind}", rows
                 else:
-                    # vocabularies are padded to a multiple of 64
-                    yield name, whole[: self._cfg.vocab] if name in (HEAD, EMBEDDING) else whole
+                    yield name, held[:vocab] if name in (HEAD, EMBEDDING) else held
 
     # sequences
 
@@ -302,6 +306,7 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     os.environ.update(alone)
     try:
         with _quiet():
+            _forget_rope(vllm.__version__)
             llm = vllm.LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,
@@ -343,10 +348,24 @@ def _build(folder, config: EngineConfig, *, max_len, rows, cuda, sleeps):
     return llm
 
 
+def _forget_rope(version: str) -> None:
+    """Gives the next engine rotary tables of its own. UserError if this vLLM does not keep them where we look.
+
+    vLLM keeps rotary modules per process: the next engine of the same RoPE would read tables that lie in the first
+    one's memory, unmapped while it sleeps. Of vLLM's other caches, each engine replaces the scratch buffers, and the
+    sampler's tables lie outside the memory that sleeps.
+    """
+    try:
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    except ImportError as error:
+        raise UserError(f"vllm {version} keeps its rotary modules elsewhere than the adapter looks: {error}") from error
+    _ROPE_DICT.clear()
+
+
 def _read(linear) -> torch.Tensor:
-    """The (out, in) weight of a linear whose matrix was packed away: what it makes of the identity."""
+    """A rank's (out, in) weight of a linear whose matrix was packed away: what it makes of the identity."""
     dtype = linear.weight.dtype
-    eye = torch.eye(linear.input_size, dtype=dtype, device=linear.weight.device)
+    eye = torch.eye(linear.input_size_per_partition, dtype=dtype, device=linear.weight.device)
     return linear.quant_method.apply(linear, eye).T
 
 

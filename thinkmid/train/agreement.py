@@ -76,7 +76,7 @@ class Agreement:
 
     def _cause(self, row, groups, mine, draw) -> str:
         cfg, seen = self._cfg, f"mean |trainer - engine| is {row['probe_gap_mean']:.3g} nats"
-        sums = self._sync.checksums(self._run.model, self._dtype)
+        sums = self._sync.checksums(self._run.model, self._engine, self._dtype)
         cause = self._sync.difference(self._engine, sums, self._then)
         cause = self._everywhere(cause)
         if not cause:
