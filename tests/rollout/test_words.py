@@ -4,6 +4,8 @@ import re
 
 import pytest
 from golds import GOLDS, bare
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thinkmid.rollout.grading import canonical, decide
 from thinkmid.rollout.verify import Grader
@@ -30,11 +32,11 @@ RIGHT = [
     # words of mathematics
     ("No Solution", "no solution"), ("no solutions", r"\text{No solution}"), ("dne", "DNE"), ("None", "none"),
     ("does not exist", "DNE"), ("Undefined", "undefined"), (r"\infty", "infinity"), (r"+\infty", "Infinity"),
-    ("Infinitely many", r"\text{infinitely many}"), ("All Real Numbers", "all real numbers"), (r"\Theta", "theta"),
+    ("Infinitely many", r"\text{infinitely many}"), ("All Real Numbers", "all real numbers"), (r"\theta", "theta"),
     ("1st", "first"), (r"\text{Third}", "third"), ("3", r"\text{three}"), ("iv", "IV"), ("Seconds", "seconds"),
     # times
     ("4:30 PM", r"\text{4:30 p.m.}"), ("4:30pm", r"4:30 \text{ p.m.}"), ("4:30", r"4:30\text{ p.m.}"),
-    ("16:30", "4:30 p.m."), ("04:30 P.M", "4:30 p.m."), ("10:00 AM", r"10 \text{ a.m.}"), ("10", r"10 \text{ a.m.}"),
+    ("16:30", "4:30 p.m."), ("04:30 P. M", "4:30 p.m."), ("10:00 AM", r"10 \text{ a.m.}"), ("10", r"10 \text{ a.m.}"),
     ("12 p.m.", "noon"), ("Noon", "12 noon"), ("midnight", "12:00 a.m."), ("5:00", "5 o'clock"),
     ("5 O’Clock", "5:00 pm"),
     (r"\text{Friday, 4:30 PM}", r"\text{4:30 p.m., Friday}"),
@@ -55,7 +57,8 @@ WRONG = [
     ("red or blue", "red and blue"), ("red cat, blue dog", "red dog, blue cat"), ("Room 21", "Room 12"),
     ("12", "Room 12"),
     ("Plan A", r"\text{Plan } B"), (r"n \text{ is odd}", r"n \text{ is even}"), ("no", "no solution"),
-    (r"\emptyset", "DNE"), ("undefined", "DNE"), (r"-\infty", "infinity"), (r"\infty", "negative infinity"),
+    (r"\emptyset", "DNE"),
+    (r"\Theta", "theta"), ("undefined", "DNE"), (r"-\infty", "infinity"), (r"\infty", "negative infinity"),
     ("infinitely many", "infinity"), ("VI", "IV"), ("XI", "IX"), ("II", "III"), ("3rd", "second"), ("4", "three"),
     ("meters", "feet"), ("5 feet 7 inches", "5 feet 6 inches"), ("ton", "not"), ("yes, no", "yes"),
     ("4:30 a.m.", r"4:30 \text{ p.m.}"), ("04:30 am", r"\text{4:30 p.m.}"), ("16:30", "4:30 a.m."),
@@ -80,7 +83,8 @@ TEXTS = [
 # answers and gold answers that are no text, with the verdict of algebra or of numbers
 ALGEBRA = [
     ("ba", "ab", 1), ("yx", "xy", 1), ("zyx", "xyz", 1), ("cab", "abc", 1), ("qp", "pq", 1), ("BA", "AB", 1),
-    ("CBA", "ABC", 1), ("DCBA", "ABCD", 1), ("rqp", "pqr", 1), ("cxa", "acx", 1), ("yax", "axy", 1), ("hgm", "mgh", 1),
+    ("CBA", "ABC", 1), ("DCBA", "ABCD", 1),
+    ("EDCBA", "ABCDE", 1), ("rqp", "pqr", 1), ("cxa", "acx", 1), ("yax", "axy", 1), ("hgm", "mgh", 1),
     ("TRn", "nRT", 1), ("BA", r"\mathrm{AB}", 1), ("X", "x", 1), ("y", "x", 0), ("act", "x", 0), ("cat", "abc", 0),
     ("yes", "x+1", 0), ("even", "2k", 0), ("c+ba", "ab+c", 1), (r"\text{no}", "0", 0), ("5x", r"5x \text{ inches}", 1),
     ("5y", r"5x \text{ inches}", 0), ("5, 7", r"\text{7 and 5}", 1), ("4, 3", "3 or 4", 1),
@@ -88,7 +92,8 @@ ALGEBRA = [
     ("C, A", r"\text{A, C}", 1), ("infinity", r"\infty", 1), ("-infinity", r"-\infty", 1), ("even", r"\infty", 0),
     ("cos x", "sin x", 0), (r"\cos x", r"\sin x", 0), (r"2\ln 2", r"\ln 4", 1), ("b", "B", 1),
     ("(A)", r"\text{(B)}", 0),
-    ("H_{2}O", "H_2O", 1), ("CO_2", "H_2O", 0), ("4:2", "2:1", 1), ("18 dollars", "18", 1), ("3", "3rd", 1),
+    ("H_{2}O", "H_2O", 1), ("CO_2", "H_2O", 0), ("4:2", "2:1", 1), ("2pm", "2 p m", 1),
+    ("18 dollars", "18", 1), ("3", "3rd", 1),
     ("4 hours", r"4 \text{ minutes}", 0), (r"x \cdot \sin(\theta)", r"\sin(\theta) \cdot x", 1),
 ]  # fmt: skip
 
@@ -106,6 +111,14 @@ def test_text_is_compared_word_by_word_without_algebra(pairs, value):
     assert not [one for one in said if one[2] is None or one[2].value != value]
 
 
+@given(st.text("aeinorst", min_size=3, max_size=8), st.randoms(use_true_random=False))
+def test_an_anagram_is_another_word_and_capitals_are_none(word, random):
+    anagram = "".join(random.sample(word, len(word)))
+    if prose(word):
+        assert decide(anagram, word).value == int(anagram == word)
+        assert [decide(same, word).value for same in (word.upper(), word.title(), rf"\text{{{word}}}")] == [1, 1, 1]
+
+
 def test_what_is_no_text_is_graded_as_ever(grader):
     said = [(answer, gold, grader(rf"\boxed{{{answer}}}", gold), value) for answer, gold, value in ALGEBRA]
     assert not [(answer, gold) for answer, gold, pending, value in said if pending().value != value]
@@ -114,7 +127,7 @@ def test_what_is_no_text_is_graded_as_ever(grader):
 
 @pytest.mark.parametrize("gold", TEXTS)
 def test_a_gold_answer_that_is_text_always_has_a_verdict(gold):
-    capitals = re.sub(r"(\\\w+)|(\w+)", lambda match: match[1] or match[2].upper(), gold)
+    capitals = "".join(part if part[0] == "\\" else part.upper() for part in re.findall(r"\\\w+|[^\\]+|\\", gold))
     for answer in (gold, capitals, gold.replace("{", "{ ")):
         assert decide(answer, gold).value == 1
     others = ["4", "x+1", r"\frac{1}{2}", r"\sin x", r"\text{", "9^{9^{9}}", r"\sum_k k", "?", "\x00", "(A)"]

@@ -29,7 +29,7 @@ VERB = re.compile(r"\b(?:is|are|not)\b")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 TIME = re.compile(
-    r"\b(?:(?P<hour>0?[1-9]|1[0-2])(?: ?: ?(?P<minute>[0-5]\d))? ?(?:(?P<half>[ap]) ?m|o'? ?clock)"
+    r"\b(?:(?P<hour>0?[1-9]|1[0-2])(?: ?: ?(?P<minute>[0-5]\d))? ?(?:(?P<half>[ap]m)|o'? ?clock)"
     r"|(?:12(?::00)? ?)?(?P<name>noon|midnight))\b"
 )
 CLOCK = re.compile(r"(\d{1,2})(?: ?: ?([0-5]\d))?([ap]m)?")
@@ -46,10 +46,9 @@ DIGITS_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}")
 PHRASES = [
     (re.compile(pattern), new)
     for pattern, new in [
-        (r"\+?\s*\\infty(?![a-z])", " infinity "),
-        (r"\\([a-z]+)", r" \1 "),  # a Greek letter or a function by its name
         (r"^\s*\w+\s*=(?!.*=)", " "),  # x = even
-        (r"(?<!\d)\.|\.(?!\d)", ""),  # p.m., St., U.S.A.
+        (r"\b([ap])\. ?m\b", r"\1m"),
+        (r"(?<!\d)\.|\.(?!\d)", ""),  # St., U.S.A.
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),
         (r"\s+", " "),
         (r"\bdoes not exist\b", "dne"),
@@ -125,7 +124,7 @@ def same_text(answer: list[str], gold: list[str]) -> bool:
 def items(answer: str) -> list[str]:
     """What commas and "and" separate, each without case, punctuation and first article, in one spelling of times,
     dates and small numbers."""
-    text = DATE.sub(date, TIME.sub(time, spelled(plain(answer))))
+    text = DATE.sub(one_date, TIME.sub(one_time, spelled(plain(answer))))
     parts = [" ".join(SPELLED.get(t, t) for t in TOKEN.findall(p)) for p in re.split(r"[,;、&]|\band\b", text)]
     return [re.sub(r"^(?:the|an?) (?!or\b)(?=\w\w)", "", part) for part in parts if part]
 
@@ -141,7 +140,8 @@ def plain(answer: str) -> str:
 
 def spelled(text: str) -> str:
     """Without case; what has two spellings, in one."""
-    text = text.casefold()
+    text = re.sub(r"\+?\s*\\infty(?![a-z])", " infinity ", text)
+    text = re.sub(r"\\([a-z]+)", r" \1 ", text).casefold()  # \theta is theta, \Theta is not
     for pattern, new in PHRASES:
         text = pattern.sub(new, text)
     return text.strip()
@@ -151,14 +151,13 @@ def accented(match: re.Match) -> str:
     return match[2] + COMBINING[match[1]]
 
 
-def time(match: re.Match) -> str:
+def one_time(match: re.Match) -> str:
     if match["name"]:
         return "12:00pm" if match["name"] == "noon" else "12:00am"
-    half = f"{match['half']}m" if match["half"] else ""
-    return f"{int(match['hour'])}:{match['minute'] or '00'}{half}"
+    return f"{int(match['hour'])}:{match['minute'] or '00'}{match['half'] or ''}"
 
 
-def date(match: re.Match) -> str:
+def one_date(match: re.Match) -> str:
     day, month = match["day"] or match["day2"], match["month"] or match["month2"]
     return f"{month[:3]} {int(day)} {match['year'] or ''}"
 
