@@ -48,7 +48,7 @@ REWRITES = [
         (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"^\\circ "),
         (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le "),
         (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
-        (r"\\(?:textbf|textrm|textit|mbox|mathrm|mathbf|mathit|rm)\s*\{", r"\\text{"),
+        (r"\\(?:text(?:bf|rm|it|tt|sf|sc|sl|normal)|emph|[mh]box|math(?:rm|bf|it|sf|tt)|rm)\s*\{", r"\\text{"),
         (r"\\?\$|`|(?<![\w)}])(?:\*\*|__)|(?:\*\*|__)(?![\w({\\])", " "),
         (r"\\%|(?<=\d)\s*(?:per ?cent|pct)\b", "%"),
         (r"\s+", " "),

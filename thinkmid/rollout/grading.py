@@ -8,6 +8,7 @@ from thinkmid.rollout.answers import boxes, normal, squeezed
 from thinkmid.rollout.bounds import refused
 from thinkmid.rollout.guard import Verdict
 from thinkmid.rollout.literals import LITERAL, Number, number
+from thinkmid.rollout.words import items, prose, same_text
 
 LONGEST = 512  # characters of an answer; a gold answer may be longer, and so may an answer to it
 ROUNDED = 1e-6  # a decimal this near to a fraction may be its rounding
@@ -67,12 +68,13 @@ def gold_answer(gold: str) -> str:
 
 def canonical(answer: str) -> str:
     """One string for the spellings of an answer that rules know to be the same: what votes are counted by."""
-    if given := number(answer):
+    words = prose(answer)
+    if words is None and (given := number(answer)):
         return f"{given.value}{'%' * given.percent}"
     choice = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(answer)))
     if choice and (choice[1] or not choice[3].strip(" .")) and not SEVERAL.search(choice[3]):
         return (choice[1] or choice[2]).upper()
-    return squeezed(answer)
+    return squeezed(answer) if words is None else ", ".join(sorted(words))
 
 
 def decide(answer: str | None, gold: str, question: str = "") -> Verdict | None:
@@ -88,7 +90,7 @@ def decide(answer: str | None, gold: str, question: str = "") -> Verdict | None:
         return Verdict(1, "identical")
     if len(answer) > max(LONGEST, 2 * len(gold)):
         return Verdict(0, "refused: too long")
-    for rule in (by_choice, by_number, by_base, by_words):
+    for rule in (by_choice, by_words, by_number, by_base):
         verdict = rule(answer, gold)
         if verdict is not None:
             break
@@ -165,15 +167,11 @@ def by_base(answer: str, gold: str) -> Verdict | None:
 
 
 def by_words(answer: str, gold: str) -> Verdict | None:
-    """A gold answer set as text."""
-    if not re.match(r"\$?\\text|[A-Z][a-z]{2}", gold.strip()):
+    """A gold answer that is text, by words.prose, wants the same text: there is always a verdict."""
+    wanted = prose(gold)
+    if wanted is None:
         return None
-    wanted, given = (re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(t)).casefold().strip(" .") for t in (gold, answer))
-    if not re.fullmatch(r"[^\W\d]{2,}(?:[ '-]+[^\W\d]+)*", wanted):
-        return None
-    if wanted == given:
-        return Verdict(1, "words")
-    return Verdict(0, "other words") if re.fullmatch(r"[^\W\d]+(?:[ '-]+[^\W\d]+)*", given) else None
+    return Verdict(1, "words") if same_text(items(answer), wanted) else Verdict(0, "other words")
 
 
 def unfinished(answer: str) -> set[str]:
@@ -188,6 +186,7 @@ def restates(answer: str, question: str) -> bool:
     if (
         not question
         or reduced(answer)
+        or prose(answer) is not None
         or len(ours) < 3
         or not re.search(r"[\^*/+!]|\\frac|\\cdot|\\times|\w-|\w\(", ours)
     ):
