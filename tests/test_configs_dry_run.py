@@ -235,3 +235,23 @@ def test_no_configuration_thrashes_the_cache(home, monkeypatch, capsys, name):
 def test_a_plan_says_which_device_it_is_for(home, monkeypatch, capsys):
     assert "# memory per rank on a GPU" in dry_run("llama3-8b-sft", monkeypatch, capsys)
     assert "# memory per rank on the CPU" in dry_run("llama3-8b-sft", monkeypatch, capsys, "--model.dtype=float32")
+
+
+def test_a_frozen_copy_and_a_second_loss_are_counted(home, monkeypatch, capsys):
+    alone = phases(dry_run("llama3-8b-rlmt", monkeypatch, capsys))
+    gathered = 2 * 128_256 * 4096
+    # fp32 shards of a second model, whose head stays gathered after its forward
+    beside = phases(dry_run("llama3-8b-rlmt", monkeypatch, capsys, "--loss.kl=0.01"))
+    for phase, size in beside.items():
+        assert size - alone[phase] == pytest.approx(4 * PARAMETERS["llama3-8b"] / 8 + gathered, abs=2e8)
+    # gradients of head and hidden rows from one loss wait for those from the other
+    beside = phases(dry_run("llama3-8b-rlmt", monkeypatch, capsys, "--loss.next_token=0.1"))
+    assert beside["training"] - alone["training"] == pytest.approx(gathered + 2 * 10_240 * 4096, abs=2e8)
+    assert beside["rollout"] == alone["rollout"]
+
+
+def test_moments_that_wait_on_the_host_are_there_for_training_alone(home, monkeypatch, capsys):
+    alone = phases(dry_run("llama3-8b-rlmt", monkeypatch, capsys))
+    beside = phases(dry_run("llama3-8b-rlmt", monkeypatch, capsys, "--optim.offload=true"))
+    gone = {phase: alone[phase] - beside[phase] for phase in alone}
+    assert gone == pytest.approx({"sync": 8.03e9, "rollout": 8.03e9, "training": 0}, abs=1.1e8)

@@ -53,11 +53,14 @@ class Varlen(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+def nothing(*given, **options):
+    """A kernel that leaves its outputs as they are."""
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The GPU's paths on the CPU's memory: every op allocates and saves as it does there, and no kernel runs."""
     monkeypatch.setattr(launch, "row_path", lambda x: "triton" if x.ndim > 1 else "torch")
-    nothing = lambda *given, **options: None  # noqa: E731
     for module, name in ((rmsnorm, "rms_norm_forward"), (rope, "rotate"), (swiglu, "swiglu_forward")):
         monkeypatch.setattr(module, name, nothing)
     monkeypatch.setattr(swiglu, "swiglu_backward", nothing)
@@ -120,38 +123,57 @@ def saved_bytes(shape, dtype, attend, tokens, monkeypatch):
     return sum(storage.nbytes() for storage in found.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_activations_on_a_gpu_are_what_autograd_saves(as_on_a_gpu, monkeypatch, kind, shape, dtype):
-    shape, lengths = replace(shape, kind=kind), [40, 61, 33, 57]
-    cu_q, cu_k, kv_rows = segments(101, lengths)
-    tokens = 101 + sum(lengths)
-    attend = attend_segments(cu_q, cu_k, kv_rows, impl="torch-varlen")
-    saved = saved_bytes(shape, getattr(torch, dtype), attend, tokens, monkeypatch)
-    assert tokens * footprint.activation_bytes(shape, dtype, False) == pytest.approx(saved, rel=0.03)
+SHAPES = pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
+KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+REPLIES = [40, 61, 33, 57]
 
 
-@pytest.mark.parametrize("shape", [SMALL, replace(WIDE, kind="qwen3")], ids=["llama", "qwen3"])
+@SHAPES
+@KINDS
+def test_activations_on_a_gpu_are_what_autograd_saves(as_on_a_gpu, monkeypatch, kind, shape):
+    shape, attend = replace(shape, kind=kind), attend_segments(*segments(101, REPLIES), impl="torch-varlen")
+    tokens = 101 + sum(REPLIES)
+    saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
+    assert tokens * footprint.activation_bytes(shape, "bfloat16", False) == pytest.approx(saved, rel=0.03)
+
+
+@SHAPES
+def test_repeated_keys_are_saved_repeated(as_on_a_gpu, monkeypatch, shape):
+    """The attention that torch has before 2.12."""
+
+    def repeated(q, k, v, *lengths):
+        return Varlen.apply(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)))
+
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: repeated)
+    tokens = sum(REPLIES)
+    cu = torch.tensor([0, *REPLIES]).cumsum(0).int()
+    attend = attend_segments(cu, cu, impl="torch-varlen")
+    saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
+    planned = tokens * footprint.activation_bytes(shape, "bfloat16", False, grouped=False)
+    assert planned == pytest.approx(saved, rel=0.03)
+
+
+@SHAPES
+@KINDS
 @pytest.mark.parametrize("prefix", [0, 101])
-def test_activations_on_the_cpu_are_what_autograd_saves(monkeypatch, shape, prefix):
-    lengths = [40, 61, 33, 57]
-    cu_q, cu_k, kv_rows = (
-        segments(101, lengths) if prefix else (*[torch.tensor([0, *lengths]).cumsum(0).int()] * 2, None)
-    )
-    tokens = prefix + sum(lengths)
-    attend = attend_segments(cu_q, cu_k, kv_rows)
-    saved = saved_bytes(shape, torch.float32, attend, tokens, monkeypatch)
-    span = prefix and prefix + max(lengths)
-    planned = tokens * footprint.activation_bytes(shape, "float32", False, "cpu", span)
-    assert planned == pytest.approx(saved, rel=0.06)
+def test_activations_in_fp32_are_what_autograd_saves(monkeypatch, kind, shape, prefix):
+    """The attention is sdpa on padded buckets, with masks where a prefix is shared: within 5 % instead of 3 %."""
+    shape, tokens = replace(shape, kind=kind), prefix + sum(REPLIES)
+    cu_q, cu_k, kv_rows = segments(101, REPLIES)
+    if not prefix:
+        cu_q = cu_k = torch.tensor([0, *REPLIES]).cumsum(0).int()
+        kv_rows = None
+    saved = saved_bytes(shape, torch.float32, attend_segments(cu_q, cu_k, kv_rows), tokens, monkeypatch)
+    span = sum(n * (prefix + n) for n in REPLIES) // tokens if prefix else 0
+    planned = tokens * footprint.activation_bytes(shape, "float32", False, span)
+    assert planned == pytest.approx(saved, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("shape", "tokens", "world", "checkpointing"),
     [
         pytest.param(LLAMA3_8B, 10_240, 8, False, marks=pytest.mark.slow, id="llama3-8b"),
-        pytest.param(QWEN3_8B, 6144, 8, False, marks=pytest.mark.slow, id="qwen3-8b"),
+        pytest.param(QWEN3_8B, 9216, 8, False, marks=pytest.mark.slow, id="qwen3-8b"),
         pytest.param(LLAMA3_8B, 16_384, 8, True, marks=pytest.mark.slow, id="llama3-8b checkpointing"),
         pytest.param(LLAMA32_1B, 16_384, 1, False, marks=pytest.mark.slow, id="llama3.2-1b"),
         pytest.param(replace(LLAMA3_8B, layers=2), 10_240, 8, False, id="two layers"),
@@ -275,8 +297,13 @@ def test_a_process_on_the_cpu_grows_by_what_the_plan_says(home, capsys, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("env", "without"), [(NO_HOLES, "holes"), ({}, "nothing")], ids=["in use", "resident"])
-def test_the_miniature_grows_by_what_its_plan_says(home, capsys, tmp_path, env, without):
+@pytest.mark.parametrize(
+    ("env", "without", "rel"),
+    # holes are another share in another run: 20 % of what is resident
+    [(NO_HOLES, "holes", 0.1), ({}, "nothing", 0.2)],
+    ids=["in use", "resident"],
+)
+def test_the_miniature_grows_by_what_its_plan_says(home, capsys, tmp_path, env, without, rel):
     # entropy in the loss: an untrained model's groups are dead, and would not be forwarded. Thoughts run to their end
     argv = [
         str(CONFIGS / "mini-rlmt.toml"), f"--run.folder={tmp_path}/run", "--run.steps=4", "--loss.entropy=1e-3",
@@ -285,4 +312,4 @@ def test_the_miniature_grows_by_what_its_plan_says(home, capsys, tmp_path, env, 
     ]  # fmt: skip
     planned, grown, packs = planned_and_grown("rlmt", argv, capsys, **env)
     print("GROWN", total(planned, without=without), grown, packs)
-    assert total(planned, without=without) == pytest.approx(grown, rel=0.1)
+    assert total(planned, without=without) == pytest.approx(grown, rel=rel)

@@ -8,34 +8,40 @@ from thinkmid.train.duration import BYTES, block_parameters
 
 # CUDA's own context, cuBLAS, loaded kernels; NCCL's buffers between ranks. By users' reports, no allocator sees them
 CUDA_CONTEXT, NCCL = 1.0e9, 1.0e9
-# of a process on the CPU: thread pools, packed matrices, what Python makes on the way
-CPU_PROCESS = 30e6
-# glibc keeps holes between freed activations of packs that differ in length, as a share of these: 0.36 to 0.72 in eight
-# runs of 128 to 640 wide models, growing over the first packs. With its M_MMAP_THRESHOLD fixed there are none
-CPU_HOLES = 0.55
+# of a process on the CPU: thread pools, packed matrices, what Python makes on the way. 20, 7 and 27 MB were in use
+# beyond what is counted with 7 and 16 million parameters and in mini-rlmt
+CPU_PROCESS = 20e6
+# glibc keeps holes between freed activations of packs that differ in length, as a share of these: 0.2 to 0.7 in twelve
+# runs of models 128 to 640 wide, growing over the first packs. With its M_MMAP_THRESHOLD fixed there are none
+CPU_HOLES = 0.5
 
 
-def kept_bytes(shape: ModelConfig, dtype: str, device: str, span: int = 0) -> int:
-    """What autograd saves of one token in one block. span: keys that a query sees where segments share a prefix."""
+def kept_bytes(shape: ModelConfig, dtype: str, span: int = 0, grouped: bool = True) -> int:
+    """What autograd saves of one token in one block.
+
+    span: in fp32, keys in a token's row of a mask, which replies that share a prefix have; 0 where none do. grouped:
+    the attention reads keys and values once for a group of query heads; torch's own on GPUs, before 2.12, wants them
+    repeated.
+    """
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # inputs of two norms and of what comes after each; rotated q, k, v and the attention's output, which is the output
     # projection's input; gate, up and their product
-    numbers = 4 * shape.width + 2 * q + 2 * kv + 3 * shape.ffn
+    numbers = 4 * shape.width + 2 * q + 2 * (kv if grouped else q) + 3 * shape.ffn
     # fp32 whatever the dtype: 1/rms of both norms, the attention's log-sum-exp
     statistics = 2 + shape.heads
     if shape.kind == "qwen3":  # norms of the heads of q and k
         numbers += q + kv
         statistics += shape.heads + shape.kv_heads
-    if device == "cpu":
+    if dtype == "float32":
         # sdpa keeps its output bucket by bucket, and a copy in the pack's order follows; masks of replies become fp32
         numbers += q
         statistics += span
     return BYTES[dtype] * numbers + 4 * statistics
 
 
-def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool, device: str = "cuda", span: int = 0) -> int:
+def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool, span: int = 0, grouped: bool = True) -> int:
     """What autograd saves of one token of a pack until the backward; with checkpointing, the inputs of blocks."""
-    block = BYTES[dtype] * shape.width if checkpointing else kept_bytes(shape, dtype, device, span)
+    block = BYTES[dtype] * shape.width if checkpointing else kept_bytes(shape, dtype, span, grouped)
     # the final norm's input, its 1/rms, fp32 cosines and sines of the position
     return shape.layers * block + BYTES[dtype] * shape.width + 4 + 4 * shape.head_dim
 
@@ -49,13 +55,15 @@ def training_phase(
     *,
     device: str = "cuda",
     span: int = 0,
+    grouped: bool = True,
 ) -> dict[str, float]:
-    """Bytes per rank while training, by owner. copies: of the weights, frozen or averaged; section: ModelSection."""
+    """Bytes per rank while training, by owner. section: ModelSection; copies: of the weights, frozen or averaged; span
+    and grouped as in kept_bytes."""
     n, head = shape.num_parameters, shape.vocab * shape.width
     small, tokens = BYTES[section.dtype], pack_tokens
     # a forward without a backward leaves a copy's head gathered
     kept = {"master weights of copies (fp32 shards), their heads": copies * (4 * n / world + small * head)}
-    activations = tokens * activation_bytes(shape, section.dtype, section.checkpointing, device, span)
+    activations = tokens * activation_bytes(shape, section.dtype, section.checkpointing, span, grouped)
     always = {
         "master weights (fp32 shard)": 4 * n / world,
         **(kept if copies else {}),
@@ -65,7 +73,8 @@ def training_phase(
         **({"holes between activations (measured share)": CPU_HOLES * activations} if device == "cpu" else {}),
         **outside(device, world),
     }
-    moments = (_at_head(shape, section, tokens, world, device), _at_block(shape, section, tokens, world, device, span))
+    block = tokens * kept_bytes(shape, section.dtype, span, grouped)
+    moments = _at_head(shape, section, tokens, world, device), _at_block(shape, section, tokens, world, block)
     return always | max(moments, key=lambda owners: sum(owners.values()))
 
 
@@ -93,33 +102,29 @@ def _at_head(shape, section, tokens, world, device):
     rounded = small * head if small < 4 else 0
     return {
         "gathered weights (head, FSDP's buffer)": small * head + _head_buffer(shape, small, world),
-        "head: a chunk of scores and their gradient, or the rounded gradient": max(scores, rounded),
+        "head: a chunk of scores and their gradient": max(scores, rounded),
         "head: fp32 weight gradient": 4 * head,
         "head: hidden rows and their gradient": 2 * small * tokens * shape.width,
     }
 
 
-def _at_block(shape, section, tokens, world, device, span):
+def _at_block(shape, section, tokens, world, kept):
     """The backward of a late block, at the gradient of its gated product, which is freed itself by then."""
     small, head, block = BYTES[section.dtype], shape.vocab * shape.width, _block(shape)
-    kept = tokens * kept_bytes(shape, section.dtype, device, span)
-    again = {"activations of a block, computed again": kept} if section.checkpointing else {}
-    # a tied head waits for the embedding, whole, with its gradient
-    waiting = {"head: gathered, its gradient": 2 * small * head} if shape.tied else {}
     # FSDP2 holds the input of one reduce-scatter until the next one: the head's in the last block; later the block's
     # before, whose activations are gone then
     freed = small * tokens * shape.width if section.checkpointing else kept
-    scattered = max(0 if shape.tied else 4 * head, 4 * block - freed)
-    return (
-        again
-        | waiting
-        | {
-            "gathered weights (a block, the next one's buffer)": small * block * min(2, world),
-            "gradient of the down projection": small * shape.width * shape.ffn,
-            "fp32 gradients being summed over ranks": scattered,
-            "gradients of activations": small * tokens * (2 * shape.ffn + 2 * shape.width),
-        }
-    )
+    owners = {
+        "gathered weights (a block, the next one's buffer)": small * block * min(2, world),
+        "gradient of the down projection": small * shape.width * shape.ffn,
+        "fp32 gradients being summed over ranks": max(0 if shape.tied else 4 * head, 4 * block - freed),
+        "gradients of activations": small * tokens * (2 * shape.ffn + 2 * shape.width),
+    }
+    if shape.tied:  # waits for the embedding, whole, with its gradient
+        owners["head: gathered, its gradient"] = 2 * small * head
+    if section.checkpointing:
+        owners["activations of a block, computed again"] = kept
+    return owners
 
 
 def _head_buffer(shape, small, world):

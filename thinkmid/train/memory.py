@@ -52,7 +52,9 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
-    span = (max_prefix + s.max_new) * b.share_prefix
+    # of a group's tokens the prefix's need no mask
+    replies = b.siblings * s.max_new
+    span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
     train = training_phase(shape, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
     if cfg.loss.next_token:
         second = BYTES[cfg.model.dtype] * shape.width * (shape.vocab + b.pack_tokens)
