@@ -1,6 +1,7 @@
 """What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
 
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -65,6 +66,17 @@ def exit_code(program, argv) -> int:
     with signal_handlers_put_back(), pytest.raises(SystemExit) as end:
         config.run(program.main, list(argv))
     return end.value.code
+
+
+def plan_of(said) -> dict[str, dict[str, float]]:
+    """{phase: {owner: bytes}} of a --dry-run's memory plan, as precise as it was printed."""
+    phases, units = {}, {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+    for line in said.splitlines():
+        if found := re.match(r"#   (sync|rollout|training) +[\d.]+ [KMG]?B$", line):
+            phases[found[1]] = {}
+        elif found := re.match(r"# +([\d.]+) ([KMG]?B)  (.+)$", line):
+            phases[list(phases)[-1]][found[3]] = float(found[1]) * units[found[2]]
+    return phases
 
 
 def random_model(cfg=TINY, seed=0, dtype=torch.float32, **flags):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 
+import torch
+
 from thinkmid import config
-from thinkmid.kernels.head import CHUNK_BYTES
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.train import duration
 from thinkmid.train.duration import BYTES, block_parameters, cache_bytes
+from thinkmid.train.footprint import outside, scoring, training_phase
 
 VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
 
@@ -18,32 +21,16 @@ def pair_cost(shape: ModelConfig) -> float:
     return duration.pair_flops(shape) / (2 * block_parameters(shape))
 
 
-def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool) -> int:
-    """Kept per token until the backward: inputs of every matmul, norm and product; with checkpointing, block inputs."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    block = 4 * shape.width + 3 * q + 4 * kv + 4 * shape.ffn
-    kept = shape.layers * shape.width + block if checkpointing else shape.layers * block
-    return kept * BYTES[dtype]
+def device_of(dtype: str, engine=None) -> str:
+    """Which device a plan is for: a configuration for GPUs may be planned on a laptop."""
+    for_gpus = dtype == "bfloat16" or (engine is not None and (engine.kind == "vllm" or engine.dtype == "bfloat16"))
+    return "cuda" if for_gpus or torch.cuda.is_available() else "cpu"
 
 
-def training_phase(shape: ModelConfig, section, pack_tokens: int, world: int, copies: int = 0) -> dict[str, float]:
-    """Bytes per rank while training, by owner. copies: of the weights, frozen or averaged."""
-    n, small = shape.num_parameters, BYTES[section.dtype]
-    head = shape.vocab * shape.width
-    gathered = 2 * block_parameters(shape) // shape.layers + head * (1 if shape.tied else 2)
-    kept = {"master weights of copies (fp32 shards)": copies * 4 * n / world} if copies else {}
-    return kept | {
-        "master weights (fp32 shard)": 4 * n / world,
-        "Adam moments (fp32 shard)": 8 * n / world,
-        "gradients (fp32 shard)": 4 * n / world,
-        "gathered weights (two blocks, embedding, head)": small * gathered,
-        "activations of one pack": pack_tokens * activation_bytes(shape, section.dtype, section.checkpointing),
-        "head: one chunk of logits three times, fp32 weight gradient": 3 * CHUNK_BYTES["cuda"] + 4 * head,
-    }
-
-
-def rollout_phase(shape: ModelConfig, sampling, engine, max_prefix: int, rows: int) -> dict[str, float]:
-    """Bytes per rank while sampling, by owner."""
+def rollout_phase(
+    shape: ModelConfig, sampling, engine, max_prefix: int, rows: int, prompts: int = 0
+) -> dict[str, float]:
+    """Bytes per rank while sampling, by owner. prompts: whose prefixes are stored once each; 0: one for each row."""
     token = cache_bytes(shape, engine.dtype)
     weights = BYTES[engine.dtype] * shape.num_parameters / engine.tensor_parallel
     logits = {"logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8)}
@@ -54,7 +41,7 @@ def rollout_phase(shape: ModelConfig, sampling, engine, max_prefix: int, rows: i
         return {f"engine weights ({engine.dtype})": weights} | cache | logits | graphs
     return {
         f"engine weights ({engine.dtype})": weights,
-        "KV cache": rows * (max_prefix + sampling.max_new) * token,
+        "KV cache": (rows * sampling.max_new + min(prompts or rows, rows + 1) * max_prefix) * token,
         **logits,
     }
 
@@ -64,11 +51,22 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     world = int(os.environ.get("WORLD_SIZE", 1))
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
-    copies = cfg.keeps_frozen + bool(cfg.ema_decay)
-    train = training_phase(shape, cfg.model, b.pack_tokens, world, copies)
+    device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
+    # of a group's tokens the prefix's need no mask
+    replies = b.siblings * s.max_new
+    span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
+    train = training_phase(shape, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
+    if cfg.loss.next_token:
+        second = BYTES[cfg.model.dtype] * shape.width * (shape.vocab + b.pack_tokens)
+        train["head: gradients of the policy loss beside those of the next-token loss"] = second
     rows = min(s.max_batch, -(-samples // world))
-    rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows)
+    rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
     resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
+    resident |= outside(device, world)
+    scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
+    check = {"samples scored again (engine.check_every)": scoring(shape, cfg.model, scored, world, device)}
+    if not cfg.engine.check_every:
+        check = {}
     shared = b.prompts * max_prefix + samples * s.max_new
     arithmetic = [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
@@ -87,7 +85,8 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
     training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
-    _print(cfg, shape, arithmetic, {"sync": sync, "rollout": resident | rollout | judge, "training": training})
+    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
+    _print(cfg, shape, arithmetic + _cache_room(cfg, shape, max_prefix, rows), phases, device)
     if cfg.model.dtype == "bfloat16":
         _print_time(duration.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
     return 0
@@ -108,7 +107,9 @@ def dry_run_sft(cfg) -> int:
         f"packs of {cfg.data.pack_tokens:,}",
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
-    _print(cfg, shape, arithmetic, {"training": training_phase(shape, cfg.model, cfg.data.pack_tokens, world)})
+    device = device_of(cfg.model.dtype)
+    training = training_phase(shape, cfg.model, cfg.data.pack_tokens, world, device=device)
+    _print(cfg, shape, arithmetic, {"training": training}, device)
     if cfg.model.dtype == "bfloat16":
         _print_time(duration.of_sft(cfg, shape, world), cfg.run.steps, "step")
     return 0
@@ -120,7 +121,9 @@ def dry_run_engine(cfg, shape: ModelConfig, sampling, max_prompt: int) -> int:
     arithmetic = [
         f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
     ]
-    _print(cfg, shape, arithmetic, {"rollout": rollout_phase(shape, sampling, cfg.engine, max_prompt, rows)})
+    device = device_of(cfg.engine.dtype, cfg.engine)
+    owners = rollout_phase(shape, sampling, cfg.engine, max_prompt, rows) | outside(device, 1)
+    _print(cfg, shape, arithmetic, {"rollout": owners}, device)
     if cfg.engine.dtype == "bfloat16":
         plan = duration.of_answers(shape, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
         _print_time(plan, 0, "thousand answers of a rank")
@@ -132,7 +135,23 @@ def _kept(rollout, words):
     return {k: v for k, v in rollout.items() if any(word in k for word in words) and not k.endswith("KV cache")}
 
 
-def _print(cfg, shape, arithmetic, phases):
+def _cache_room(cfg, shape, max_prefix, rows) -> list[str]:
+    """A line where vLLM's cache does not hold all sequences that run at a time, and what to set if it thrashes."""
+    engine, token = cfg.engine, cache_bytes(shape, cfg.engine.dtype) / cfg.engine.tensor_parallel
+    # a prefix is stored once for its siblings
+    whole, half = (max_prefix / cfg.batch.siblings + share * cfg.sampling.max_new for share in (1, 0.5))
+    held = engine.kv_gb * 1e9 / token
+    if engine.kind != "vllm" or rows * whole <= held:
+        return []
+    room = f"{rows} sequences of full length exceed the KV cache, which holds {int(held / whole)}"
+    if rows * half <= held:
+        return [f"{room}; {int(held / half)} half-way, so only long ones push each other out"]
+    enough = math.ceil(rows * half * token / 1e9)
+    advice = f"sampling.max_batch {int(held / half)} or engine.kv_gb {enough} holds all half-way"
+    return [f"warning: {room}: vLLM preempts others and reads them again; {advice}"]
+
+
+def _print(cfg, shape, arithmetic, phases, device):
     print(config.to_toml(cfg))
     print(
         f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, "
@@ -140,7 +159,8 @@ def _print(cfg, shape, arithmetic, phases):
     )
     for line in arithmetic:
         print(f"# {line}")
-    print("# memory per rank, estimated by formula (thinkmid/train/memory.py)")
+    where = {"cpu": "on the CPU", "cuda": "on a GPU"}[device]
+    print(f"# memory per rank {where}, by formula (thinkmid/train/memory.py, footprint.py)")
     for phase, owners in phases.items():
         print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
         for owner, size in owners.items():
