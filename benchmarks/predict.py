@@ -22,6 +22,7 @@ from thinkmid.model.transformer import ModelConfig
 from thinkmid.train import memory
 from thinkmid.train.config import ModelSection
 from thinkmid.train.duration import block_parameters, cache_bytes
+from thinkmid.train.footprint import outside
 
 # assumed; shares are of the best bf16 product. A card at its power limit does not hold that product's clock
 PRODUCTS = 0.80  # the trunk's products, a step long
@@ -29,6 +30,7 @@ FORWARD, BACKWARD = 0.42, 0.33  # FlashAttention 2 on long sequences
 FA3 = 1.55  # FlashAttention 3 over 2
 FIXED_ORDER = 0.9  # of the backward's rate, dq summed in a fixed order
 TILE = 128  # queries of an attention kernel's block: short segments fill it in part
+GROUPED = False  # torch 2.11, without flash-attn, saves keys and values once for each query head
 EAGER_ROWS = 3.0  # traffic of norms, RoPE and SwiGLU as transformers writes them, over ours
 HOST_OP_S = 7e-6  # the host's time for an operation of a Python loop: decoding and the miniature are bound by it
 DECODE_OPS = 45  # operations of a layer of the embedded engine, a step
@@ -173,9 +175,9 @@ def step_s(cfg: ModelConfig, family: Family, gpu: Device, *, shared=True, packs=
 
 
 def peak(cfg: ModelConfig, pack_tokens: int) -> float:
-    """The plan's tensors: what no allocator of torch's counts is left out."""
-    owners = memory.training_phase(cfg, ModelSection(dtype="bfloat16"), pack_tokens, 1)
-    return sum(size for owner, size in owners.items() if "context" not in owner)
+    """The plan's tensors: what no allocator of torch's counts is left out. torch 2.11's attention repeats keys."""
+    owners = memory.training_phase(cfg, ModelSection(dtype="bfloat16"), pack_tokens, 1, grouped=GROUPED)
+    return sum(owners.values()) - sum(outside("cuda", 1).values())
 
 
 def block(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
