@@ -238,7 +238,7 @@ def test_a_model_that_does_not_think_has_no_thoughts_to_probe(world, monkeypatch
     [
         ("--sampling.max_suffix=0", "sampling.max_suffix 0 leaves nothing to draw after a thought"),
         ("--run.samples=5", "48 of 60 samples of own"),
-        ("--run.seed=1", "another model, template, sampling or seed"),
+        ("--run.seed=1", "drawn with run.seed = 0, now 1; take another folder"),
         ("--run.folder=none", "0 of 48 samples of own"),
     ],
 )
