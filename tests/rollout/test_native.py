@@ -332,6 +332,17 @@ def test_a_thought_that_a_prompt_or_the_sample_opens_has_the_budget_of_thoughts(
     )  # fmt: skip
 
 
+def test_after_prompts_that_open_a_thought_the_budget_of_others_changes_nothing(text):
+    engine, _ = make_engine(text)
+    prompts = [Prompt(id=p.id, tokens=p.tokens + text.open_ids) for p in make_prompts(text.vocab_size)]
+    budgets = {"temperature": 1.0, "top_p": 1.0, "max_think": 24, "max_suffix": 5}
+    drawn = [collect(engine, prompts, seeds(len(prompts), 8), kind(**budgets)) for kind in (Sampling, EvalSampling)]
+    assert tokens_P_G(drawn[0]) == tokens_P_G(drawn[1])
+    ends = [[s.finish for g in groups for s in g.samples] for groups in drawn]
+    assert ends[0] == ends[1]
+    assert len({*ends[0]}) > 1
+
+
 def test_no_sample_exceeds_both_budgets_together(text):
     for words in (f"777777777{OPEN}8", f"77777777777{CLOSE}8", f"777777777{CLOSE}{OPEN}8", f"7{CLOSE}{OPEN}8"):
         sampling = replace(DIRECT, max_think=10 * len(text.close_ids))

@@ -87,7 +87,7 @@ def report(folder: Path, cfg: EvalConfig, sets: dict, graded: dict) -> None:
     about = {"model": cfg.model.folder, "template": cfg.data.template, "samples": cfg.run.samples}
     about |= {"temperature": cfg.sampling.temperature, "top_p": cfg.sampling.top_p, "max_new": cfg.sampling.max_new}
     drawn_by = read_mark(folder)
-    about |= {"content": drawn_by["model"]} if "model" in drawn_by else {}
+    about["content"] = drawn_by.get("model")
     if not cfg.data.template.endswith("-think"):
         about["max_direct"] = cfg.sampling.max_think if PATH_ALONE in drawn_by else cfg.sampling.max_direct
     about["questions"] = {name: found.sha256 for name, found in sets.items()}
