@@ -319,10 +319,11 @@ def test_an_annotator_exchanged_in_its_folder_adds_nothing(world, undisturbed, c
     else:
         exchange(tmp_path / "model", part)
     assert exit_code(annotate, flags(world, "undisturbed", *copied)) == 2
-    changed = "tokenizer and chat template" if part == "tokenizer" else part
-    line = f"error: {undisturbed}: is not known to be begun with the {changed} of {tmp_path}/model; name another"
+    line = (
+        f"error: {undisturbed}: was begun with another model or tokenizer (changed: {part} of {tmp_path}/model); name"
+    )
     err = capsys.readouterr().err
-    assert err.startswith(line) or (part == "tokenizer" and err.startswith(line.replace(changed, part)))
+    assert err.startswith(line)
     assert err.count("\n") == 1
     assert files(undisturbed) == before
 
@@ -333,7 +334,19 @@ def test_chunks_are_not_cut_by_another_tokenizer(world, undisturbed, copied, tmp
     told["model"]["merges"].pop()
     path.write_text(json.dumps(told))
     assert exit_code(annotate, flags(world, "undisturbed", *copied)) == 2
-    line = f"error: {undisturbed}: is not known to be begun with the tokenizer of {tmp_path}/tokenizer; name another"
+    line = (
+        f"error: {undisturbed}: was begun with another model or tokenizer (changed: tokenizer of {tmp_path}/tokenizer)"
+    )
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_journal_that_does_not_know_its_model_is_not_added_to(world, undisturbed, capsys):
+    shutil.copytree(undisturbed, world / "older")
+    path = world / "older/made-of.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if name != "writer.model"}))
+    assert exit_code(annotate, flags(world, "older")) == 2
+    line = f"error: {world}/older: was begun by a version that did not know models by their content; name another"
     assert capsys.readouterr().err.startswith(line)
 
 

@@ -167,7 +167,7 @@ def test_a_model_exchanged_in_its_folder_is_not_given_the_old_ones_score(world, 
     before, num = results(), len(world.drawn)
     exchange(Path("model"), part)
     assert call() == 2
-    line = f"error: out: drawn by another model: changed since are the {part} of model; take another folder\n"
+    line = f"error: out: drawn by another model (changed: {part} of model); take another folder\n"
     assert capsys.readouterr().err == line
     assert (results(), len(world.drawn)) == (before, num)
     assert before["content"].keys() == {"weights", "tokenizer", "config"}
@@ -182,7 +182,7 @@ def test_other_end_of_text_ids_are_another_model(world, capsys):
     path = Path("model/tokenizer_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
     assert call() == 2
-    assert "changed since are the tokenizer of model" in capsys.readouterr().err
+    assert "(changed: tokenizer of model)" in capsys.readouterr().err
 
 
 def test_the_same_model_in_another_place_or_touched_is_the_same_model(world):
@@ -218,7 +218,7 @@ def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
     assert call() == 0
     flip_bit(Path("model/model.safetensors"))
     assert call() == 2
-    assert "changed since are the weights of model" in capsys.readouterr().err
+    assert "(changed: weights of model)" in capsys.readouterr().err
 
 
 def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added_to(world, capsys):

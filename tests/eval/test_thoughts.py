@@ -260,7 +260,7 @@ def test_thoughts_of_one_model_are_not_put_to_another(world, capsys, part, probe
         world.drawn.clear()
     exchange(Path("model"), part)
     assert probe("plain") == 2
-    assert f"changed since are the {part} of model" in capsys.readouterr().err
+    assert f"(changed: {part} of model)" in capsys.readouterr().err
     assert not world.drawn
 
 

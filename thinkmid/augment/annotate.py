@@ -198,7 +198,8 @@ def claim(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> None:
                 was, now = other.get(differ[0]), mine.get(differ[0])
                 begun = f"was begun with {differ[0]} = {was}, now {now}"
                 if home := {"chunks.tokenizer": cfg.chunks.tokenizer, "writer.model": cfg.writer.folder}.get(differ[0]):
-                    begun = f"is not known to be begun with the {identity.changed(was, now, home)}"
+                    begun = f"was begun with another model or tokenizer (changed: {identity.changed(was, now, home)})"
+                    begun = begun if was else "was begun by a version that did not know models by their content"
                 raise UserError(f"{folder}: {begun}; name another run.folder")
         else:
             write_whole(path, json.dumps(mine, indent=1) + "\n")

@@ -73,7 +73,7 @@ def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
     """UserError if a model of other content drew what is there."""
     was = read_mark(folder)
     if was and (parts := identity.changed(was["model"], model, cfg.model.folder)):
-        raise UserError(f"{folder}: drawn by another model: changed since are the {parts}; take another folder")
+        raise UserError(f"{folder}: drawn by another model (changed: {parts}); take another folder")
 
 
 def generate(cfg: EvalConfig, sets: dict, folder: Path, ranks) -> None:
