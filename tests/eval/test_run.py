@@ -261,7 +261,7 @@ def test_an_answer_without_a_thought_has_the_budget_of_both(world, monkeypatch, 
     assert {row["truncated"] for row in graded if row["question"] in ids} == {True}
 
 
-@pytest.mark.parametrize("mark", ["", "{", "\xff", '{"run.seed": 0}', None])
+@pytest.mark.parametrize("mark", ["", "{", "{}", "\xff", '{"run.seed": 0}', None])
 def test_a_damaged_mark_is_named_as_what_it_is(world, capsys, mark):
     path = Path("out/drawn-by.json")
     path.parent.mkdir()

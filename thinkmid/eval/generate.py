@@ -42,8 +42,10 @@ def read_mark(folder: Path) -> dict[str, Any]:
     mark = folder / MARK
     if mark.is_file() and (older := mark.read_text("utf-8", "replace")).startswith("["):
         return {PATH_ALONE: older}
-    drawn_by = read_json(mark) if mark.exists() else {}
-    if drawn_by and not isinstance(drawn_by.get("model"), dict):
+    if not mark.exists():
+        return {}
+    drawn_by = read_json(mark)
+    if not isinstance(drawn_by.get("model"), dict):
         raise UserError(f"{mark}: 'model' is missing or not of its kind")
     return drawn_by
 
