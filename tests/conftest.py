@@ -1,5 +1,6 @@
 """What tests share: a tiny model, random groups, two comparisons, ranks, NaN in unwritten memory."""
 
+import json
 import os
 import re
 import signal
@@ -86,6 +87,29 @@ def random_model(cfg=TINY, seed=0, dtype=torch.float32, **flags):
         for name, p in model.named_parameters():
             p.copy_(torch.randn(p.shape, generator=rng) * 0.3 + (1.0 if name.endswith("norm.weight") else 0.0))
     return model.to(dtype)
+
+
+def exchange(folder, part):
+    """Replace a part of the model in an export: another valid one stands there, that loads."""
+    from thinkmid.model import weights
+
+    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer", "config")}
+    if part == "weights":
+        cfg = weights.read_config(folder)
+        weights.save(folder, cfg, weights.stream(random_model(cfg, seed=5)), dtype="float32", extra_files=folder)
+    elif part == "tokenizer":
+        told[part]["model"]["merges"].pop()
+    else:
+        told[part]["rope_theta"] = told[part]["rope_parameters"]["rope_theta"] = 777.0
+    if part != "weights":
+        (folder / f"{part}.json").write_text(json.dumps(told[part]))
+
+
+def flip_bit(path):
+    """One bit of the last tensor of a safetensors file."""
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
 
 
 def random_groups(rewards_P_G, seed=0, *, max_prefix=9, max_reply=7, version=0):

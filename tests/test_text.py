@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from thinkmid import text as text_module
 from thinkmid.errors import UserError
-from thinkmid.text import CLOSE, OPEN, CloseMatcher, Text, train_tokenizer
+from thinkmid.text import CLOSE, OPEN, TagMatcher, Text, train_tokenizer
 
 TAG = CLOSE.encode()
 CORPUS = [
@@ -166,7 +166,7 @@ def naive_hits(text: Text, ids: list[int]) -> list[int]:
     return [after - before for before, after in itertools.pairwise(counts)]
 
 
-def walk(matcher: CloseMatcher, ids: list[int]) -> list[int]:
+def walk(matcher: TagMatcher, ids: list[int]) -> list[int]:
     hits, state = [], np.zeros(1, np.uint8)
     for i in ids:
         state, hit = matcher.step(state, np.array([i]))
@@ -231,7 +231,7 @@ def test_tags_spelled_one_byte_a_token_are_found():
 @given(stream=st.lists(st.sampled_from([b"a", b"b", b"ab", b"aab", b"baa", b"", b"aaaa"]), max_size=30))
 def test_the_matcher_finds_tags_that_overlap_themselves(tag, stream):
     pieces = [b"a", b"b", b"ab", b"aab", b"baa", b"", b"aaaa"]
-    matcher = CloseMatcher(pieces, tag)
+    matcher = TagMatcher(pieces, tag)
     written = b"".join(stream)
     expected = sum(written.startswith(tag, i) for i in range(len(written)))
     assert sum(walk(matcher, [pieces.index(piece) for piece in stream])) == expected

@@ -156,7 +156,7 @@ def byte_automaton(tag: bytes) -> tuple[np.ndarray, np.ndarray]:
     return follow, found
 
 
-class CloseMatcher:
+class TagMatcher:
     """Finds a tag in streams of token ids, whatever the tokenizer: its bytes may be spread over several tokens or
     share one with others ("x</", "think", ">\\n"). The Knuth-Morris-Pratt automaton of the tag, lifted to tokens.
 
@@ -256,8 +256,12 @@ class Text:
         return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
 
     @cached_property
-    def matcher(self) -> CloseMatcher:
-        return CloseMatcher(self.pieces, CLOSE.encode())
+    def matcher(self) -> TagMatcher:
+        return TagMatcher(self.pieces, CLOSE.encode())
+
+    @cached_property
+    def open_matcher(self) -> TagMatcher:
+        return TagMatcher(self.pieces, OPEN.encode())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos. Lone surrogates become "?"."""

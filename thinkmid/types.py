@@ -30,7 +30,9 @@ class Sample:
     tokens: np.ndarray  # (n,) int32, generated tokens only
     logp: np.ndarray  # (n,) float32, log-prob of each token at the sampling temperature, unfiltered
     drawn: np.ndarray  # (n,) bool, False where the token was forced
-    finish: str  # "eos", "suffix" (N tokens after the tag), "unclosed" (thought budget spent), "reclosed" (second tag)
+    # "eos", "suffix" (N tokens after the tag, or the budget without a thought), "unclosed" (thought budget spent) or
+    # "reclosed" (second tag)
+    finish: str
     num_think: int  # tokens before the predicted suffix, closing tag included; all of them if it never came
     version: int  # of the weights that drew it
 

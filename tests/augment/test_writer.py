@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import misbehave
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, exit_code, random_model
+from conftest import TINY, exchange, exit_code, flip_bit, random_model
 
 from thinkmid.augment import annotate, annotators, writer
 from thinkmid.augment.annotators import AnnotatorConfig
@@ -293,6 +294,68 @@ def test_killed_and_resumed_on_two_ranks_the_tiny_model_says_the_same_and_nothin
     assert (out / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
     said, _ = done.communicate()
     assert {"annotate 0/2", "annotate 1/2"} <= {line.partition(":")[0] for line in said.splitlines()}
+
+
+@pytest.fixture
+def copied(world, tmp_path):
+    """The annotator's model and the tokenizer of chunks in another place, to be changed there: flags that name both."""
+    for name in ("model", "tokenizer"):
+        shutil.copytree(world / name, tmp_path / name)
+    return ["--writer.folder", str(tmp_path / "model"), "--chunks.tokenizer", str(tmp_path / "tokenizer")]
+
+
+def test_the_same_annotator_in_another_place_resumes(world, undisturbed, copied):
+    before = files(undisturbed)
+    assert exit_code(annotate, flags(world, "undisturbed", *copied)) == 0
+    assert files(undisturbed) == before
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config", "chat template"])
+def test_an_annotator_exchanged_in_its_folder_adds_nothing(world, undisturbed, copied, tmp_path, capsys, part):
+    told, before = tmp_path / "model" / "tokenizer_config.json", files(undisturbed)
+    if part == "chat template":
+        config = json.loads(told.read_text())
+        told.write_text(json.dumps(config | {"chat_template": "Well: " + config["chat_template"]}))
+    else:
+        exchange(tmp_path / "model", part)
+    assert exit_code(annotate, flags(world, "undisturbed", *copied)) == 2
+    line = (
+        f"error: {undisturbed}: was begun with another model or tokenizer (changed: {part} of {tmp_path}/model); name"
+    )
+    err = capsys.readouterr().err
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    assert files(undisturbed) == before
+
+
+def test_chunks_are_not_cut_by_another_tokenizer(world, undisturbed, copied, tmp_path, capsys):
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["model"]["merges"].pop()
+    path.write_text(json.dumps(told))
+    assert exit_code(annotate, flags(world, "undisturbed", *copied)) == 2
+    line = (
+        f"error: {undisturbed}: was begun with another model or tokenizer (changed: tokenizer of {tmp_path}/tokenizer)"
+    )
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_journal_that_does_not_know_its_model_is_not_added_to(world, undisturbed, capsys):
+    shutil.copytree(undisturbed, world / "older")
+    path = world / "older/made-of.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if name != "writer.model"}))
+    assert exit_code(annotate, flags(world, "older")) == 2
+    line = f"error: {world}/older: was begun by a version that did not know models by their content; name another"
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_damaged_annotator_annotates_nothing(world, copied, tmp_path, capsys):
+    flip_bit(tmp_path / "model" / "model.safetensors")
+    assert exit_code(annotate, flags(world, "damaged", *copied)) == 2
+    line = f"error: {tmp_path}/model/model.safetensors: does not match its sha256 in thinkmid.json"
+    assert capsys.readouterr().err.startswith(line)
+    assert not list((world / "damaged").glob("journal/*"))
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 """The program: draws, grades, sums up; goes on where it was stopped; grades again."""
 
 import json
+import os
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, exit_code, random_model
+from conftest import TINY, exchange, exit_code, flip_bit, random_model
+from safetensors.torch import load_file, save_file
 
 from thinkmid.errors import UserError
 from thinkmid.eval import generate, run
 from thinkmid.eval.conditions import KEYS
 from thinkmid.model import weights
-from thinkmid.rollout.engine import seed
+from thinkmid.rollout.engine import Sampling, make_engine, seed
 from thinkmid.text import Text, train_tokenizer
 from thinkmid.types import Sample
 
@@ -152,16 +157,119 @@ def test_a_set_whose_name_begins_another_sets_name_has_its_own_rows_alone(tmp_pa
 def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
     assert call() == 0
     assert call("--sampling.temperature=1.0") == 2
-    assert "another model, template, sampling or seed" in capsys.readouterr().err
+    line = "error: out: drawn with sampling.temperature = 0.6, now 1.0; take another folder\n"
+    assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("mark", ["", "{", "\xff", None])
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
+def test_a_model_exchanged_in_its_folder_is_not_given_the_old_ones_score(world, capsys, part):
+    assert call("--run.samples=2") == 0
+    before, num = results(), len(world.drawn)
+    exchange(Path("model"), part)
+    assert call() == 2
+    line = f"error: out: drawn by another model (changed: {part} of model); take another folder\n"
+    assert capsys.readouterr().err == line
+    assert (results(), len(world.drawn)) == (before, num)
+    assert before["content"].keys() == {"weights", "tokenizer", "config"}
+    assert call("--run.samples=2", "--run.regrade=true") == 0  # it reads no model; the numbers are of the old one
+    assert results() == before
+
+
+def test_other_end_of_text_ids_are_another_model(world, capsys):
+    assert call() == 0
+    Path("model/generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.1}))
+    assert call() == 0  # 5 is a word of this tokenizer, which names its end itself: 0
+    path = Path("model/tokenizer_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    assert call() == 2
+    assert "(changed: tokenizer of model)" in capsys.readouterr().err
+
+
+def test_the_same_model_in_another_place_or_touched_is_the_same_model(world):
+    assert call("--run.samples=2") == 0
+    shutil.copytree("model", "moved")
+    assert call("--model.folder=moved") == 0
+    assert len(world.drawn) == 4 * len(QUESTIONS)
+    for path in Path("model").iterdir():
+        os.utime(path, (1, 1))
+    assert call() == 0
+    assert len(world.drawn) == 4 * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_damaged_model_is_not_evaluated(world, capsys, sealed):
+    flip_bit(Path("model/model.safetensors"))
+    if not sealed:
+        tensors = load_file("model/model.safetensors")
+        tensors["model.norm.weight"][3] = torch.nan
+        save_file(tensors, "model/model.safetensors")
+        Path("model/thinkmid.json").unlink()
+    assert call() == 2
+    why = "does not match its sha256" if sealed else "model.norm.weight holds values that are not finite"
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: model/model.safetensors: {why}")
+    assert err.count("\n") == 1
+    assert not world.drawn
+
+
+def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
+    Path("model/thinkmid.json").unlink()
+    assert call("--run.samples=2") == 0
+    assert call() == 0
+    flip_bit(Path("model/model.safetensors"))
+    assert call() == 2
+    assert "(changed: weights of model)" in capsys.readouterr().err
+
+
+def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added_to(world, capsys):
+    assert call() == 0
+    sampling = Sampling(temperature=0.6, top_p=0.95, max_think=20)
+    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", repr(sampling), 0]))
+    found = results()
+    assert call() == 2
+    line = "error: out: which weights drew what is there is unknown; run.regrade true grades it still\n"
+    assert capsys.readouterr().err == line
+    assert call("--run.regrade=true") == 0
+    assert results() == found | {"content": None}
+    assert call("--run.regrade=true", "--sampling.max_think=21") == 2
+    assert call("--run.regrade=true", "--model.folder=moved") == 2
+
+
+def test_the_table_explains_a_zero(world, capsys):
+    world.text = replace(world.text, close_ids=[])
+    assert call() == 0
+    head, row = capsys.readouterr().out.splitlines()[1:3]
+    assert head.split()[-4:] == ["unparsed", "truncated", "unclosed", "thinking"]
+    assert row.split()[1] == "0.000"
+    assert row.split()[-2] == f"{results()['sets']['own']['unclosed']:.1%}" == "100.0%"
+
+
+@pytest.mark.parametrize(("template", "budget"), [("plain", 20 + 16), ("plain-think", 20)])
+def test_an_answer_without_a_thought_has_the_budget_of_both(world, monkeypatch, template, budget):
+    monkeypatch.setattr(generate, "make_engine", make_engine)
+    flags = ["--run.samples=1", "--run.ks=1", "--sampling.temperature=0", f"--data.template={template}"]
+    assert call(*flags) == 0  # a random model, which seldom ends
+    (file,) = Path("out/generations").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    endless = [row for row in rows if row["finish"] != "eos" and not re.search("</?think>", row["text"])]
+    assert len(endless) > 5
+    assert {row["tokens"] for row in endless} == {budget}
+    assert results().get("max_direct") == (36 if template == "plain" else None)
+    graded = [json.loads(line) for line in Path("out/graded/own.jsonl").read_text().splitlines()]
+    ids = {row["id"] for row in endless}
+    assert {row["unclosed"] for row in graded if row["question"] in ids} == {template == "plain-think"}
+    assert {row["truncated"] for row in graded if row["question"] in ids} == {True}
+
+
+@pytest.mark.parametrize("mark", ["", "{", "{}", "\xff", '{"run.seed": 0}', None])
 def test_a_damaged_mark_is_named_as_what_it_is(world, capsys, mark):
     path = Path("out/drawn-by.json")
     path.parent.mkdir()
     path.mkdir() if mark is None else path.write_text(mark, "latin-1")
     assert call() == 2
-    assert capsys.readouterr().err.startswith("error: out/drawn-by.json: damaged, or of another model")
+    err = capsys.readouterr().err
+    assert err.startswith("error: out/drawn-by.json: ")
+    assert err.count("\n") == 1
 
 
 def test_a_second_process_is_refused_and_the_first_goes_on(world, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, exit_code, random_model
+from conftest import TINY, exchange, exit_code, random_model
 
 from thinkmid.eval import generate, run, thoughts
 from thinkmid.eval.conditions import IDLE, thought_of
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_think_has_no_thoughts_to_probe(world, monkeypatch
     [
         ("--sampling.max_suffix=0", "sampling.max_suffix 0 leaves nothing to draw after a thought"),
         ("--run.samples=5", "48 of 60 samples of own"),
-        ("--run.seed=1", "another model, template, sampling or seed"),
+        ("--run.seed=1", "drawn with run.seed = 0, now 1; take another folder"),
         ("--run.folder=none", "0 of 48 samples of own"),
     ],
 )
@@ -249,6 +249,19 @@ def test_a_probe_without_its_evaluation_is_one_line(world, capsys, flag, line):
     assert line in err
     assert err.count("\n") == 1
     assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
+@pytest.mark.parametrize("probed", [False, True])
+def test_thoughts_of_one_model_are_not_put_to_another(world, capsys, part, probed):
+    evaluated(world, "plain")
+    if probed:
+        assert probe("plain") == 0
+        world.drawn.clear()
+    exchange(Path("model"), part)
+    assert probe("plain") == 2
+    assert f"(changed: {part} of model)" in capsys.readouterr().err
+    assert not world.drawn
 
 
 @pytest.mark.parametrize("tags", ["added", "plain"])

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -6,14 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import spawn
+from conftest import flip_bit, spawn
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from thinkmid.errors import UserError
+from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, RopeScaling, Transformer
-from thinkmid.model.weights import build, config_dict, load_into, load_model, materialise, read_config, save, stream
+from thinkmid.model.weights import (
+    build,
+    config_dict,
+    load_into,
+    load_model,
+    materialise,
+    read_config,
+    save,
+    stream,
+    stream_folder,
+)
 
 # odd sizes: with two ranks no tensor splits evenly
 ODD = ModelConfig(
@@ -362,6 +374,72 @@ def test_a_flipped_bit_is_caught_by_the_hash(tmp_path, place):
     file.write_bytes(raw)
     with pytest.raises(UserError, match=rf"{file.name}: does not match its sha256"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [*((v, "float32") for v in (float("nan"), float("inf"), float("-inf"))), (1e6, "float16"), (3.4e38, "bfloat16")],
+)
+def test_what_an_engine_is_filled_with_is_finite_in_its_dtype(tmp_path, value, dtype):
+    folder = export(tmp_path / "m")
+    edit(folder, poke(value))
+    line = r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"
+    with pytest.raises(UserError, match=line):
+        list(stream_folder(folder, dtype))
+
+
+def test_a_half_precision_folder_that_is_not_finite_is_named_too(tmp_path):
+    folder = export(tmp_path / "m", dtype="float16")
+    edit(folder, poke(float("inf")))
+    with pytest.raises(UserError, match="not finite"):
+        list(stream_folder(folder, "bfloat16"))
+
+
+def test_an_engine_gets_the_bytes_of_the_export_or_nothing(tmp_path):
+    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    expected = {name: tensor.clone() for name, tensor in stream(load_model(folder))}
+    assert same(dict(stream_folder(folder, "float32")), expected)
+    flip_bit(file := sorted(folder.glob("model-*.safetensors"))[1])
+    with pytest.raises(UserError, match=rf"{file.name}: does not match its sha256"):
+        next(stream_folder(folder, "float32"))
+
+
+def test_an_engine_is_not_filled_from_a_tied_folder_with_another_head(tmp_path):
+    folder = export(tmp_path / "m", replace(ODD, tied=True))
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1e-3}))
+    with pytest.raises(UserError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        next(stream_folder(folder, "float32"))
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_folder_that_is_read_again_is_hashed_once_and_must_stay_as_it_was(tmp_path, monkeypatch, sealed):
+    folder, hashed = export(tmp_path / "m", max_shard_bytes=3000), []
+    if not sealed:
+        (folder / "thinkmid.json").unlink()
+    sha256 = weights._sha256
+    monkeypatch.setattr(weights, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    known = weights.stamps(folder)
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    for _ in range(3):
+        list(stream_folder(folder, "float32", known))
+    assert sorted(hashed) == files == sorted(known)
+    os.utime(folder / files[1], (1, 1))
+    list(stream_folder(folder, "float32", known))
+    assert hashed[len(files) :] == [files[1]]
+    flip_bit(folder / files[2])
+    with pytest.raises(UserError, match=rf"{files[2]}: changed since"):
+        next(stream_folder(folder, "float32", known))
+
+
+def test_ranks_hash_each_file_once_and_know_all(tmp_path):
+    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    shares = [weights.stamps(folder, rank, 3) for rank in range(3)]
+    assert all(shares)
+    assert sum(map(len, shares)) == len(list(folder.glob("*.safetensors")))
+    whole = weights.stamps(folder)
+    assert shares[0] | shares[1] | shares[2] == whole
+    for file, stamp in whole.items():
+        assert stamp.sha256 == hashlib.sha256((folder / file).read_bytes()).hexdigest()
 
 
 def test_a_file_without_a_hash_does_not_pass_as_sealed(tmp_path):

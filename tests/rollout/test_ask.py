@@ -1,6 +1,7 @@
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, flip_bit, random_model
+from safetensors.torch import load_file, save_file
 
 from thinkmid.errors import UserError
 from thinkmid.model import weights
@@ -91,6 +92,47 @@ def test_a_resident_judge_has_a_cache_of_its_own_size(monkeypatch, tmp_path):
     assert (built["kv_gb"], built["kind"], built["dtype"]) == (2.5, "vllm", "bfloat16")
     assert built["sleep"] is False
     assert 0 < judging.JudgeConfig().kv_gb < 8
+
+
+def judge_in(folder, kind):
+    """A judge of the seed-1 model in a folder: (ask, the policy's engine)."""
+    engine, theirs = make_engine(seed=0), (TINY, Words([7], [8]))
+    judge = judging.JudgeConfig(kind=kind, folder=str(folder))
+    ask, _ = judging.make_ask(judge, EngineConfig(), Sampling(), engine, None, theirs, "cpu", 20, print)
+    return ask, engine
+
+
+@pytest.fixture
+def judges(tmp_path):
+    weights.save(tmp_path / "judge", TINY, weights.stream(random_model(seed=1)), dtype=torch.float32)
+    return tmp_path / "judge"
+
+
+@pytest.mark.parametrize("kind", ["swap", "resident"])
+def test_a_damaged_judge_judges_nothing(judges, kind):
+    ask, _ = judge_in(judges, kind)
+    assert ask("question")() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)
+    flip_bit(judges / "model.safetensors")
+    with pytest.raises(UserError, match=r"judge/model\.safetensors: does not match its sha256"):
+        judge_in(judges, kind)[0]("question")()
+    tensors = load_file(judges / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, judges / "model.safetensors")
+    (judges / "thinkmid.json").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: model\.norm\.weight holds values that are not finite"):
+        judge_in(judges, kind)[0]("question")()
+
+
+def test_a_judge_that_is_swapped_in_again_is_the_one_that_was_verified(judges, monkeypatch):
+    ask, engine = judge_in(judges, "swap")
+    monkeypatch.setattr(weights, "_sha256", lambda path: pytest.fail("hashed again"))
+    for version in (5, 6):
+        assert ask("question")() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)
+        engine.load_weights(weights.stream(random_model(seed=0)), version)
+    monkeypatch.undo()
+    weights.save(judges, TINY, weights.stream(random_model(seed=2)), dtype=torch.float32)  # whole, but another
+    with pytest.raises(UserError, match=r"judge/model\.safetensors: changed since"):
+        ask("question")()
 
 
 def test_a_cache_of_no_size_is_refused():

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -5,12 +6,13 @@ import pytest
 import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
+from thinkmid.eval.config import EvalSampling
 from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine import Sampling, collect
 from thinkmid.rollout.native import NativeEngine, draw
-from thinkmid.text import CLOSE, Text, train_tokenizer
+from thinkmid.text import CLOSE, OPEN, Text, train_tokenizer
 from thinkmid.train.loss import logprobs
 from thinkmid.types import Prompt
 
@@ -74,7 +76,7 @@ def tokens_P_G(groups):
     return [[s.tokens.tolist() for s in g.samples] for g in groups]
 
 
-def scripted(text, scripts, sampling, num_siblings=1):
+def scripted(text, scripts, sampling, num_siblings=1, prompt=(5, 6)):
     """Samples of an engine whose model is certain of the next token: scripts[p] in turn, then its last token again."""
     engine, _ = make_engine(text)
 
@@ -85,7 +87,7 @@ def scripted(text, scripts, sampling, num_siblings=1):
         return logits
 
     engine._decode = decode
-    prompts = [Prompt(id=str(p), tokens=[5, 6]) for p in range(len(scripts))]
+    prompts = [Prompt(id=str(p), tokens=list(prompt)) for p in range(len(scripts))]
     groups = collect(engine, prompts, seeds(len(scripts), num_siblings), sampling)
     return [s for g in groups for s in g.samples]
 
@@ -293,6 +295,60 @@ def test_nothing_is_forced_on_a_thought_that_closes_in_time(text):
     (sample,) = scripted(text, [script], Sampling(max_think=2 * len(text.close_ids), max_suffix=3, force_close=True))
     assert sample.drawn.all()
     assert sample.tokens.tolist() == script[: len(text.close_ids) + 3]
+
+
+DIRECT = EvalSampling(max_think=9, max_suffix=4)
+
+
+def spelled(text, words):
+    """Ids one by one, a tag its own: as many tokens as there are letters and tags."""
+    return [i for part in re.split("(</?think>)", words) for i in one_by_one(text, part)]
+
+
+def one_by_one(text, part):
+    tags = {OPEN: text.open_ids, CLOSE: text.close_ids}
+    return tags.get(part) or [i for letter in part for i in text.encode(letter)]
+
+
+@pytest.mark.parametrize("force_close", [False, True])
+def test_a_sample_that_opens_no_thought_has_the_whole_budget(text, force_close):
+    sampling = replace(DIRECT, force_close=force_close)
+    (sample,) = scripted(text, [text.encode("7")], sampling)
+    assert (sample.finish, len(sample.tokens), sample.drawn.all()) == ("suffix", 13, True)
+
+
+def test_a_thought_that_a_prompt_or_the_sample_opens_has_the_budget_of_thoughts(text):
+    open_, close = len(text.open_ids), len(text.close_ids)
+    (sample,) = scripted(text, [text.encode("7")], DIRECT, prompt=[5, 6, *text.open_ids])
+    assert (sample.finish, len(sample.tokens)) == ("unclosed", 9)
+    sampling = replace(DIRECT, max_think=open_ + close + 5)
+    (sample,) = scripted(text, [spelled(text, f"7{OPEN}8")], sampling)
+    assert (sample.finish, len(sample.tokens)) == ("unclosed", sampling.max_think)
+    (sample,) = scripted(text, [spelled(text, f"7{OPEN}8{CLOSE}9")], sampling)
+    assert (sample.finish, len(sample.tokens)) == ("suffix", 2 + open_ + close + 4)
+    (sample,) = scripted(text, [spelled(text, f"7{OPEN}8")], replace(sampling, force_close=True))
+    assert (sample.finish, sample.num_think, len(sample.tokens)) == (
+        "suffix", sampling.max_think, sampling.max_new,
+    )  # fmt: skip
+
+
+def test_after_prompts_that_open_a_thought_the_budget_of_others_changes_nothing(text):
+    engine, _ = make_engine(text)
+    prompts = [Prompt(id=p.id, tokens=p.tokens + text.open_ids) for p in make_prompts(text.vocab_size)]
+    budgets = {"temperature": 1.0, "top_p": 1.0, "max_think": 24, "max_suffix": 5}
+    drawn = [collect(engine, prompts, seeds(len(prompts), 8), kind(**budgets)) for kind in (Sampling, EvalSampling)]
+    assert tokens_P_G(drawn[0]) == tokens_P_G(drawn[1])
+    ends = [[s.finish for g in groups for s in g.samples] for groups in drawn]
+    assert ends[0] == ends[1]
+    assert len({*ends[0]}) > 1
+
+
+def test_no_sample_exceeds_both_budgets_together(text):
+    for words in (f"777777777{OPEN}8", f"77777777777{CLOSE}8", f"777777777{CLOSE}{OPEN}8", f"7{CLOSE}{OPEN}8"):
+        sampling = replace(DIRECT, max_think=10 * len(text.close_ids))
+        (sample,) = scripted(text, [spelled(text, words)], sampling)
+        assert len(sample.tokens) <= sampling.max_new
+        assert sample.finish in ("suffix", "unclosed")
 
 
 def test_each_prefix_is_prefilled_once_even_with_refill(endless):

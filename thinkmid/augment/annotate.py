@@ -28,6 +28,7 @@ from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.files import locked, read_json
 from thinkmid.log import write_whole
+from thinkmid.model import identity
 from thinkmid.text import Text
 from thinkmid.train.interrupt import EXIT, Interrupt
 
@@ -106,20 +107,22 @@ def with_engine(cfg: AnnotateConfig, text: Text) -> int:
     shape, theirs = weights.read_config(folder), Text.load(folder)
     ask = chat.Chat(folder, theirs, thinking=cfg.writer.thinking)
     max_len = longest(cfg, shape.max_positions)
-    begin(cfg)  # what is wrong with the data shows before a model is read
     interrupt, ranks = Interrupt(), shard.start()
+    known = identity.verified(folder, ranks)
+    model = identity.of_model(folder, theirs, known) | {"chat template": ask.digest}
+    begin(cfg, text, model)  # what is wrong with the data shows before an engine is made
     blind = writer.blind(theirs)
     engine = make_engine(cfg.engine, folder, shape, blind, device=ranks.device, max_len=max_len, rows=rows)
-    engine.load_weights(weights.stream_folder(folder, cfg.engine.dtype), 0)
+    engine.load_weights(weights.stream_folder(folder, cfg.engine.dtype, known), 0)
     stopped = lambda: interrupt.requested  # noqa: E731
     held = {"engine": engine, "text": theirs, "chat": ask, "max_len": max_len, "stopped": stopped}
     through = partial(writer.through_engine, cfg=cfg.annotator, writer=cfg.writer, **held)
-    return work(cfg, text, through, stopped=stopped)
+    return work(cfg, text, through, stopped=stopped, model=model)
 
 
-def begin(cfg: AnnotateConfig) -> split.Split:
+def begin(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> split.Split:
     """The folder is this run's and its documents are split. UserError names what is wrong with either."""
-    claim(cfg)
+    claim(cfg, text, model)
     return split.ensure(Path(cfg.run.folder), cfg.data.paths, cfg.split)
 
 
@@ -131,15 +134,17 @@ def work(
     stopped: Callable[[], bool] = lambda: False,
     patience: int = 10,
     more: Callable[[], dict] = dict,
+    model: dict[str, str] | None = None,
 ) -> int:
     """This job's parts. Returns the exit code.
 
     through: pieces with what became of them, as they come; once stopped() is true, those that still come. patience:
     chunks in a row that nobody answers, after which it ends. more() goes into report.json.
+    model: hashes of the annotator's, by part, where it runs in this process.
     UserError if chunks are left because nobody answered: the same command goes on.
     """
     folder, (job, jobs) = Path(cfg.run.folder), share(cfg.shard)
-    parted = begin(cfg)
+    parted = begin(cfg, text, model or {})
     progress = Progress(f"annotate {job}/{jobs}", parted.documents, cfg.run.progress_s)
     with ExitStack() as stack:
         journals = {}
@@ -171,12 +176,14 @@ def work(
     return 0
 
 
-def claim(cfg: AnnotateConfig) -> None:
-    """The folder is this run's. UserError: another program's; the first setting in which it is another run's."""
+def claim(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> None:
+    """The folder is this run's. UserError: another program's; the first setting in which it is another run's; what of
+    the annotator's model or of the tokenizer of chunks has another content."""
     folder = Path(cfg.run.folder)
     mine = {
-        "chunks.tokenizer.json": shards.digest(Path(cfg.chunks.tokenizer) / "tokenizer.json"),
         "run.parts": cfg.run.parts,
+        "chunks.tokenizer": {"tokenizer": text.digest},
+        "writer.model": model,
         **{f"{name}.{key}": value for name in decisive(cfg) for key, value in settings(cfg, name).items()},
     }
     mine = json.loads(json.dumps(mine))
@@ -189,7 +196,11 @@ def claim(cfg: AnnotateConfig) -> None:
             differ = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
             if differ:
                 was, now = other.get(differ[0]), mine.get(differ[0])
-                raise UserError(f"{folder}: was begun with {differ[0]} = {was}, now {now}; name another run.folder")
+                begun = f"was begun with {differ[0]} = {was}, now {now}"
+                if home := {"chunks.tokenizer": cfg.chunks.tokenizer, "writer.model": cfg.writer.folder}.get(differ[0]):
+                    begun = f"was begun with another model or tokenizer (changed: {identity.changed(was, now, home)})"
+                    begun = begun if was else "was begun by a version that did not know models by their content"
+                raise UserError(f"{folder}: {begun}; name another run.folder")
         else:
             write_whole(path, json.dumps(mine, indent=1) + "\n")
         if not about.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Chat:
             raise UserError(f"{folder}: its chat template holds a question {rendered.count(SLOT)} times, not once")
         self._text = text
         self._before, self._after = (with_specials(part, text) for part in rendered.split(SLOT))
+
+    @property
+    def digest(self) -> str:
+        """Hash of the ids around a question."""
+        return hashlib.blake2b(repr((self._before, self._after)).encode(), digest_size=16).hexdigest()
 
     def __call__(self, question: str) -> list[int]:
         """Ids of the whole prompt, up to where the model's answer begins."""

@@ -11,11 +11,12 @@ from thinkmid.augment.split import SplitConfig
 from thinkmid.augment.writer import WriterConfig
 from thinkmid.rollout.engine import EngineConfig
 
-# what the output depends on beside data, chunks, annotator and split; and settings in there that it does not depend on
+# what the output depends on beside data, chunks, annotator and split; and settings in there that it does not depend on:
+# of folders of models the content counts
 SECTIONS = {"rules": (), "openai": ("endpoint",), "engine": ("writer", "engine")}
 FREE = {
     "endpoint": ("url", "key_env", "workers", "timeout_s", "retries", "pause_s", "price_prompt", "price_written"),
-    "writer": ("max_batch",),
+    "writer": ("folder", "max_batch"),
     "engine": ("kv_gb", "sleep", "compile", "tensor_parallel", "check_every", "check_samples", "max_gap"),
     "chunks": ("tokenizer",),
     "annotator": ("retries",),

@@ -20,7 +20,7 @@ from thinkmid.eval.tasks import NAME
 from thinkmid.files import check_row, is_count, is_text, read_json
 from thinkmid.log import read_rows, write_whole
 
-ALIKE = ("template", "samples", "temperature", "top_p", "max_new")  # should be the same in both
+ALIKE = ("template", "samples", "temperature", "top_p", "max_new", "max_direct")  # should be the same in both
 FIELDS = {f.name for f in fields(Graded)}
 KINDS = {"question": is_text, "sample": is_count, "num_think": is_count}
 

@@ -54,13 +54,25 @@ class SetsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSampling(Sampling):
+    """A sample that opens no thought has the whole budget, so that models that think and models that do not compare."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+
+    @property
+    def max_direct(self) -> int:
+        return self.max_new
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation. The paper: 16 samples at temperature 0.6 and top-p 0.95, at most 4096 new tokens."""
 
     run: EvalRun
     model: EvalModel
     data: SetsConfig
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.95))
+    sampling: EvalSampling = field(default_factory=EvalSampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 

@@ -11,15 +11,16 @@ from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.prompts import render, tokens
 from thinkmid.eval.tasks import Question, posed
-from thinkmid.files import Kinds, check_row, is_count, is_text, locked
+from thinkmid.files import Kinds, check_row, is_count, is_text, locked, read_json
 from thinkmid.log import read_rows, reopen, write_whole
-from thinkmid.model import weights
+from thinkmid.model import identity, weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine import Sampling, make_engine, seed
 from thinkmid.text import Text
 from thinkmid.types import Prompt
 
 MARK = "drawn-by.json"
+PATH_ALONE = "model, template, sampling and seed"
 KEYS: Kinds = {"id": is_text, "sample": is_count}  # of a row, and of its prompt's meta: what it is a sample of
 DRAWN: Kinds = {"text": is_text, "finish": is_text, "num_think": is_count}
 
@@ -29,18 +30,52 @@ def is_ids(value: Any) -> bool:
     return numbers and 0 <= min(value, default=0) <= max(value, default=0) < 2**31
 
 
-def drawn_by(cfg: EvalConfig) -> str:
-    """What generations depend on."""
-    return json.dumps([cfg.model.folder, cfg.data.template, repr(cfg.sampling), cfg.run.seed], ensure_ascii=False)
+def settings(cfg: EvalConfig) -> dict[str, Any]:
+    """What generations depend on beside the model."""
+    sampling = {f"sampling.{name}": value for name, value in vars(cfg.sampling).items()}
+    return {"data.template": cfg.data.template, **sampling, "run.seed": cfg.run.seed}
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """What drew the generations of a run: settings, "model.folder" and, by part, hashes of the "model"; {} before any
+    are drawn. UserError: damaged."""
+    mark = folder / MARK
+    if mark.is_file() and (older := mark.read_text("utf-8", "replace")).startswith("["):
+        return {PATH_ALONE: older}
+    if not mark.exists():
+        return {}
+    drawn_by = read_json(mark)
+    if not isinstance(drawn_by.get("model"), dict):
+        raise UserError(f"{mark}: 'model' is missing or not of its kind")
+    return drawn_by
 
 
 def check_folder(folder: Path, cfg: EvalConfig) -> None:
-    """UserError if another program's run is there, or generations that another configuration drew."""
-    mark = folder / MARK
-    if not mark.exists() and (folder / "config.toml").exists():
+    """UserError if another program's run is there, or generations that other settings drew."""
+    was, now = read_mark(folder), settings(cfg)
+    if not was and (folder / "config.toml").exists():
         raise UserError(f"{folder}: holds the run of another program; take another folder")
-    if mark.exists() and not (mark.is_file() and mark.read_text("utf-8", "replace") == drawn_by(cfg)):
-        raise UserError(f"{mark}: damaged, or of another model, template, sampling or seed; take another folder")
+    if PATH_ALONE in was:
+        now = {PATH_ALONE: path_alone(cfg)}
+        if not cfg.run.regrade:
+            raise UserError(f"{folder}: which weights drew what is there is unknown; run.regrade true grades it still")
+    elif cfg.run.regrade:
+        now |= {"model.folder": cfg.model.folder}
+    if odd := [name for name in now if was and was.get(name) != now[name]]:
+        raise UserError(f"{folder}: drawn with {odd[0]} = {was.get(odd[0])}, now {now[odd[0]]}; take another folder")
+
+
+def path_alone(cfg: EvalConfig) -> str:
+    """The mark of versions that knew a model by its path and gave a sample without a thought the budget of thoughts."""
+    sampling = repr(Sampling(**vars(cfg.sampling)))
+    return json.dumps([cfg.model.folder, cfg.data.template, sampling, cfg.run.seed], ensure_ascii=False)
+
+
+def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
+    """UserError if a model of other content drew what is there."""
+    was = read_mark(folder)
+    if was and (parts := identity.changed(was["model"], model, cfg.model.folder)):
+        raise UserError(f"{folder}: drawn by another model (changed: {parts}); take another folder")
 
 
 def generate(cfg: EvalConfig, sets: dict, folder: Path, ranks) -> None:
@@ -74,12 +109,16 @@ def draw(
     """
     shape, text = model_of(cfg)
     source, rows = Path(cfg.model.folder), sampling.max_batch
+    known = identity.verified(source, ranks)
+    model = identity.of_model(source, text, known)
+    check_model(folder.parent, cfg, model)
     longest = max(len(p.tokens) for prompts in asked.values() for p in prompts) + sampling.max_new
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=longest, rows=rows)
-    engine.load_weights(weights.stream_folder(source, cfg.engine.dtype), 0)
+    engine.load_weights(weights.stream_folder(source, cfg.engine.dtype, known), 0)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        write_whole(folder.parent / MARK, drawn_by(cfg))
+        drawn_by = settings(cfg) | {"model.folder": cfg.model.folder, "model": model}
+        write_whole(folder.parent / MARK, json.dumps(drawn_by, indent=1) + "\n")
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys) for row in stored(folder, name, keys)}

@@ -78,6 +78,7 @@ def report(folder: Path, cfg: EvalConfig, sets: dict, graded: dict) -> None:
     """results.json, graded/*.jsonl and a table on the console."""
     from dataclasses import asdict
 
+    from thinkmid.eval.generate import PATH_ALONE, read_mark
     from thinkmid.eval.summary import summarise
     from thinkmid.log import write_whole
 
@@ -85,15 +86,20 @@ def report(folder: Path, cfg: EvalConfig, sets: dict, graded: dict) -> None:
     mean = sum(r["mean"] for r in results.values()) / len(results)
     about = {"model": cfg.model.folder, "template": cfg.data.template, "samples": cfg.run.samples}
     about |= {"temperature": cfg.sampling.temperature, "top_p": cfg.sampling.top_p, "max_new": cfg.sampling.max_new}
+    drawn_by = read_mark(folder)
+    about["content"] = drawn_by.get("model")
+    if not cfg.data.template.endswith("-think"):
+        about["max_direct"] = cfg.sampling.max_think if PATH_ALONE in drawn_by else cfg.sampling.max_direct
     about["questions"] = {name: found.sha256 for name, found in sets.items()}
     for name, rows in graded.items():
         write_whole(folder / "graded" / f"{name}.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in rows))
     write_whole(folder / "results.json", json.dumps(about | {"mean": mean, "sets": results}, indent=2) + "\n")
-    print(f"{'set':<20} {'mean':>6}  {'95 % interval':<14} {'unparsed':>8} {'truncated':>9} {'thinking':>8}")
+    shares = ("unparsed", "truncated", "unclosed")
+    print(f"{'set':<20} {'mean':>6}  {'95 % interval':<14} {' '.join(f'{s:>9}' for s in shares)} {'thinking':>8}")
     for name, r in results.items():
         interval = f"{r['low']:.3f} to {r['high']:.3f}"
-        shares = f"{r['unparsed']:8.1%} {r['truncated']:9.1%} {r['mean_think']:8.0f}"
-        print(f"{name:<20} {r['mean']:6.3f}  {interval:<14} {shares}")
+        cells = " ".join(f"{r[s]:9.1%}" for s in shares)
+        print(f"{name:<20} {r['mean']:6.3f}  {interval:<14} {cells} {r['mean_think']:8.0f}")
     print(f"{'mean of the sets':<20} {mean:6.3f}   ({folder}/results.json)")
 
 

@@ -126,12 +126,14 @@ def graded(cfg: EvalConfig, sets: dict, probes: dict[str, Probe], folder: Path, 
 
 def report(folder: Path, cfg: EvalConfig, probes: dict[str, Probe], graded: dict[str, dict]) -> None:
     """thoughts.json, graded-thoughts/*.jsonl and a table on the console."""
+    from thinkmid.eval.generate import read_mark
     from thinkmid.log import write_whole
 
     for name, by_condition in graded.items():
         rows = [asdict(r) | {"condition": condition} for condition, found in by_condition.items() for r in found]
         write_whole(folder / "graded-thoughts" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    results = {"model": cfg.model.folder, "template": cfg.data.template} | summarise(probes, graded, cfg.run.seed)
+    about = {"model": cfg.model.folder, "content": read_mark(folder).get("model"), "template": cfg.data.template}
+    results = about | summarise(probes, graded, cfg.run.seed)
     write_whole(folder / "thoughts.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     show(results)
     print(f"({folder}/thoughts.json)")

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,15 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Dtype = str | torch.dtype
 Device = str | torch.device
+
+
+class Stamp(NamedTuple):
+    """A weight file as it was hashed, and what tells without reading it that it is still that file."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+    inode: int
 
 
 def hf_name(name: str) -> str:
@@ -88,27 +97,52 @@ def load_into(model: Transformer, folder: str | Path) -> None:
     folder = Path(folder)
     reshard(model)
     parameters, sources = matched(model, folder)
-    _verify(folder, {file for file, _ in sources.values()}, any(isinstance(p, DTensor) for p in parameters.values()))
+    sharded = any(isinstance(p, DTensor) for p in parameters.values())
+    if (folder / SEAL).exists():
+        stamps(folder, *((dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)))
     for name, p in parameters.items():
         local, start = _local(p)
         local.copy_(_rows(*sources[name], name, start, len(local)))
-        # one pass without a temporary; NaN wins both ends
-        if local.numel() and not torch.stack(local.aminmax()).isfinite().all():
-            raise UserError(f"{sources[name][0]}: {name} holds values that are not finite")
+        _check_finite(sources[name][0], name, local)
     if HEAD in sources.keys() - parameters.keys():
-        local, start = _local(parameters[EMBEDDING])
-        twins = [_rows(*sources[name], name, start, len(local)) for name in (HEAD, EMBEDDING)]
-        if not torch.equal(*twins):
-            raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+        _check_twin(folder, sources, *_local(parameters[EMBEDDING]))
 
 
-def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into."""
+def stream_folder(
+    folder: str | Path, dtype: Dtype, known: Mapping[str, Stamp] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into.
+
+    known: stamps() of all its files, taken earlier. What is as it was then is not hashed again; UserError names a file
+    whose bytes are others by now.
+    """
     with torch.device("meta"):
         model = Transformer(read_config(folder))
     parameters, sources = matched(model, folder)
+    folder = Path(folder)
+    if known is not None:
+        _check_same(folder, known)
+    elif (folder / SEAL).exists():
+        stamps(folder)
+    if HEAD in sources.keys() - parameters.keys():
+        _check_twin(folder, sources, parameters[EMBEDDING], 0)
     for name, p in parameters.items():
-        yield name, _rows(*sources[name], name, 0, len(p)).to(_dtype(dtype))
+        tensor = _rows(*sources[name], name, 0, len(p)).to(_dtype(dtype))
+        _check_finite(sources[name][0], name, tensor)
+        yield name, tensor
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    # one pass without a temporary; NaN wins both ends
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise UserError(f"{path}: {name} holds values that are not finite, as {tensor.dtype}")
+
+
+def _check_twin(folder: Path, sources: dict[str, tuple[Path, Any]], local: Tensor, start: int) -> None:
+    """The head that a tied model's folder holds too must be the embedding; rows from start on, as many as local has."""
+    twins = [_rows(*sources[name], name, start, len(local)) for name in (HEAD, EMBEDDING)]
+    if not torch.equal(*twins):
+        raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
 
 
 def _open_all(folder: Path) -> dict[str, tuple[Path, Any]]:
@@ -159,17 +193,34 @@ def _open(folder: Path, file: str) -> Any:
         raise UserError(f"{path}: damaged or not safetensors: {_one_line(e)}") from None
 
 
-def _verify(folder: Path, files: set[Path], sharded: bool) -> None:
-    """Compare files with the hashes written when they were exported. Ranks of a sharded model share the work."""
-    if not (folder / SEAL).exists():
-        return
-    hashes = read_json(folder / SEAL).get("sha256")
-    if not isinstance(hashes, dict):
+def stamps(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, Stamp]:
+    """Of every world-th weight file, from rank on, where ranks share the work. UserError names a file that does not
+    match the hash written when it was exported, if it was."""
+    folder, found = Path(folder), {}
+    is_export = (folder / SEAL).exists()
+    sealed = read_json(folder / SEAL).get("sha256") if is_export else {}
+    if not isinstance(sealed, dict):
         raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
-    for path in sorted(files)[rank::world]:
-        if hashes.get(path.name) != _sha256(path):
-            raise UserError(f"{path}: does not match its sha256 in {SEAL}; damaged or changed since it was exported")
+    for file in sorted(_weight_files(folder))[rank::world]:
+        at = _stat(folder, file)  # before its bytes are read: what replaces it meanwhile shows
+        found[file] = Stamp(_sha256(folder / file), *at)
+        if is_export and sealed.get(file) != found[file].sha256:
+            raise UserError(f"{folder / file}: does not match its sha256 in {SEAL}; damaged or changed since export")
+    return found
+
+
+def _check_same(folder: Path, known: Mapping[str, Stamp]) -> None:
+    if odd := sorted(known.keys() ^ _weight_files(folder).keys()):
+        raise UserError(f"{folder / odd[0]}: came or went since this run began to read the folder")
+    for file, stamp in known.items():
+        if _stat(folder, file) != stamp[1:] and _sha256(folder / file) != stamp.sha256:
+            raise UserError(f"{folder / file}: changed since this run began to read it")
+
+
+def _stat(folder: Path, file: str) -> tuple[int, int, int]:
+    _open(folder, file)  # a regular file of the folder itself
+    at = (folder / file).stat()
+    return at.st_size, at.st_mtime_ns, at.st_ino
 
 
 def _compare(folder: Path, expected: dict[str, Tensor], sources: dict[str, tuple[Path, Any]]) -> None:

@@ -41,6 +41,11 @@ class Sampling:
     def max_new(self) -> int:
         return self.max_think + self.max_suffix
 
+    @property
+    def max_direct(self) -> int:
+        """Tokens of a sample that opens no thought."""
+        return self.max_think
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

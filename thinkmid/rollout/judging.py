@@ -147,10 +147,11 @@ def make_ask(
     if judge.kind == "policy":
         return EngineAsk(engine, text, max_len), nothing
     shape, text = theirs
+    known = weights.stamps(judge.folder)
     if judge.kind == "swap":
-        stream = lambda: weights.stream_folder(judge.folder, config.dtype)  # noqa: E731
+        stream = lambda: weights.stream_folder(judge.folder, config.dtype, known)  # noqa: E731
         return SwapAsk(EngineAsk(engine, text, max_len), engine, stream), nothing
     beside, longest = resident_engine(judge, config, sampling, shape)
     resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
-    resident.load_weights(weights.stream_folder(judge.folder, beside.dtype), 0)
+    resident.load_weights(weights.stream_folder(judge.folder, beside.dtype, known), 0)
     return EngineAsk(resident, text, longest), nothing

@@ -12,13 +12,15 @@ from thinkmid.types import Sample
 class Rows:
     """One row per sequence; numpy columns, so that a step of the whole batch is few calls.
 
-    A row ends "unclosed" (thought budget spent), "suffix" (N tokens after the tag), "eos" or "reclosed" (second tag).
+    A row ends "unclosed" (thought budget spent), "suffix" (N tokens after the tag, or sampling.max_direct of a row that
+    has opened no thought), "eos" or "reclosed" (second tag).
     """
 
     def __init__(self, size: int, sampling: Sampling, text: Text):
         self.num = 0
         self.owner: list[tuple[int, int]] = []
-        self._sampling, self._matcher = sampling, text.matcher
+        self._sampling, self._matcher, self._opener = sampling, text.matcher, text.open_matcher
+        self._open = list(text.open_ids)
         self._eos = np.array(sorted(text.eos_ids), np.int64)
         self._close = np.array(text.close_ids, np.int64)
         max_new = sampling.max_new + len(self._close)
@@ -31,6 +33,8 @@ class Rows:
         self._count = np.zeros(size, np.int64)  # generated
         self._state = np.zeros(size, np.int64)  # of the closing tag's matcher
         self._hits = np.zeros(size, np.int64)  # closing tags seen
+        self._open_state = np.zeros(size, np.int64)  # of the opening tag's matcher
+        self._opened = np.zeros(size, bool)  # by the prompt's end, or since
         self._think = np.zeros(size, np.int64)  # tokens up to the first closing tag, 0 before it comes
         self._forced = np.zeros(size, np.int64)  # tokens of a forced closing tag written so far
         self._columns = (
@@ -43,6 +47,8 @@ class Rows:
             self._count,
             self._state,
             self._hits,
+            self._open_state,
+            self._opened,
             self._think,
             self._forced,
         )
@@ -68,8 +74,11 @@ class Rows:
         row = self.num
         self.num += 1
         self.owner.append((p, g))
-        for state in (self._count, self._state, self._hits, self._think, self._forced):
+        for state in (self._count, self._state, self._hits, self._open_state, self._think, self._forced):
             state[row] = 0
+        # where direct answers have no budget of their own, every row is held to that of thoughts
+        direct = self._sampling.max_direct > self._sampling.max_think
+        self._opened[row] = not direct or list(prompt_tokens[-len(self._open) :]) == self._open
         self._seed[row], self._newest[row], self._position[row] = seed, prompt_tokens[-1], len(prompt_tokens) - 1
         return row
 
@@ -77,7 +86,8 @@ class Rows:
         """(b,) bool of the rows at (b,): the next token must be one of a forced closing tag."""
         if not self._sampling.force_close:
             return np.zeros(len(at), bool)
-        return (self._think[at] == 0) & (self._count[at] >= self._sampling.max_think - len(self._close))
+        unclosed = self._opened[at] & (self._think[at] == 0)
+        return unclosed & (self._count[at] >= self._sampling.max_think - len(self._close))
 
     def forced(self):
         """(B,) the token that must come next where the thought budget is spent, else -1."""
@@ -99,11 +109,14 @@ class Rows:
         self._count[at] = count
         self._state[at], hits = self._matcher.step(self._state[at], token)
         self._hits[at] += hits
+        self._open_state[at], opens = self._opener.step(self._open_state[at], token)
+        self._opened[at] = opened = self._opened[at] | (opens > 0)
         think = self._think[at]
         self._think[at] = think = np.where((think == 0) & (hits > 0), count, think)
         ended = np.full(len(count), "", dtype="<U8")
-        ended[(think == 0) & (count >= self._sampling.max_think)] = "unclosed"
         ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
+        ended[count >= np.where(opened, self._sampling.max_new, self._sampling.max_direct)] = "suffix"
+        ended[opened & (think == 0) & (count >= self._sampling.max_think)] = "unclosed"
         ended[np.isin(token, self._eos)] = "eos"
         ended[self._hits[at] > 1] = "reclosed"
         return ended
