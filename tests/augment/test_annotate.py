@@ -278,6 +278,10 @@ def test_torchrun_names_the_job_unless_the_flag_does(monkeypatch):
         (["--chunks.tokenizer", "none"], "none/tokenizer.json: no such file"),
         (["--split.evals", "a.toml"], "a.toml: unknown kind of file"),
         (
+            ["--split.evals", "tokenizer"],
+            "tokenizer: no file to read (split.evals); tokenizer: 2 files left out: *.json",
+        ),
+        (
             ["--split.evals", "mini.jsonl", "--split.eval_fields", "question"],
             "mini.jsonl:1: none of question is a string",
         ),
@@ -288,6 +292,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(mini, capsys, argv, line):
     assert code == 2
     assert err.startswith(f"error: {line}")
     assert err.count("\n") == 1
+
+
+def test_files_of_a_folder_that_are_not_read_are_named_by_the_first_job(mini, capsys):
+    Path("mixed").mkdir()
+    Path("mini.jsonl").rename("mixed/mini.jsonl")
+    Path("mixed/more.json.gz").touch()
+    for shard, lines in (("0/2", 1), ("1/2", 0)):
+        code, out, _ = call(capsys, "a.toml", "--data.paths", "mixed", "--shard", shard)
+        assert (code, out.count("mixed: 1 file left out: *.json.gz (1)")) == (0, lines)
 
 
 def test_a_folder_made_with_other_settings_or_data_is_refused(mini, capsys):

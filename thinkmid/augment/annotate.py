@@ -24,7 +24,7 @@ from thinkmid.augment.annotators import Outcome
 from thinkmid.augment.config import AnnotateConfig, decisive, settings, share
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.progress import Progress
-from thinkmid.data.source import read_documents
+from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
 from thinkmid.files import locked, read_json
 from thinkmid.log import write_whole
@@ -48,6 +48,9 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return plan(cfg)
     text = Text.load(cfg.chunks.tokenizer)
+    if not share(cfg.shard)[0]:
+        for line in left_out([*cfg.data.paths, *cfg.split.evals]):
+            print(line, flush=True)
     return {"rules": with_rules, "openai": with_endpoint, "engine": with_engine}[cfg.annotator.kind](cfg, text)
 
 
