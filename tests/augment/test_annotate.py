@@ -14,8 +14,9 @@ import misbehave
 import pytest
 
 from thinkmid import config
-from thinkmid.augment import annotate, annotators, insert, prompts
+from thinkmid.augment import annotate, annotators, insert, prompts, split
 from thinkmid.augment.config import share
+from thinkmid.augment.shards import part_of
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.text import Text
@@ -247,6 +248,28 @@ def test_the_program_annotates_by_rule_and_says_what_came_of_it(mini, capsys):
     assert "1 chunks accepted, 1 refused (too few thoughts 1)" in out
     listed = [json.loads(line) for line in Path("r/split/documents.jsonl").read_text().splitlines()]
     assert [row.get("dropped") for row in listed] == [None, None, "copy"]
+
+
+def test_nothing_accepted_is_no_success_by_rule_either(mini, capsys):
+    Path("mini.jsonl").write_text('{"text": "Colourless ideas sleep."}\n{"text": "They do so furiously."}\n')
+    line = "error: r: none of 2 chunks accepted, most often: too few thoughts (2); the same command begins again\n"
+    for _ in range(2):
+        assert call(capsys, "a.toml")[::2] == (2, line)
+    code, _, err = call(
+        capsys, "a.toml", "--run.folder", "out", "--split.evals", "mini.jsonl", "--split.eval_words", "1"
+    )
+    assert code == 2
+    assert err.startswith("error: out: none of 0 chunks accepted, their documents are left out")
+
+
+def test_a_job_whose_chunks_are_all_refused_fails_the_run_only_where_no_other_has_accepted(mini, capsys):
+    good = [f"Ana has {n} coins. On Monday Ana finds 3 more. Now Ana has {n + 3} coins." for n in range(1, 20)]
+    odd = [f"Colourless ideas sleep {n}." for n in range(20)]
+    texts = [next(t for t in of if part_of(split.key(t), 2) == part) for part, of in enumerate((good, odd))]
+    Path("mini.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    codes = [call(capsys, "a.toml", "--shard", f"{i}/2")[0] for i in (1, 0)]
+    told = json.loads(Path("r/report.json").read_text())
+    assert (codes, told["accepted"], told["refused"]) == ([0, 0], 1, 1)
 
 
 def test_documents_with_the_same_id_are_both_kept(mini, capsys):

@@ -185,7 +185,7 @@ def words(body: str) -> str:
         found = body
     while isinstance(found, dict):
         found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), "")
-    return " ".join(plain(str(found)).encode("utf-8", "replace").decode().split())[:WORDS]
+    return " ".join(plain(str(found)).split())[:WORDS]
 
 
 def error_status(body: bytes) -> int:

@@ -114,7 +114,7 @@ def left_out(paths: Sequence[str | Path], kinds: tuple[str, ...] = SUFFIXES) -> 
             count = f"{len(files)} file{'s' * (len(files) > 1)}"
             out.append(f"{path}: {count} left out: {', '.join(named)}, such as {example}")
     # a file may be called anything
-    return [" ".join(plain(line).encode("utf-8", "replace").decode().split()) for line in out]
+    return [" ".join(plain(line).split()) for line in out]
 
 
 def _look(path: Path, kinds: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
