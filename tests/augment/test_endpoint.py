@@ -224,7 +224,13 @@ def test_who_refuses_the_simplest_question_is_no_endpoint(make, server):
     ],
 )
 def test_the_words_of_an_error_are_one_line(body, said):
-    assert endpoint.words(body) == said
+    assert endpoint.words(400, body, KEY) == said
+
+
+def test_words_that_may_hold_the_key_are_not_said(make):
+    assert endpoint.words(400, f'{{"error": "bad {KEY}"}}', KEY) == ""
+    assert endpoint.words(401, '{"error": "sk-no...log is wrong"}', KEY) == ""
+    assert endpoint.words(400, '{"error": "max_tokens"}', "x") == "max_tokens"
 
 
 @pytest.mark.parametrize(

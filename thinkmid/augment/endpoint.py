@@ -168,24 +168,23 @@ class Endpoint:
             raise Passing(f"no connection ({type(error.__cause__ or error).__name__})") from None
 
     def _failure(self, status: int, body: str, pause_s: float = 0.0) -> Passing | Rejected:
-        said = words(body)
-        # these may quote the key, whole or in part; a dummy of a few letters stands in many words
-        if status in (401, 403) or (len(self._key) >= 8 and self._key in said):
-            said = ""
+        said = words(status, body, self._key)
         if status in PASSING or status >= 500 or status == 200:
             return Passing(f"HTTP {status}", pause_s, said)
         return Rejected(status, said)
 
 
-def words(body: str) -> str:
-    """What an error says, in one line: of JSON its message, else the body."""
+def words(status: int, body: str, key: str) -> str:
+    """What an error says, in one line: of JSON its message, else the body. Nothing where that may hold the key."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         found = body
     while isinstance(found, dict):
         found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), "")
-    return " ".join(plain(str(found)).split())[:WORDS]
+    # a dummy key of a few letters stands in many words
+    secret = status in (401, 403) or (len(key) >= 8 and key in str(found))
+    return "" if secret else " ".join(plain(str(found)).split())[:WORDS]
 
 
 def error_status(body: bytes) -> int:
