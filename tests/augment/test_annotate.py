@@ -14,8 +14,9 @@ import misbehave
 import pytest
 
 from thinkmid import config
-from thinkmid.augment import annotate, annotators, insert, prompts
+from thinkmid.augment import annotate, annotators, insert, prompts, split
 from thinkmid.augment.config import share
+from thinkmid.augment.shards import part_of
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.text import Text
@@ -249,6 +250,28 @@ def test_the_program_annotates_by_rule_and_says_what_came_of_it(mini, capsys):
     assert [row.get("dropped") for row in listed] == [None, None, "copy"]
 
 
+def test_nothing_accepted_is_no_success_by_rule_either(mini, capsys):
+    Path("mini.jsonl").write_text('{"text": "Colourless ideas sleep."}\n{"text": "They do so furiously."}\n')
+    line = "error: r: none of 2 chunks accepted, most often: too few thoughts (2); the same command begins again\n"
+    for _ in range(2):
+        assert call(capsys, "a.toml")[::2] == (2, line)
+    code, _, err = call(
+        capsys, "a.toml", "--run.folder", "out", "--split.evals", "mini.jsonl", "--split.eval_words", "1"
+    )
+    assert code == 2
+    assert err.startswith("error: out: none of 0 chunks accepted, their documents are left out")
+
+
+def test_a_job_whose_chunks_are_all_refused_fails_the_run_only_where_no_other_has_accepted(mini, capsys):
+    good = [f"Ana has {n} coins. On Monday Ana finds 3 more. Now Ana has {n + 3} coins." for n in range(1, 20)]
+    odd = [f"Colourless ideas sleep {n}." for n in range(20)]
+    texts = [next(t for t in of if part_of(split.key(t), 2) == part) for part, of in enumerate((good, odd))]
+    Path("mini.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    codes = [call(capsys, "a.toml", "--shard", f"{i}/2")[0] for i in (1, 0)]
+    told = json.loads(Path("r/report.json").read_text())
+    assert (codes, told["accepted"], told["refused"]) == ([0, 0], 1, 1)
+
+
 def test_documents_with_the_same_id_are_both_kept(mini, capsys):
     texts = [f"Ana has {n} coins. On Monday Ana finds 3 more. Now Ana has {n + 3} coins." for n in (5, 6)]
     Path("mini.jsonl").write_text("".join(json.dumps({"id": "same", "text": text}) + "\n" for text in texts))
@@ -278,6 +301,10 @@ def test_torchrun_names_the_job_unless_the_flag_does(monkeypatch):
         (["--chunks.tokenizer", "none"], "none/tokenizer.json: no such file"),
         (["--split.evals", "a.toml"], "a.toml: unknown kind of file"),
         (
+            ["--split.evals", "tokenizer"],
+            "tokenizer: no file to read (split.evals); tokenizer: 2 files left out: *.json",
+        ),
+        (
             ["--split.evals", "mini.jsonl", "--split.eval_fields", "question"],
             "mini.jsonl:1: none of question is a string",
         ),
@@ -288,6 +315,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(mini, capsys, argv, line):
     assert code == 2
     assert err.startswith(f"error: {line}")
     assert err.count("\n") == 1
+
+
+def test_files_of_a_folder_that_are_not_read_are_named_by_the_first_job(mini, capsys):
+    Path("mixed").mkdir()
+    Path("mini.jsonl").rename("mixed/mini.jsonl")
+    Path("mixed/more.json.gz").touch()
+    for shard, lines in (("0/2", 1), ("1/2", 0)):
+        code, out, _ = call(capsys, "a.toml", "--data.paths", "mixed", "--shard", shard)
+        assert (code, out.count("mixed: 1 file left out: *.json.gz (1)")) == (0, lines)
 
 
 def test_a_folder_made_with_other_settings_or_data_is_refused(mini, capsys):

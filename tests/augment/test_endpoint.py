@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,8 @@ class Stub(BaseHTTPRequestHandler):
 
     def annotate(self, prompt):
         time.sleep(self.server.delay_s)
+        if (body := self.server.spoil(prompt)) is not None:
+            return self.send(body, self.server.status)
         reply = misbehave.reply(prompt)
         usage = {"usage": {"prompt_tokens": len(prompt), "completion_tokens": 5}}
         self.send(completion(reply.text, "length" if reply.cut else "stop", **usage))
@@ -110,6 +113,7 @@ def server(monkeypatch):
     server = Server(("127.0.0.1", 0), Stub)
     server.calls, server.last, server.over, server.lock = Counter(), None, threading.Event(), threading.Lock()
     server.now, server.most, server.delay_s = 0, 0, 0.0
+    server.status, server.spoil = 400, lambda prompt: None  # what comes instead of an annotation
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield server
@@ -194,7 +198,69 @@ def test_a_wrong_key_or_model_is_the_users_mistake_only_while_nothing_was_answer
 def test_a_prompt_that_is_refused_is_not_asked_again(make, server):
     [reply] = make()(["behave: 400"])
     assert (reply.text, reply.fault) == ("", "HTTP 400")
-    assert server.calls["behave: 400"] == 1
+    assert server.calls == {"behave: 400": 1, endpoint.PROBE: 1}
+
+
+def test_who_refuses_the_simplest_question_is_no_endpoint(make, server):
+    server.spoil = lambda prompt: b'{"error": {"message": "no field\\n max_tokens\\u001b"}}'
+    client = make()
+    client(["behave: well"])
+    with pytest.raises(UserError) as error:
+        client(["a passage"])
+    assert str(error.value) == f"endpoint.url {server.url} answers HTTP 400 for model 'm': no field max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "too  long", "code": 400}}', "too long"),
+        ('{"object": "error", "message": "too long"}', "too long"),
+        ('{"detail": [{"loc": ["body"], "msg": "field required"}]}', "[{'loc': ['body'], 'msg': 'field required'}]"),
+        ('{"error": "no\\nroom \\ud800"}', "no room"),
+        ("<html>\n<b>Bad</b></html>", "<html> <b>Bad</b></html>"),
+        ("x" * 999, "x" * endpoint.WORDS),
+        ("[" * 100_000, "[" * endpoint.WORDS),
+        *[(body, "") for body in ("", "{}", '{"error": null}', '{"error": {}}')],
+    ],
+)
+def test_the_words_of_an_error_are_one_line(body, said):
+    assert endpoint.words(400, body, KEY) == said
+
+
+def test_words_that_may_hold_the_key_are_not_said(make):
+    assert endpoint.words(400, f'{{"error": "bad {KEY}"}}', KEY) == ""
+    assert endpoint.words(401, '{"error": "sk-no...log is wrong"}', KEY) == ""
+    assert endpoint.words(400, '{"error": "max_tokens"}', "x") == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ('{"error": {"code": 429, "message": "slow down"}}', 429),
+        ('{"error": {"code": 400}}', 400),
+        ('{"error": {"code": "context_length"}}', 200),
+        ('{"error": {"code": true}}', 200),
+        ('{"error": "overloaded", "choices": []}', 200),
+        ('{"error": null, "choices": []}', 0),
+        ('{"choices": []}', 0),
+        ("[]", 0),
+        ("{", 0),
+    ],
+)
+def test_an_error_that_comes_with_http_200_is_known_by_its_body(body, status):
+    assert endpoint.error_status(body.encode()) == status
+
+
+def test_an_error_with_http_200_is_treated_as_its_code_says(make, server):
+    server.status = 200
+    for code, reason in ((429, "HTTP 429"), ("busy", "HTTP 200")):
+        server.spoil = lambda prompt, code=code: json.dumps({"error": {"code": code, "message": "later"}}).encode()
+        with pytest.raises(Unanswered, match=reason) as error:
+            make()(["a passage"])
+        assert error.value.said == "later"
+    server.spoil = lambda prompt: b'{"error": {"code": 400, "message": "never"}}'
+    with pytest.raises(UserError, match=r"answers HTTP 400 for model 'm': never"):
+        make()(["a passage"])
 
 
 def test_a_cut_answer_and_an_empty_one_say_so(make):
@@ -245,7 +311,7 @@ def world(tmp_path, monkeypatch):
 def start(server, *more):
     flags = ["--endpoint.url", server.url, "--endpoint.model", "m", "--endpoint.workers", "8", *more]
     command = [sys.executable, "-m", "thinkmid.augment.annotate", "a.toml", *flags]
-    env = os.environ | {"OPENAI_API_KEY": KEY}
+    env = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -283,6 +349,122 @@ def test_the_program_at_an_endpoint_killed_and_stopped_ends_as_if_undisturbed(wo
     # was answered before a signal is counted both times
     assert asked["calls"] <= report["calls"] <= server.calls.total() <= asked["calls"] + 3 * 8 * 2
     assert not any(KEY in path.read_text() for path in Path("r").rglob("*.json*"))
+
+
+def run(server, *more):
+    """The program to its end: (exit code, stdout, stderr)."""
+    process = start(server, "--endpoint.pause_s", "0.01", "--endpoint.retries", "1", *more)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def outputs(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).glob("*-*/part-*.jsonl")}
+
+
+def accounts(folder):
+    told = json.loads(Path(folder, "report.json").read_text())
+    return {name: told.get(name) for name in ("finished", "chunks", "accepted", "refused", "refused_by")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A few dozen chunks."""
+    folder = tmp_path_factory.mktemp("few")
+    misbehave.write_world(folder, chars=40_000)
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").open()][:20]
+    lines = [json.dumps(row | {"text": row["text"][:250]}) + "\n" for row in rows]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "a.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def tame(made, tmp_path, monkeypatch):
+    """A copy to work in; the script's answers are all accepted."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(misbehave, "way", lambda prompt: "well")
+    return tmp_path
+
+
+def told(message, **more):
+    return json.dumps({"error": {"message": message, **more}}).encode()
+
+
+@pytest.mark.parametrize("answered", [0, 20])
+def test_an_endpoint_that_refuses_everything_stops_the_run_and_nothing_is_lost(tame, server, answered):
+    asked, words = Counter(), "max_tokens 4096 exceeds the context"
+
+    def spoil(prompt):
+        asked["all"] += 1
+        return told(words) if asked["all"] > answered else None
+
+    server.spoil = spoil
+    for _ in range(2):  # it is as broken the second time
+        code, _, err = run(server)
+        assert (code, err) == (2, f"error: endpoint.url {server.url} answers HTTP 400 for model 'm': {words}\n")
+    assert not any('"refused"' in path.read_text() for path in Path("r/journal").glob("*"))
+    server.spoil = lambda prompt: None
+    assert run(server)[0] == 0
+    assert run(server, "--run.folder", "whole")[0] == 0
+    assert outputs("r") == outputs("whole")
+    assert accounts("r") == accounts("whole")
+    assert accounts("r")["refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        # a context too small for any chunk, which a short question does not show
+        (400, told("the prompt is too long"), r"HTTP 400 \d+ \(the prompt is too long\)"),
+        (200, told("no credit"), r"HTTP 200 \d+ \(no credit\)"),
+        (200, b'{"choices": []}', r"incomplete answer \d+"),
+    ],
+)
+def test_chunks_that_nobody_answers_stay_open(tame, server, status, body, says):
+    server.status, server.spoil = status, lambda prompt: None if prompt == endpoint.PROBE else body
+    code, _, err = run(server)
+    assert code == 2
+    assert re.fullmatch(rf"error: r: chunks without an answer: {says}; the same command goes on\n", err)
+    assert not accounts("r")["chunks"]
+    assert len(server.calls) < 60  # it does not ask about all of them
+    server.spoil = lambda prompt: None
+    assert run(server)[0] == 0
+    assert accounts("r")["refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [(completion("half an", "length"), "cut off"), (completion(None), "empty answer")]
+)
+def test_answers_that_are_of_no_use_are_no_success_and_are_asked_for_again(tame, server, body, reason):
+    server.status, server.spoil = 200, lambda prompt: body
+    code, _, err = run(server)
+    assert code == 2
+    n = accounts("r")["refused"]
+    assert err == f"error: r: none of {n} chunks accepted, most often: {reason} ({n}); the same command begins again\n"
+    server.spoil = lambda prompt: None
+    assert run(server)[0] == 0
+    assert (accounts("r")["chunks"], accounts("r")["refused"]) == (n, 0)
+
+
+def test_a_chunk_that_the_endpoint_refuses_among_others_is_refused_and_ends_nothing(tame, server):
+    with open("corpus.jsonl", "a") as file:
+        file.writelines(json.dumps({"text": f"This is forbidden {n}."}) + "\n" for n in range(3))
+    server.spoil = lambda prompt: told("content filter") if "forbidden" in prompt else None
+    assert run(server)[0] == 0
+    assert accounts("r")["refused_by"] == {"HTTP 400": 3}
+    rows = [json.loads(line) for path in Path("r/journal").glob("*") for line in path.open()]
+    assert [row["said"] for row in rows if "refused" in row] == ["content filter"] * 3
+    # a killed run may leave nothing but these
+    for path in Path("r/journal").glob("*"):
+        path.write_text("".join(line for line in path.open() if '"refused"' not in line))
+    for path in Path("r/parts").glob("*"):
+        path.unlink()
+    server.calls.clear()
+    assert run(server)[0] == 0
+    assert accounts("r")["refused_by"] == {"HTTP 400": 3}
+    assert server.calls.total() == 3 + 3  # with the short question each
 
 
 def test_a_wrong_key_ends_the_program_with_one_line(world, server, monkeypatch):

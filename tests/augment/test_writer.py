@@ -256,7 +256,7 @@ def start(argv, ranks=1):
 @pytest.fixture(scope="module")
 def undisturbed(world):
     """What the tiny model makes of a few documents: refusals, with what it said."""
-    assert exit_code(annotate, flags(world, "undisturbed")) == 0
+    assert exit_code(annotate, flags(world, "undisturbed")) == 2
     return world / "undisturbed"
 
 
@@ -270,7 +270,7 @@ def test_the_tiny_model_is_asked_again_and_what_it_says_does_not_depend_on_the_b
     assert Counter(row["calls"] for row in rows if row["refused"] != "blank").keys() == {2}
     assert len({row["said"] for row in rows}) > 20
     assert {row["refused"] for row in rows} >= {"cut off", "no marked answer"}
-    assert exit_code(annotate, flags(world, "one", "--writer.max_batch", "1")) == 0
+    assert exit_code(annotate, flags(world, "one", "--writer.max_batch", "1")) == 2
     assert by_place(journal(world / "one")) == by_place(rows)
 
 
@@ -286,13 +286,13 @@ def test_killed_and_resumed_on_two_ranks_the_tiny_model_says_the_same_and_nothin
     process.communicate()
     assert 8 <= len(journal(out)) < wanted
     done = start(flags(world, "killed"), ranks=2)
-    assert done.wait(180) == 0, done.communicate()
+    said, errors = done.communicate(timeout=180)
+    assert "chunks accepted, most often: no marked answer" in errors
     rows = journal(out)
     assert len(rows) == len(by_place(rows)) == wanted
     assert by_place(rows) == by_place(journal(undisturbed))
     assert files(out) == files(undisturbed)
     assert (out / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
-    said, _ = done.communicate()
     assert {"annotate 0/2", "annotate 1/2"} <= {line.partition(":")[0] for line in said.splitlines()}
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkmid.data.source import Document, Order, read_documents, read_rows
+from thinkmid.data.source import Document, Order, left_out, read_documents, read_rows
 from thinkmid.errors import UserError
 
 ROWS = [
@@ -75,7 +75,20 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
     assert (document.id, document.where) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1")
 
 
-def test_a_folder_is_read_in_sorted_order_without_strangers(tmp_path):
+def files_of(folder: Path, *names: str) -> Path:
+    """A folder of files that hold their names, in whatever form their endings ask for."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        row = json.dumps({"text": name}).encode() if ".json" in name else name.encode()
+        (folder / name).write_bytes(gzip.compress(row) if name.endswith(".gz") else row)
+    return folder
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [document.text for document in read_documents([folder])]
+
+
+def test_a_folder_is_read_in_sorted_order_links_under_their_own_names(tmp_path):
     outside = write_jsonl(tmp_path / "outside" / "x.jsonl", [{"text": "outside"}])
     folder = tmp_path / "corpus"
     for name in ("b/z.md", "b/a.txt", "c.md", "A.md", "skipped.csv", ".hidden/a.txt", "b/.a.txt.txt"):
@@ -85,9 +98,106 @@ def test_a_folder_is_read_in_sorted_order_without_strangers(tmp_path):
     (folder / "link.jsonl").symlink_to(outside)
     (folder / "linked").symlink_to(outside.parent)
     (folder / "b" / "loop").symlink_to(folder)
-    texts = [document.text for document in read_documents([folder])]
-    assert texts == ["A.md", "row 1", "row 2", "b/a.txt", "b/z.md", "c.md"]
+    texts = ["A.md", "row 1", "row 2", "b/a.txt", "b/z.md", "c.md", "outside", "outside"]
+    found = list(read_documents([folder]))
+    assert [document.text for document in found] == texts
+    assert [document.where for document in found[-2:]] == [f"{folder}/link.jsonl:1", f"{folder}/linked/x.jsonl:1"]
     assert [document.text for document in read_documents([folder / "link.jsonl"])] == ["outside"]
+    kinds = "links to folders already read (1), *.csv (1), such as b/loop"
+    assert left_out([folder]) == [f"{folder}: 2 files left out: {kinds}"]
+
+
+def test_a_snapshot_in_the_hubs_cache_is_read_by_the_names_of_its_links(tmp_path):
+    blobs, data = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "data"
+    files_of(blobs, "x.jsonl", "x.jsonl.gz", "x.txt")
+    data.mkdir(parents=True)
+    for blob in list(blobs.iterdir()):
+        blob.rename(blobs / f"{blob.name[2:]}00")
+        (data / blob.name).symlink_to(f"../../../blobs/{blob.name[2:]}00")
+    assert texts_of(data.parent) == ["x.jsonl", "x.jsonl.gz", "x.txt"]
+    assert left_out([data.parent]) == []
+
+
+def test_links_in_a_circle_are_read_once_and_named(tmp_path):
+    folder, beside = files_of(tmp_path / "a", "in/a.txt"), files_of(tmp_path / "b", "b.txt", "sub/c.txt")
+    for link, target in (("again", beside), ("in/b", beside), ("inside", folder / "in"), ("up", tmp_path)):
+        (folder / link).symlink_to(target)
+    (beside / "back").symlink_to(folder)
+    (beside / "sub" / "self").symlink_to(beside)
+    assert sorted(set(texts_of(folder))) == sorted(texts_of(folder)) == ["b.txt", "in/a.txt", "sub/c.txt"]
+    (folder / ".store").mkdir()
+    (folder / ".store" / "d.txt").write_text("d.txt")
+    (folder / "kept").symlink_to(".store")
+    assert texts_of(folder)[-1] == "d.txt"
+    [line] = left_out([folder])
+    assert "5 files left out: links to folders already read (5), such as again/back" in line
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    folder = files_of(tmp_path / "a", "a.txt")
+    (folder / "shards").symlink_to("/nowhere/shards")
+    assert texts_of(folder) == ["a.txt"]
+    assert left_out([folder]) == [f"{folder}: 1 file left out: broken links (1), such as shards"]
+    (folder / "b.jsonl").symlink_to("/nowhere/b.jsonl")
+    with pytest.raises(UserError, match=r"b.jsonl: no such file or folder"):
+        list(read_documents([folder]))
+
+
+def test_what_is_left_out_of_a_folder_is_named_by_kind(tmp_path):
+    strange = ("x.00-of-02.JSON.GZ", "y.json.gz", "d/z.csv", "LICENSE", ".git/config")
+    folder = files_of(tmp_path / "a", "a.jsonl", "README.md", "d/README_zh.md", *strange)
+    assert texts_of(folder) == ["a.jsonl"]
+    kinds = "*.json.gz (2), without an ending (1), *.csv (1), README.md (1), README_zh.md (1)"
+    assert left_out([folder]) == [f"{folder}: 6 files left out: {kinds}, such as x.00-of-02.JSON.GZ"]
+    assert left_out([folder / "a.jsonl"]) == left_out([tmp_path / "nowhere"]) == []
+
+
+def test_a_file_name_that_is_no_line_is_named_in_one(tmp_path):
+    folder = files_of(tmp_path / "a", "a.txt", "x\n\x1b[2J.bin")
+    os.rename(folder / "a.txt", os.fsencode(folder) + b"/\xff.bin")
+    with pytest.raises(UserError, match=r"no document with text; .*/a: 2 files left out: \*.bin \(2\)") as caught:
+        list(read_documents([folder]))
+    assert str(caught.value).isprintable()
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (("README.md", "LICENSE.txt", "a.jsonl"), ["a.jsonl"]),
+        (("README.md", "data/a.jsonl.gz", "data/notes.md"), ["data/a.jsonl.gz", "data/notes.md"]),
+        # a folder of texts may call them so
+        (("README.md", "a.txt", "b/README.md"), ["README.md", "a.txt", "b/README.md"]),
+        (("README.md", "license.txt"), ["README.md", "license.txt"]),
+        (("README.md", "a.md", "picture.png"), ["README.md", "a.md"]),
+    ],
+)
+def test_a_card_is_a_document_among_texts_alone(tmp_path, names, texts):
+    assert texts_of(files_of(tmp_path, *names)) == texts
+
+
+@pytest.mark.parametrize("other", ["train.00000-of-01024.json.gz", "a.bin", "a.csv", "a.arrow", "a.jsonl.xz"])
+def test_a_card_beside_files_that_cannot_be_read_is_no_document(tmp_path, other):
+    files_of(tmp_path, "README.md", other)
+    kind = "*." + ".".join(other.split(".")[-2:] if other.endswith(("gz", "xz")) else other.split(".")[-1:])
+    with pytest.raises(UserError) as caught:
+        list(read_documents([tmp_path]))
+    said = f"2 files left out: {kind} (1), README.md (1), such as {other}; known are .jsonl, "
+    assert str(caught.value).startswith(f"{tmp_path}: no document with text; {tmp_path}: {said}")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    files_of(tmp_path, "a.txt", "locked/b.txt")
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"locked: cannot be read \(Permission denied\)"):
+        list(read_documents([tmp_path]))
 
 
 def test_paths_are_read_in_the_order_given_and_blank_texts_left_out(tmp_path):

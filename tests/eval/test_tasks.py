@@ -8,11 +8,13 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from thinkmid.errors import UserError
 from thinkmid.eval import tasks
+from thinkmid.eval.config import SetsConfig, sets_of
 from thinkmid.eval.layouts import kind_of
 from thinkmid.eval.tasks import TASKS, Question, Task, base_answer, load, posed, shown
 
@@ -393,7 +395,26 @@ def test_a_folder_of_shards_is_one_set_without_its_readme(tmp_path):
     for n, row in enumerate(rows):
         write(tmp_path / "data" / f"test-0000{n}.jsonl", [row])
     (tmp_path / "data" / "README.md").write_text("# A set of questions")
-    assert [q.gold for q in load("questions", tmp_path / "data").questions] == ["2", "4"]
+    found = load("questions", tmp_path / "data", strict=True)
+    assert [q.gold for q in found.questions] == ["2", "4"]
+    left = f"{tmp_path / 'data'}: 1 file left out: README.md (1), such as README.md"
+    assert found.notes == [left]
+    for shard in (tmp_path / "data").glob("*.jsonl"):
+        shard.rename(shard.with_suffix(".json"))
+    with pytest.raises(UserError, match=r"data: no question; .*3 files left out: \*.json \(2\), README.md"):
+        load("questions", tmp_path / "data")
+
+
+def test_every_set_is_told_by_the_first_rank_alone(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data" / "a.jsonl", LAYOUTS["questions"][0])
+    (tmp_path / "data" / "b.csv").touch()
+    sets = SetsConfig(sets=(f"questions={tmp_path / 'data'}",))
+    for rank, line in (("0", "questions: 2 questions; "), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert list(sets_of(SimpleNamespace(data=sets))) == ["questions"]
+        out = capsys.readouterr().out
+        assert out.startswith(line)
+        assert ("*.csv (1)" in out) == bool(line)
 
 
 def test_an_unknown_task_and_a_missing_file_are_named(tmp_path):

@@ -140,6 +140,24 @@ def test_config_defaults_are_those_of_transformers(tmp_path):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: .* 'linear'"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        # beside the llama3 of both keys
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling: rope_type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_parameters .* and rope_scaling .* do not say the same"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters .* and rope_scaling .* do not say the same"),
+        ({"rope_theta": 123.0}, "rope_parameters: rope_theta 500.0, but rope_theta 123.0"),
+        ({"rope_scaling": {"type": "llama3", "rope_type": "default"}}, "rope_scaling: rope_type .*, but type"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings 64 differs from 32"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 4.0}}, "rope_scaling: factor 4.0 means nothing"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"attention_multiplier": 0.1}, "attention_multiplier 0.1"),
+        ({"logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config"),
+        ({"use_qk_norm": True}, "use_qk_norm true"),
+        ({"is_causal": False}, "is_causal false"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
         ({"hidden_size": "24"}, "hidden_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "kv_heads 3"),
@@ -186,6 +204,37 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere/config\.json: No such file"):
         load_model(tmp_path / "nowhere")
+
+
+LLAMA3 = config_dict(FAMILY["llama3"])["rope_scaling"]
+HARMLESS = {
+    "null": {"rope_scaling": None},
+    "empty": {"rope_scaling": {}},
+    "the same twice": {"rope_scaling": LLAMA3, "rope_theta": 500},
+    "the older name of the key": {
+        "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}, "rope_theta": 500.0,
+    },
+    "a theta in each": {"rope_scaling": {**LLAMA3, "rope_theta": 500.0}},
+    "alone": {"rope_parameters": None, "rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "factors of one": {"partial_rotary_factor": 1.0, "logits_scaling": 1.0, "attention_multiplier": None},
+    "what is switched off": {"attn_logit_softcapping": None, "use_qk_norm": False, "quantization_config": None},
+    "nothing of layers": {"layer_types": None, "per_layer_config": {}, "no_rope_layers": []},
+    "a window beyond the layers": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_is_said_twice_or_changes_nothing_is_read_as_transformers_does(tmp_path, change):
+    transformers = pytest.importorskip("transformers")
+    model = randomise(Transformer(FAMILY["llama3"]))
+    export(tmp_path / "m", FAMILY["llama3"], model)
+    path = tmp_path / "m" / "config.json"
+    raw = {
+        key: value for key, value in json.loads(path.read_text()).items() if key not in ("rope_scaling", "rope_theta")
+    }
+    path.write_text(json.dumps(raw | change))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
+    assert_same_logits(load_model(tmp_path / "m"), theirs)
 
 
 def test_sliding_window_that_is_switched_off_is_fine(tmp_path):

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from thinkmid.errors import UserError
+from thinkmid.rollout import canary
 from thinkmid.rollout.breaker import Breaker
 from thinkmid.rollout.judge import JudgeError, ModelJudge
 from thinkmid.rollout.remote import GIVE_UP, RemoteAsk
@@ -345,6 +346,15 @@ def test_other_refusals_fail_and_log_probs_are_still_asked_for(remote, server, n
     assert read(judge, ["unsure"])[0].p_yes == pytest.approx(0.75)
     assert server.last[1]["logprobs"] is True
     assert notes == []
+
+
+def test_canaries_name_what_an_endpoint_says_that_refuses_everything(remote, monkeypatch):
+    monkeypatch.setattr(canary, "render", lambda *_: "behave: bad ")
+    line = canary.run(remote(), "short", 0, [("a", REFERENCE)], num_attacks=1).line()
+    assert "3 failed, most of them for: HTTP 400 (the prompt is too long); weakest" in line
+    with pytest.raises(JudgeError) as error:
+        remote()("behave: refused ")()
+    assert error.value.said == ""
 
 
 def test_the_request_is_greedy_short_and_asks_for_log_probs(remote, server):

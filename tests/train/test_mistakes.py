@@ -15,8 +15,9 @@ from thinkmid import checkpoint, config
 from thinkmid.errors import UserError
 from thinkmid.log import read_rows
 from thinkmid.model import weights
-from thinkmid.train import job, rlmt, sft
+from thinkmid.train import corpus, job, rlmt, sft
 from thinkmid.train.folder import LOCK
+from thinkmid.train.shard import Ranks
 
 RLMT, BASE = (rlmt, "rlmt.toml"), (sft, "base.toml")
 DOCUMENT = '{"text": "Is it? <think>a</think>Yes."}\n'
@@ -117,6 +118,25 @@ def test_a_broken_row_is_named_by_file_and_line(call, world, program, name, text
     # of a model that exists: a fresh start trains its tokenizer before tags matter
     flags = [] if program is RLMT else ["--model.folder=base/export", "--run.folder=run"]
     assert refused(call, world, *program, *flags, f"--data.paths={name}").startswith(line)
+
+
+def test_files_of_a_folder_that_are_not_read_are_named_once(call, world):
+    (world / "mixed").mkdir()
+    for name, text in (("a.jsonl", DOCUMENT * 40), ("README.md", "# A card"), ("b.csv", "text\na\n")):
+        (world / "mixed" / name).write_text(text)
+    line = "mixed: 2 files left out: *.csv (1), README.md (1), such as b.csv\n"
+    flags = ["--model.folder=base/export", "--run.folder=run", "--run.steps=1"]
+    code, out, _ = call(*BASE, "--data.paths=mixed", *flags)
+    assert (code, out.count(line)) == (0, 1)
+    code, out, _ = call(*RLMT, "--data.paths=mixed", "--data.prefix=sentence", "--run.folder=rl")  # a tag in raw text
+    assert (code, out.count(line)) == (2, 1)
+
+
+def test_the_first_rank_alone_names_what_is_left_out(world, capsys):
+    (world / "b.csv").touch()
+    for rank, lines in ((0, 1), (1, 0)):
+        corpus.name_left_out([str(world)], Ranks(rank, 1, "cpu", None))
+        assert capsys.readouterr().out.count("*.csv (1)") == lines
 
 
 TEXTS = [

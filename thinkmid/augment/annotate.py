@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from thinkmid.augment.annotators import Outcome
 from thinkmid.augment.config import AnnotateConfig, decisive, settings, share
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.progress import Progress
-from thinkmid.data.source import read_documents
+from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
 from thinkmid.files import locked, read_json
 from thinkmid.log import write_whole
@@ -49,6 +50,9 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return plan(cfg)
     text = Text.load(cfg.chunks.tokenizer)
+    if not share(cfg.shard)[0]:
+        for line in left_out([*cfg.data.paths, *cfg.split.evals]):
+            print(line, flush=True)
     return {"rules": with_rules, "openai": with_endpoint, "engine": with_engine}[cfg.annotator.kind](cfg, text)
 
 
@@ -141,20 +145,20 @@ def work(
     through: pieces with what became of them, as they come; once stopped() is true, those that still come. patience:
     chunks in a row that nobody answers, after which it ends. more() goes into report.json.
     model: hashes of the annotator's, by part, where it runs in this process.
-    UserError if chunks are left because nobody answered: the same command goes on.
+    UserError if chunks are left because nobody answered, the same command goes on; or if none of the run was accepted.
     """
     folder, (job, jobs) = Path(cfg.run.folder), share(cfg.shard)
     parted = begin(cfg, text, model or {})
     progress = Progress(f"annotate {job}/{jobs}", parted.documents, cfg.run.progress_s)
     with ExitStack() as stack:
-        journals = {}
+        journals, again = {}, fruitless(cfg, shards.merge(folder, cfg.run.parts))
         for part in range(job, cfg.run.parts, jobs):
-            if not shards.is_whole(folder, part):
-                journals[part] = shards.Journal(folder / "journal" / f"part-{part:04d}.jsonl")
+            if again or not shards.is_whole(folder, part):
+                journals[part] = shards.Journal(folder / "journal" / f"part-{part:04d}.jsonl", again=again)
                 stack.callback(journals[part].close)
         placed: dict[int, list[shards.Placed]] = {part: [] for part in journals}
         pieces = todo(cfg, text, parted, journals, placed, progress) if journals else iter(())
-        for piece, outcome in through(pieces):
+        for piece, outcome in settled(through(pieces), folder, patience, stopped):
             progress.count(outcome)
             if row := as_row(piece.place, outcome):
                 journals[piece.part].add(row)
@@ -166,14 +170,52 @@ def work(
                 break
         complete = not stopped() and not progress.unanswered
         finish(cfg, journals, placed, text, complete)
-    report(cfg, progress, more())
+    total = report(cfg, progress, more())
     if stopped():
         progress.say("stopped; the same command goes on")
         return EXIT
     if progress.unanswered:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(progress.unanswered.items()))
-        raise UserError(f"{cfg.run.folder}: chunks without an answer: {reasons}; the same command goes on")
+        said = f" ({progress.words})" if progress.words else ""
+        raise UserError(f"{folder}: chunks without an answer: {reasons}{said}; the same command goes on")
+    if fruitless(cfg, total):
+        reasons = total.get("refused_by", {})
+        why = max(reasons, key=reasons.get, default="")
+        most = f"most often: {why} ({reasons[why]})" if why else "their documents are left out (split/manifest.json)"
+        raise UserError(
+            f"{folder}: none of {total.get('refused', 0)} chunks accepted, {most}; the same command begins again"
+        )
     return 0
+
+
+def fruitless(cfg: AnnotateConfig, total: dict) -> bool:
+    """Everything is done and nothing was accepted: no output, and the same command asks for what was refused again."""
+    return total["finished"] == cfg.run.parts and not total.get("accepted")
+
+
+def settled(
+    outcomes: Iterable[tuple[Piece, Outcome]], folder: Path, patience: int, stopped: Callable[[], bool]
+) -> Iterator[tuple[Piece, Outcome]]:
+    """Outcomes as they come, but those that an endpoint rejected wait until it is known whose fault that is.
+
+    It is the chunk's, which counts as refused, if the endpoint answers about another one after it, or, of the last ones
+    of a run, if any chunk of it was accepted. Else they failed, and are asked again by the next command; more than
+    `patience` in a row end it.
+    """
+    held: list[tuple[Piece, Outcome]] = []
+    for piece, outcome in outcomes:
+        if outcome.rejected:
+            held.append((piece, outcome))
+            if len(held) > patience:
+                break
+            continue
+        if outcome.calls and not outcome.failed:
+            yield from held
+            held = []
+        yield piece, outcome
+    chunks_fault = len(held) <= patience and not stopped() and shards.any_accepted(folder)
+    for piece, outcome in held:
+        yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
 
 
 def claim(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> None:
@@ -254,8 +296,8 @@ def finish(cfg: AnnotateConfig, journals, placed, text: Text, complete: bool) ->
             shards.write_status(folder, part, {"finished": False, "counts": shards.tally(journal.rows())})
 
 
-def report(cfg: AnnotateConfig, progress: Progress, more: dict) -> None:
-    """report.json over all parts so far, with this process's rates, and a few lines of it on the screen."""
+def report(cfg: AnnotateConfig, progress: Progress, more: dict) -> dict:
+    """report.json over all parts so far, with this process's rates, and a few lines of it on the screen. Returns it."""
     total = shards.merge(Path(cfg.run.folder), cfg.run.parts)
     prices = {"prompt_tokens": cfg.endpoint.price_prompt, "written_tokens": cfg.endpoint.price_written}
     total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
@@ -278,6 +320,7 @@ def report(cfg: AnnotateConfig, progress: Progress, more: dict) -> None:
             f"control: {control['tokens']} raw tokens against {control['think_tokens']} annotated ones of SFT"
             + (f"; {missing} are missing: raise split.control ({cfg.split.control})" if missing else "")
         )
+    return total
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ SAID = 400  # characters of a refused answer that are kept
 
 
 class Unanswered(Exception):
-    """The model could not be reached: says nothing about the chunk, which stays to be done."""
+    """The model could not be reached: says nothing about the chunk, which stays to be done.
+
+    said: what came instead of an answer, in the sender's words.
+    """
+
+    def __init__(self, reason: str, said: str = ""):
+        super().__init__(reason)
+        self.said = said
 
 
 class Reply(NamedTuple):
@@ -25,7 +32,7 @@ class Reply(NamedTuple):
     text: str
     prompt_tokens: int = 0  # 0 where nobody told
     written_tokens: int = 0
-    fault: str = ""  # the endpoint will not answer this prompt, however often it is asked
+    fault: str = ""  # the endpoint will not answer this prompt, however often it is asked; text: what it says of it
     cut: bool = False  # ended by its budget
 
 
@@ -36,7 +43,8 @@ class Outcome:
     text: str | None = None
     refused: str = ""
     failed: str = ""
-    said: str = ""  # beginning of the last answer that was refused
+    rejected: bool = False  # refused by the endpoint, not by our checks
+    said: str = ""  # beginning of the last answer that was refused, or of the endpoint's own words
     calls: int = 0
     prompt_tokens: int = 0
     written_tokens: int = 0
@@ -94,7 +102,7 @@ def hear(asking: Asking, reply: Reply, cfg: AnnotatorConfig) -> None:
     out, read = asking.out, STRATEGIES[cfg.strategy].read
     count(out, reply)
     judge(out, asking.chunk, cfg, lambda: read(asking.chunk, complete(reply)))
-    out.said = reply.text[:SAID] if out.refused else ""
+    out.said, out.rejected = reply.text[:SAID] if out.refused else "", bool(reply.fault)
     asking.done = not out.refused or bool(reply.fault) or out.calls > cfg.retries
     asking.prompt = asking.prompt if asking.done else prompts.again(asking.first, out.refused)
 
@@ -110,7 +118,7 @@ def by_model(chunks: Sequence[str], cfg: AnnotatorConfig, write: Callable[[list[
             replies = write([asking.prompt for asking in open_ones])
         except Unanswered as error:
             for asking in open_ones:
-                asking.out.failed = str(error)
+                asking.out.failed, asking.out.said = str(error), error.said
             break
         for asking, reply in zip(open_ones, replies, strict=True):
             hear(asking, reply, cfg)

@@ -8,13 +8,17 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 
 from thinkmid.augment.annotators import Reply, Unanswered
 from thinkmid.errors import UserError
+from thinkmid.log import plain
 
 LONGEST_PAUSE = 60.0  # seconds, also where the endpoint asks for more
 PASSING = {408, 409, 425, 429}  # and every 5xx
+PROBE = "Reply with the word yes."  # whoever refuses this too is not put off by a chunk
+WORDS = 200  # characters of what an endpoint says of an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,17 @@ class EndpointConfig:
 class Passing(Exception):
     """A failure that another try may not meet."""
 
-    def __init__(self, reason: str, pause_s: float = 0.0):
+    def __init__(self, reason: str, pause_s: float = 0.0, said: str = ""):
         super().__init__(reason)
-        self.pause_s = pause_s
+        self.pause_s, self.said = pause_s, said
+
+
+class Rejected(Exception):
+    """The endpoint takes this request at no time."""
+
+    def __init__(self, status: int, said: str):
+        super().__init__(f"HTTP {status}")
+        self.status, self.said = status, said
 
 
 class Endpoint:
@@ -73,7 +85,7 @@ class Endpoint:
         self._client = openai.AsyncOpenAI(**options)
 
     def __call__(self, asked: list[str]) -> list[Reply]:
-        """Replies in order. Unanswered if the endpoint fails for good, UserError if it refuses the key or the model."""
+        """Replies in order. Unanswered if the endpoint fails for good, UserError if it refuses whatever it is asked."""
         with self._lock:  # nothing is begun once close() has looked at what there is
             if self._closed:
                 raise Unanswered("closed")
@@ -105,6 +117,19 @@ class Endpoint:
         return list(await asyncio.gather(*map(self._ask, asked)))
 
     async def _ask(self, prompt: str) -> Reply:
+        try:
+            return await self._tried(prompt)
+        except Rejected as error:
+            refusal = error
+        # of the key, the address or the model, unless it did answer with these
+        if self._answered or refusal.status not in (401, 403, 404):
+            with suppress(Rejected):
+                await self._tried(PROBE)
+                return Reply(refusal.said, fault=str(refusal))
+        said = f": {refusal.said}" if refusal.said else ""
+        raise UserError(f"endpoint.url {self._cfg.url} answers {refusal} for model {self._cfg.model!r}{said}")
+
+    async def _tried(self, prompt: str) -> Reply:
         pause_s = self._cfg.pause_s
         for more in reversed(range(self._cfg.retries + 1)):
             try:
@@ -112,7 +137,7 @@ class Endpoint:
             except Passing as failure:
                 self.failures[str(failure)] += 1
                 if not more:
-                    raise Unanswered(str(failure)) from None
+                    raise Unanswered(str(failure), failure.said) from None
                 # spread, so that those who failed together do not come back together
                 wait_s = max(failure.pause_s, pause_s * random.uniform(0.5, 1.5))
                 await asyncio.sleep(min(wait_s, LONGEST_PAUSE))
@@ -130,23 +155,47 @@ class Endpoint:
             async with asyncio.timeout(self._cfg.timeout_s):
                 create = self._client.chat.completions.with_raw_response.create
                 raw = await create(messages=messages, **self._body)
+            if status := error_status(raw.content):
+                raise self._failure(status, raw.text)
             return parse(raw.content)
         except (TimeoutError, self._openai.APITimeoutError):
             raise Passing("timeout") from None
         except self._openai.APIStatusError as error:
-            return self._refused(error)
+            pause_s = seconds(error.response.headers.get("retry-after", ""))
+            raise self._failure(error.status_code, error.response.text, pause_s) from None
         # texts of errors may hold the key
         except (self._openai.OpenAIError, OSError) as error:
             raise Passing(f"no connection ({type(error.__cause__ or error).__name__})") from None
 
-    def _refused(self, error) -> Reply:
-        status = error.status_code
-        if status in PASSING or status >= 500:
-            raise Passing(f"HTTP {status}", seconds(error.response.headers.get("retry-after", ""))) from None
-        if status in (401, 403, 404) and not self._answered:
-            cfg = self._cfg
-            raise UserError(f"endpoint.url {cfg.url} answers HTTP {status} for model {cfg.model!r}") from None
-        return Reply("", fault=f"HTTP {status}")
+    def _failure(self, status: int, body: str, pause_s: float = 0.0) -> Passing | Rejected:
+        said = words(status, body, self._key)
+        if status in PASSING or status >= 500 or status == 200:
+            return Passing(f"HTTP {status}", pause_s, said)
+        return Rejected(status, said)
+
+
+def words(status: int, body: str, key: str) -> str:
+    """What an error says, in one line: of JSON its message, else the body. Nothing where that may hold the key."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = body
+    while isinstance(found, dict):
+        found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), "")
+    # a dummy key of a few letters stands in many words
+    secret = status in (401, 403) or (len(key) >= 8 and key in str(found))
+    return "" if secret else " ".join(plain(str(found)).split())[:WORDS]
+
+
+def error_status(body: bytes) -> int:
+    """Of an error that comes with HTTP 200, as gateways send it: its own code, or 200; 0 where there is none."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return 0
+    error = found.get("error") if isinstance(found, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if type(code) is int and 400 <= code < 600 else 200 if error else 0
 
 
 def seconds(header: str) -> float:

@@ -24,12 +24,13 @@ class Progress:
     written_tokens: int = 0
     unanswered: dict[str, int] = field(default_factory=dict)
     since_answer: int = 0  # chunks that nobody answered, in a row
+    words: str = ""  # what was said last instead of an answer
 
     def count(self, outcome: Outcome) -> None:
         self.written_tokens += outcome.written_tokens
         if outcome.failed:
             self.unanswered[outcome.failed] = self.unanswered.get(outcome.failed, 0) + 1
-            self.since_answer += 1
+            self.since_answer, self.words = self.since_answer + 1, outcome.said or self.words
         else:
             self.chunks, self.refused, self.since_answer = self.chunks + 1, self.refused + bool(outcome.refused), 0
 

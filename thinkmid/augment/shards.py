@@ -61,11 +61,12 @@ def part_of(key: str, parts: int) -> int:
 class Journal:
     """The finished chunks of one part. One process at a time; UserError if another one holds it.
 
+    again: refused chunks count as unfinished.
     A line is one write: a process killed at any time leaves whole lines. What a crash of the machine tears off at the
     end is cut; the chunk is done again.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, again: bool = False):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -76,7 +77,7 @@ class Journal:
             raise UserError(f"{path}: another process works on this part") from None
         os.ftruncate(self._fd, path.read_bytes().rfind(b"\n") + 1)
         try:
-            self.done = {place(row) for row in self.rows() if finished(row)}
+            self.done = {place(row) for row in self.rows() if finished(row) and not (again and "refused" in row)}
         except UserError:
             os.close(self._fd)
             raise
@@ -122,17 +123,27 @@ def finished(row: dict) -> bool:
     return "text" in row or "refused" in row or "raw" in row
 
 
+def any_accepted(folder: Path) -> bool:
+    """Whether a chunk of the run was accepted so far, by any job."""
+    # quotes inside of a string are escaped
+    journals = sorted((folder / "journal").glob("part-*.jsonl"))
+    return any(b'"text": ' in line for path in journals for line in path.open("rb"))
+
+
 def tally(rows: Iterable[dict]) -> dict:
-    """What the rows of a journal cost and came to."""
+    """What the rows of a journal cost and came to; of a chunk that was done again the last row counts."""
     counts: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     retried: Counter[str] = Counter()
+    last: dict[Chunk, dict] = {}
     for row in rows:
         counts.update({name: row.get(name, 0) for name in ("calls", "prompt_tokens", "written_tokens")})
+        retried.update(row.get("retried", {}))
+        last |= {place(row): row} if finished(row) else {}
+    for row in last.values():
         accepted, refused_one = "text" in row, "refused" in row
         counts.update(chunks=accepted or refused_one, accepted=accepted, refused=refused_one)
         refused.update([row["refused"]] if "refused" in row else [])
-        retried.update(row.get("retried", {}))
     return {**counts, "refused_by": dict(sorted(refused.items())), "retried_by": dict(sorted(retried.items()))}
 
 

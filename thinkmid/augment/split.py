@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thinkmid.data.source import Document, data_files, read_documents, read_rows
+from thinkmid.data.source import Document, data_files, left_out, read_documents, read_rows
 from thinkmid.errors import UserError
 from thinkmid.files import is_count, locked
 from thinkmid.log import write_whole
@@ -160,6 +160,9 @@ def evaluation(cfg: SplitConfig) -> tuple[dict[str, dict[int, np.ndarray]], dict
     """
     pools: dict[str, dict[int, np.ndarray]] = {}
     about: dict[str, dict] = {}
+    for path in cfg.evals:
+        if not data_files(Path(path)):
+            raise UserError("; ".join([f"{path}: no file to read (split.evals)", *left_out([path])]))
     for file in (file for path in cfg.evals for file in data_files(Path(path))):
         found: dict[int, list[np.ndarray]] = {}
         about[str(file)] = counts = {"texts": 0, "too_short": 0}

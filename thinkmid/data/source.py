@@ -7,7 +7,9 @@ import importlib
 import io
 import json
 import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +21,15 @@ from typing import Any
 import numpy as np
 
 from thinkmid.errors import UserError
+from thinkmid.log import plain
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".md")
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (*ROWS, ".txt", ".md")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# what a data set says about itself
+CARD = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
+)
 BOM = b"\xef\xbb\xbf"
 
 
@@ -45,7 +54,8 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
             empty = False
             yield document
     if empty:
-        raise UserError(f"{', '.join(map(str, paths))}: no document with text")
+        others = [*left, f"known are {', '.join(SUFFIXES)}"] if (left := left_out(paths)) else []
+        raise UserError("; ".join([f"{', '.join(map(str, paths))}: no document with text", *others]))
 
 
 def as_document(where: str, row: dict[str, Any]) -> Document:
@@ -67,8 +77,8 @@ def json_kind(value: Any) -> str:
 def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every row in .jsonl (also .gz, .zst) and .parquet files; a .txt or .md file is one {"text": ...}.
 
-    A folder stands for the files of these kinds below it, sorted by path; hidden files and links that lead out of the
-    folder are left out. UserError names file and line: missing path, unknown kind, file or row that cannot be read.
+    A folder stands for the files that data_files() finds in it. UserError names file and line: missing path, unknown
+    kind, file or row that cannot be read.
     only: the columns that a parquet file is read for, if it has the last of these.
     """
     for file in [file for path in paths for file in data_files(Path(path))]:
@@ -83,18 +93,83 @@ def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator
                     yield f"{file}:{number}", json_row(f"{file}:{number}", line)
 
 
-def data_files(path: Path) -> list[Path]:
+def data_files(path: Path, kinds: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The file, or those of these kinds below the folder, sorted by path; left_out() names the others.
+
+    Hidden files are none. Links are followed, under their own names: caches and users' folders are made of them. One
+    that leads nowhere is an error if it is called as data is. Cards (README.md) are documents among texts alone.
+    """
+    return _look(path, kinds)[0]
+
+
+def left_out(paths: Sequence[str | Path], kinds: tuple[str, ...] = SUFFIXES) -> list[str]:
+    """A line for each folder of which not every file is read: how many are not, of which kinds, and one by name."""
+    out = []
+    for path, files in ((path, _look(Path(path), kinds)[1]) for path in paths if os.path.isdir(path)):
+        kind_of = {file: _kind(file) for file in files}
+        found = Counter(kind_of.values()).most_common()
+        named = [f"{kind} ({n})" for kind, n in found[:6]] + [f"{len(found) - 6} more kinds"] * (len(found) > 6)
+        if files:
+            example = next(file for file in files if kind_of[file] == found[0][0]).relative_to(path)
+            count = f"{len(files)} file{'s' * (len(files) > 1)}"
+            out.append(f"{path}: {count} left out: {', '.join(named)}, such as {example}")
+    # a file may be called anything
+    return [" ".join(plain(line).split()) for line in out]
+
+
+def _look(path: Path, kinds: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Files that are read, and those that are not."""
     if not os.path.isdir(path):  # these take a path of any length; a pipe, which may never end, is no file
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file or folder")
-        if not path.name.lower().endswith(SUFFIXES):
-            raise UserError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-        return [path]
-    found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    known = [file for file in shown if file.name.lower().endswith(SUFFIXES)]
-    inside = sorted(file for file in known if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path)))
-    return [file for name in inside for file in data_files(name)]
+        if not path.name.lower().endswith(kinds):
+            raise UserError(f"{path}: unknown kind of file; known are {', '.join(kinds)}")
+        return [path], []
+    files, closed = _walk(path)
+    read = [file for file in files if file.name.lower().endswith(kinds)]
+    bare = [file for file in read if not _is_card(file)]
+    # beside rows, or where nothing else could be read, a card is no document
+    if any(file.name.lower().endswith(ROWS) for file in bare) or (not bare and len(read) < len(files)):
+        read = bare
+    others = sorted({*files, *closed} - {*read}, key=lambda file: (_is_card(file), file))
+    return [file for name in read for file in data_files(name, kinds)], others
+
+
+def _is_card(file: Path) -> bool:
+    return CARD.fullmatch(file.name) is not None
+
+
+def _walk(path: Path) -> tuple[list[Path], list[Path]]:
+    """Files below a folder, sorted, and links to folders that are not followed, for what is there is read elsewhere."""
+
+    def fail(error: OSError):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    home, followed, files, closed = Path(os.path.realpath(path)), set[Path](), list[Path](), list[Path]()
+    for at, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(at, name) for name in names if not name.startswith(".")]
+        for link in [Path(at, name) for name in folders if os.path.islink(Path(at, name))]:
+            real, here = Path(os.path.realpath(link)), Path(os.path.realpath(at))
+            around = any(inner.is_relative_to(real) for inner in (home, here))
+            inside = real.is_relative_to(home) and not any(part[:1] == "." for part in real.relative_to(home).parts)
+            if real in followed or around or inside:
+                closed.append(link)
+                folders.remove(link.name)
+            followed.add(real)
+    return sorted(files), closed
+
+
+def _kind(file: Path) -> str:
+    """Of a file that is left out, in few words."""
+    if file.is_dir():
+        return "links to folders already read"
+    if not file.exists():
+        return "broken links"
+    if _is_card(file):
+        return file.name
+    endings = Path(file.name.lower()).suffixes
+    return f"*{''.join(endings[-2 if endings[-1] in COMPRESSED else -1 :])}" if endings else "without an ending"
 
 
 def lines(file: Path) -> Iterator[bytes]:

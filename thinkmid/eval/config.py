@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from thinkmid.eval import tasks
@@ -88,5 +89,6 @@ def sets_of(cfg: EvalConfig) -> dict[str, tasks.Loaded]:
     for entry in cfg.data.sets:
         head, _, path = entry.partition("=")
         found = sets[name_of(entry)] = tasks.load(head.rpartition(":")[2], path, strict=cfg.data.strict)
-        print(f"{name_of(entry)}: {len(found.questions)} questions" + "".join(f"; {n}" for n in found.notes))
+        if not int(os.environ.get("RANK", 0)):
+            print(f"{name_of(entry)}: {len(found.questions)} questions" + "".join(f"; {n}" for n in found.notes))
     return sets

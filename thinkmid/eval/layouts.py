@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from thinkmid.data.source import data_files, json_kind, lines, read_rows
+from thinkmid.data.source import ROWS, data_files, json_kind, lines, read_rows
 from thinkmid.errors import UserError
 
 Kind = Literal["number", "expr", "tuple", "set", "interval", "choice"]
@@ -48,8 +48,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif os.path.isfile(path) and path.suffix.lower() == ".json":
         yield from json_list(path)
     else:
-        # the README.md of a downloaded folder holds no questions
-        yield from read_rows([file for file in data_files(path) if file.suffix.lower() not in (".md", ".txt")])
+        yield from read_rows(data_files(path, ROWS))
 
 
 def csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thinkmid.data.source import ROWS, left_out
 from thinkmid.errors import UserError, unknown
 from thinkmid.eval import layouts
 from thinkmid.eval.layouts import Fields, Kind
@@ -60,7 +61,7 @@ class Loaded:
     task: str
     questions: list[Question]
     sha256: str  # of questions and answers, whatever their layout, order and white space
-    notes: list[str]  # one line each: what is not as in the public copies
+    notes: list[str]  # one line each: what is not as in the public copies, files of a folder that are not read
 
 
 def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
@@ -71,14 +72,15 @@ def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
     """
     task = find(name)
     rows, notes = sift(name, task, Path(path))
+    unread = left_out([path], ROWS)
     if not rows:
-        raise UserError(f"{path}: no question")
+        raise UserError("; ".join([f"{path}: no question", *unread]))
     questions = [question for question, _ in rows]
     sha256 = sha(*sorted(line for _, line in rows))
     notes += compared(name, path, len(questions), sha256)
     if strict and notes:
         raise UserError(notes[0])
-    return Loaded(task=name, questions=questions, sha256=sha256, notes=notes)
+    return Loaded(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
 
 
 def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]], list[str]]:

@@ -11,6 +11,14 @@ from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+PARTIAL = "partial_rotary_factor"
+# of other decoders: each changes what is computed, unless it is null, false, 0, 1 or empty
+FOREIGN = (
+    "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv", "use_qk_norm",
+    "attention_chunk_size", "attn_temperature_tuning", "no_rope_layers", "no_rope_layer_interval", "rope_interleaved",
+    PARTIAL, "use_bidirectional_attention", "per_layer_config", "compression_config",
+)  # fmt: skip
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -114,8 +122,11 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     if kind not in list(ARCHITECTURES):
         raise ValueError(f"model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are")
     layers = _number(raw, "num_hidden_layers")
-    sliding = raw.get("use_sliding_window") and raw.get("sliding_window")
+    # without the key transformers takes 4096
+    sliding = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
     refused = {
+        **{key: raw.get(key) is True or raw.get(key) not in (None, 0, 1, [], {}) for key in FOREIGN},
+        "is_causal": not raw.get("is_causal", True),
         "architectures": raw.get("architectures") not in (None, [], [ARCHITECTURES[kind]]),
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias"),
@@ -128,19 +139,41 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling (older)."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    """Base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling (older).
+
+    Of two that differ transformers takes rope_scaling, and other readers one or the other: ValueError.
+    """
+    found = {key: _rope_of(raw, key) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{key} {_short(raw[key])}" for key in found)
+        raise ValueError(f"{both} do not say the same; which one counts?")
+    return next(iter(found.values()), None) or _rope_of(raw, "rope_scaling")
+
+
+def _rope_of(raw: dict[str, Any], key: str) -> tuple[float, RopeScaling | None]:
     rope = raw.get(key) or {}
-    if not isinstance(rope, dict) or not set(rope) <= {"rope_type", "type", "rope_theta", *ROPE_KEYS}:
+    if not isinstance(rope, dict) or not set(rope) <= {"rope_type", "type", "rope_theta", PARTIAL, *ROPE_KEYS}:
         raise ValueError(f"{key} {_short(rope)} is not supported")
-    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, as_type=float)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return theta, None
-    if rope_type != "llama3":
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ("default", "llama3"):
         raise ValueError(f"{key}: rope_type {rope_type!r} is not supported; default and llama3 are")
+    for name, other, value in (
+        ("rope_theta", "rope_theta", raw.get("rope_theta")),
+        ("rope_type", "type", rope.get("type")),
+    ):
+        if None not in (value, rope.get(name)) and value != rope[name]:
+            raise ValueError(f"{key}: {name} {_short(rope[name])}, but {other} {_short(value)}; which one counts?")
+    if rope.get(PARTIAL) not in (None, 1):
+        raise ValueError(f"{key}: {PARTIAL} {_short(rope[PARTIAL])} is not supported")
+    theta = _number(raw if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0, as_type=float)
+    if rope_type == "default":
+        if rope.get("factor") not in (None, 1):
+            raise ValueError(f"{key}: factor {_short(rope['factor'])} means nothing without a rope_type")
+        return theta, None
     factor, low, high = (_number(rope, name, as_type=float) for name in ROPE_KEYS[:3])
     original = _number(rope, ROPE_KEYS[3])
+    if raw.get(ROPE_KEYS[3]) not in (None, original):  # transformers takes this one
+        raise ValueError(f"{ROPE_KEYS[3]} {_short(raw[ROPE_KEYS[3]])} differs from {original} in {key}")
     return theta, RopeScaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original
     )

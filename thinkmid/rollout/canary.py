@@ -172,5 +172,5 @@ def run(ask: Ask, template: str, seed: int, pairs: list[tuple[str, str]], num_at
             count.right += (p > 0.5) == wanted
         except JudgeError as error:
             count.failed += 1
-            report.faults.append(str(error))
+            report.faults.append(f"{error} ({error.said})" if error.said else str(error))
     return report

@@ -20,7 +20,11 @@ Look = Callable[[int], Tally]  # of a step: metrics of an examination of the jud
 
 
 class JudgeError(Exception):
-    """No answer, or none that can be read. One line says why."""
+    """No answer, or none that can be read. One line says why; said: what came instead, in the sender's words."""
+
+    def __init__(self, why: str, said: str = ""):
+        super().__init__(why)
+        self.said = said
 
 
 class NotAsked(JudgeError):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 
+from thinkmid.augment.endpoint import words
 from thinkmid.errors import UserError
 from thinkmid.rollout.breaker import Breaker
 from thinkmid.rollout.judge import JudgeError, NotAsked
@@ -119,11 +120,13 @@ class RemoteAsk:
         # whatever an endpoint does to the client costs one verdict, not the run; texts of errors may hold the key
         except Exception as error:
             why = "no answer before the deadline" if late.is_set() else self._reason(error)
+            said = ""
             if isinstance(error, self._openai.APIStatusError):
                 self._heard()
+                said = words(error.status_code, error.response.text, self._options["api_key"])
             elif late.is_set() or isinstance(error, self._openai.APIConnectionError):
                 self._count_lost(began, why)
-            raise JudgeError(why) from None
+            raise JudgeError(why, said) from None
         finally:
             watchdog.cancel()
 

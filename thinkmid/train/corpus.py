@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkmid.data import prompts, sequences, store
-from thinkmid.data.source import Document, data_files, read_documents
+from thinkmid.data.source import Document, data_files, left_out, read_documents
 from thinkmid.errors import UserError
 from thinkmid.text import Text
 from thinkmid.train.config import RunConfig
@@ -22,6 +22,12 @@ from thinkmid.train.shard import Ranks
 from thinkmid.types import Prompt
 
 TELL_S = 10  # between lines of progress
+
+
+def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
+    """A line for each folder of which not every file is read. Collective."""
+    for line in ranks.agree(lambda: [] if ranks.rank else left_out(paths)):
+        print(line, flush=True)
 
 
 def stored_sequences(

@@ -101,6 +101,7 @@ def main(argv: list[str]) -> int:
     make = prompt_maker(cfg.data, text, max_prefix, cfg.run.seed)
 
     def read(ranks, interrupt):
+        corpus.name_left_out([*cfg.data.paths, *cfg.data.val_paths], ranks)
         held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
         decides = {"prompts": text.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
         if cfg.data.prefix != "thought":

@@ -81,6 +81,8 @@ def main(argv: list[str]) -> int:
         return memory.dry_run_sft(of_length(cfg, cfg.run.steps or at_least))
     interrupt, ranks = Interrupt(), shard.start()
     claim_folder(cfg, ranks)
+    read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
+    corpus.name_left_out(read if cfg.model.folder else [*read, *cfg.fresh.tokenizer_data], ranks)
     source = Path(cfg.model.folder)
     if not cfg.model.folder:
         source = fresh.make(cfg.fresh, cfg.data.paths, cfg.run, ranks)
