@@ -328,7 +328,9 @@ def test_the_program_at_an_endpoint_killed_and_stopped_ends_as_if_undisturbed(wo
             time.sleep(0.02)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
-        assert (process.returncode, err) == (code, "")
+        assert process.returncode == code
+        said = [f"stopping: {signal.Signals(number).name}"] * (code == 75)
+        assert [line.partition(";")[0] for line in err.splitlines()] == said
     assert "stopped; the same command goes on" in out
     process = start(server, "--endpoint.price_written", "2.0")
     out, err = process.communicate(timeout=60)
