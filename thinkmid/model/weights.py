@@ -102,6 +102,13 @@ def load_into(model: Transformer, folder: str | Path) -> None:
             raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
 
 
+def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
+    """Weight file -> sha256, of those that fall to this rank. An export's seal names them; load_into() compares."""
+    folder = Path(folder)
+    sealed, mine = _sealed(folder), sorted(_weight_files(folder))[rank::world]
+    return {file: sealed.get(file) or _sha256(folder / file) for file in mine}
+
+
 def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into."""
     with torch.device("meta"):
@@ -163,13 +170,19 @@ def _verify(folder: Path, files: set[Path], sharded: bool) -> None:
     """Compare files with the hashes written when they were exported. Ranks of a sharded model share the work."""
     if not (folder / SEAL).exists():
         return
-    hashes = read_json(folder / SEAL).get("sha256")
-    if not isinstance(hashes, dict):
-        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
+    sealed = _sealed(folder)
     rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     for path in sorted(files)[rank::world]:
-        if hashes.get(path.name) != _sha256(path):
+        if sealed.get(path.name) != _sha256(path):
             raise UserError(f"{path}: does not match its sha256 in {SEAL}; damaged or changed since it was exported")
+
+
+def _sealed(folder: Path) -> dict[str, str]:
+    """What an export says of its files; {} of a folder that is none."""
+    sealed = read_json(folder / SEAL).get("sha256") if (folder / SEAL).exists() else {}
+    if not isinstance(sealed, dict):
+        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
+    return sealed
 
 
 def _compare(folder: Path, expected: dict[str, Tensor], sources: dict[str, tuple[Path, Any]]) -> None:
