@@ -166,10 +166,13 @@ class Store(Sequence[memoryview]):
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> memoryview:  # type: ignore[override]
-        start, block = self._starts[i], np.searchsorted(self._ends, i, side="right")
+        start, block = self._starts[i], self._block(i)
         if not self._is_checked[block]:
             self._check(block)
         return self._parts[self._part_of[i]][start : start + self.sizes[i]]
+
+    def _block(self, i: int) -> int:
+        return int(np.searchsorted(self._ends, i, side="right"))
 
     def _check(self, block: int) -> None:
         """UserError unless the bytes of a block are those that were written."""

@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
+from thinkmid.files import regular
 from thinkmid.model.hf_config import config_dict, read_config, read_json, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
 
@@ -106,7 +107,7 @@ def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
     """Weight file -> sha256, of those that fall to this rank. An export's seal names them; load_into() compares."""
     folder = Path(folder)
     sealed, mine = _sealed(folder), sorted(_weight_files(folder))[rank::world]
-    return {file: sealed.get(file) or _sha256(folder / file) for file in mine}
+    return {file: sealed.get(file) or _sha256(regular(folder / file)) for file in mine}
 
 
 def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
