@@ -118,9 +118,9 @@ class _Writing:
         return self.ranks.agree(lambda: work() if self.ranks.rank == 0 else None)
 
     def _files(self) -> list:
-        """Path, bytes and time of the last change of every file."""
+        """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
         stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
         """Whether the run's folder had to be made. What a killed run left goes: there may be no room for both."""
