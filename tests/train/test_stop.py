@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -223,6 +224,22 @@ def test_a_look_that_a_signal_cuts_twice_is_made_by_the_run_that_resumes(home, m
     assert {"val_reward"} <= left(stopped)[0][1].keys()
     names = [sorted(path.name for path in (folder / "rollouts").iterdir()) for folder in (stopped, alone)]
     assert names[0] == names[1]
+
+
+# a reward that is gone
+
+
+def test_a_reward_that_turns_zero_is_noted_once_over_a_restart_too(home, monkeypatch, capsys):
+    rewards, describe = [0.0, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], rl.describe
+    given = iter(rewards)
+    monkeypatch.setattr(rl, "ZEROS", 3)
+    monkeypatch.setattr(rl, "describe", lambda groups: describe(groups) | {"reward": next(given)})
+    for num in (5, len(rewards)):
+        assert exit_code(rlmt, rlmt_flags(home, "collapse", steps=num)) == 0
+    events = [json.loads(line) for line in (home / "collapse" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "reward_collapsed"] == [6]
+    said = [line for line in capsys.readouterr().out.splitlines() if "every reward" in line]
+    assert said == ["warning: step 6: every reward of the last 3 steps is 0, and earlier ones were not"]
 
 
 def noted(method, calls):
