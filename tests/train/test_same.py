@@ -68,7 +68,7 @@ def edit_weights(folder, sealed):
 def test_a_frozen_model_exchanged_under_a_run_is_refused(home, call, sealed):
     model = home / "sft" / "export"
     edit_weights(model, sealed)
-    line = f"error: {model}: its weights changed since this run began; --run.fresh starts over\n"
+    line = f"error: {model}: not the weights that this run began with; --run.fresh starts over\n"
     assert call(rlmt, kl_argv(home))[::2] == (2, line)
     # without a frozen model only the checkpoint's weights count
     assert exit_code(rlmt, rlmt_flags(home, "free", steps=1)) == 0
@@ -83,10 +83,34 @@ def test_a_frozen_model_that_moved_is_the_same(home, call):
     assert (code, err) == (0, "")
 
 
+def test_another_start_is_refused_and_the_same_one_elsewhere_is_not(home, call):
+    """Of a run that reads its weights no more. What it began with is known by the export's seal."""
+    argv = rlmt_flags(home, "free", steps=1)
+    assert call(rlmt, argv)[0] == 0
+    for name in ("other", "moved"):
+        shutil.copytree(home / "sft" / "export", home / name)
+    edit_weights(home / "other", sealed=True)
+    line = f"error: {home}/other: not the weights that this run began with; --run.fresh starts over\n"
+    argv = [*rlmt_flags(home, "free", steps=2)]
+    assert call(rlmt, [*argv, f"--model.folder={home}/other"])[::2] == (2, line)
+    assert call(rlmt, [*argv, f"--model.folder={home}/moved"])[::2] == (0, "")
+    # without a seal at the start nobody knows
+    (home / "moved" / "thinkmid.json").unlink()
+    argv = [*rlmt_flags(home, "bare", steps=2), f"--model.folder={home}/moved"]
+    assert call(rlmt, argv)[0] == 0
+    code, _, err = call(rlmt, [*argv, f"--model.folder={home}/sft/export"])
+    assert (code, "sft/export: not the weights that this run began with" in err) == (2, True)
+
+
 def test_no_weights_are_hashed_for_a_run_without_a_frozen_model(home, monkeypatch):
-    monkeypatch.setattr(weights, "hashes", lambda *_: pytest.fail("hashed"))
+    read, of_file = [], weights._sha256
+    monkeypatch.setattr(weights, "_sha256", lambda path: read.append(path.parent.name) or of_file(path))
     assert exit_code(rlmt, rlmt_flags(home, "free", steps=1)) == 0
-    assert exit_code(rlmt, rlmt_flags(home, "free", steps=2)) == 0
+    assert read == ["export", "export.tmp"]  # compared with its seal, and sealed
+    (home / "sft" / "export" / "thinkmid.json").unlink()
+    assert exit_code(rlmt, rlmt_flags(home, "bare", steps=1)) == 0
+    assert exit_code(rlmt, rlmt_flags(home, "bare", steps=2)) == 0
+    assert read[2:] == ["export.tmp"] * 2
 
 
 def test_another_shape_of_the_same_parameters_is_refused(home, call):
@@ -94,7 +118,7 @@ def test_another_shape_of_the_same_parameters_is_refused(home, call):
     told = json.loads(path.read_text())
     told["rope_theta"] = told["rope_parameters"]["rope_theta"] = 7.0
     path.write_text(json.dumps(told))
-    line = f"error: {path.parent}: its config.json changed since this run began; --run.fresh starts over\n"
+    line = f"error: {path.parent}: not the config.json that this run began with; --run.fresh starts over\n"
     assert call(rlmt, kl_argv(home))[::2] == (2, line)
 
 

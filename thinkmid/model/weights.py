@@ -110,6 +110,11 @@ def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
     return {file: sealed.get(file) or _sha256(regular(folder / file)) for file in mine}
 
 
+def is_sealed(folder: str | Path) -> bool:
+    """Whether hashes() need not read the weights."""
+    return _weight_files(Path(folder)).keys() <= _sealed(Path(folder)).keys()
+
+
 def stream_folder(folder: str | Path, dtype: Dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into."""
     with torch.device("meta"):

@@ -23,7 +23,7 @@ FREE_KEYS = (
     *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
     *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
-    *("model.folder", "judge.folder", "fresh.tokenizer_data"),
+    *("model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
@@ -124,7 +124,14 @@ def same_model(was: dict[str, Any], now: dict[str, Any], folders: dict[str, Path
     older checkpoint does not say is not compared."""
     for part, folder in folders.items():
         if part in was and was[part] != now[part]:
-            raise UserError(f"{folder}: its {part} changed since this run began; --run.fresh starts over")
+            raise UserError(f"{folder}: not the {part} that this run began with; --run.fresh starts over")
+
+
+def has_moved(cfg) -> bool:
+    """Whether model.folder is another than this run's folder says, as far as that says anything."""
+    told = Path(cfg.run.folder, "config.toml")
+    was = config.read_toml(told).get("model", {}) if told.exists() else {}
+    return was.get("folder", cfg.model.folder) != cfg.model.folder
 
 
 def _clear(folder: Path, cfg) -> None:

@@ -26,7 +26,7 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.folder import begun, clear_folder, describe_run, same_data, same_model
+from thinkmid.train.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
 from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.watch import Watch
 from thinkmid.types import Prompt
@@ -140,6 +140,10 @@ def open_job(
     if not found and begun(cfg.run):
         raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
 
+    # where no weights are read again they are compared if the folder is another, so told apart by an export's seal
+    moved = ranks.any(bool(found) and ranks.rank == 0 and has_moved(cfg))
+    sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
+    frozen = {**frozen, "weights": source} if moved or sealed else frozen
     parts = {part: weights_digest(place, ranks) for part, place in frozen.items()}
     parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(shape))), "tokenizer": text.digest}
 
@@ -152,7 +156,9 @@ def open_job(
     ema = make() if ema_decay else None
     state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
     if found:
-        same_model(state.get("model", {}), parts, {"config.json": source, "tokenizer": source, **frozen})
+        known = ({"weights": None} if moved else {}) | state.get("model", {})
+        same_model(known, parts, {"config.json": source, "tokenizer": source, **frozen})
+        parts = known | parts
         same_data(state["data"], data, folder)
         same_data(state.get("held_out", held_out), held_out, folder, "held-out data")
     start = checkpoint.step(found) if found else 0

@@ -84,7 +84,7 @@ def run(
     max_len = min(max(longest + cfg.sampling.max_new, at_least), shape.max_positions)
     options = {"data": found.digest, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
     frozen = {"weights": source} if cfg.keeps_frozen else {}
-    frozen |= {"weights as a judge": Path(judge_folder)} if judge_folder else {}
+    frozen |= {"judge's weights": Path(judge_folder)} if judge_folder else {}
     options |= {"num_steps": cfg.run.steps, "held_out": job.fingerprint_of(held_out), "frozen": frozen}
     opened, step, state = job.open_job(cfg, source, shape, text, **options)
     for note in found.notes:
