@@ -160,6 +160,20 @@ def test_a_truncated_or_missing_file_and_the_older_checkpoint_is_used(tmp_path, 
     assert name in lines[0]
 
 
+def test_a_renamed_checkpoint_and_the_older_one_is_used(tmp_path):
+    old, new = save_seed(tmp_path, 1, seed=1), save_seed(tmp_path, 2, seed=2)
+    new.rename(tmp_path / "step-000007")
+    lines = []
+    assert latest(tmp_path, warn=lines.append) == old
+    assert lines == [
+        f"skipped a broken checkpoint: {tmp_path}/step-000007: its manifest says step 2; "
+        "was it renamed from step-000002?"
+    ]
+    (tmp_path / "step-000007").rename(new)
+    assert latest(tmp_path, warn=refuse) == new
+    assert checkpoint.step(new) == 2
+
+
 def forge(folder: Path, change) -> None:
     """Edits the manifest and seals it again, as whoever made the folder could."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -180,6 +194,8 @@ def rename_file(name):
         (rename_file("sub/state.json"), "'sub/state.json'"),
         (rename_file("rank-00000.safetensors\n"), r"safetensors\\n"),
         (lambda m: m.update(format=2), "format 2"),
+        (lambda m: m.update(step="1"), "step '1'"),
+        (lambda m: m.update(step=-1), "step -1"),
         (lambda m: m.pop("tensors"), "'tensors'"),
         (lambda m: m["files"].pop("state.json"), "state.json"),
         (lambda m: m["files"]["state.json"].pop("bytes"), "state.json"),

@@ -76,12 +76,18 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
     """
     for folder in _on_first(UserError, "", _candidates, Path(root)):
         try:
+            _on_first(UserError, "", _check_name, folder)
             _on_all(UserError, "", _check_files, folder)
             return folder
         except UserError as reason:
             if _rank_world()[0] == 0:
                 warn(f"skipped a broken checkpoint: {reason}")
     return None
+
+
+def step(folder: str | Path) -> int:
+    """Of a checkpoint, whatever its folder is called."""
+    return _read_manifest(Path(folder))["step"]
 
 
 def load(folder: str | Path, tensors: dict[str, Tensor], *, verified: bool = False) -> dict:
@@ -316,6 +322,8 @@ def _check_manifest(manifest: dict, raw: bytes) -> None:
         raise UserError("its bytes changed since it was saved")
     if manifest["format"] != _FORMAT:
         raise UserError(f"format {manifest['format']!r}, this thinkmid reads {_FORMAT}")
+    if type(manifest["step"]) is not int or manifest["step"] < 0:
+        raise UserError(f"step {manifest['step']!r} is no step")
     for name, entry in manifest["files"].items():
         if not _FILE.fullmatch(name) or entry.keys() != {"bytes", "sha256"}:
             raise UserError(f"{name!r} is not a file of a checkpoint")
@@ -327,6 +335,13 @@ def _check_manifest(manifest: dict, raw: bytes) -> None:
             raise UserError(f"{name} lies in no file of this checkpoint")
     if "state.json" not in manifest["files"]:
         raise UserError("no state.json")
+
+
+def _check_name(folder: Path) -> None:
+    """UserError where a folder was renamed: a run would resume at another step than its weights are of."""
+    named, saved = int(folder.name.rpartition("-")[2]), step(folder)
+    if named != saved:
+        raise UserError(f"{folder}: its manifest says step {saved}; was it renamed from step-{saved:06d}?")
 
 
 def _check_files(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ Kinds = Mapping[str, Callable[[Any], bool]]  # field -> whether a value may stan
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError: there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -27,6 +29,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
     return value
+
+
+def regular(path: Path) -> Path:
+    """The path of a file that ends: a pipe that is opened waits for ever. UserError for what is not regular."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path}: not a regular file")
+    return path
 
 
 def check_row(where: str, row: dict, must: Kinds, may: Kinds | None = None) -> None:

@@ -92,7 +92,7 @@ class Log:
     def write(self, step: int, row: dict) -> None:
         """Metrics of one step: numbers, or 0-dim arrays and tensors. NaN and infinities are written as null."""
         if self.on:
-            row = _finite({"step": step, **row})
+            row = finite({"step": step, **row})
             self._append(self.metrics, row)
             for log, _ in self.trackers:
                 log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step)
@@ -187,18 +187,18 @@ def reopen(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> Any
 
 def _json_line(row: dict) -> str:
     # a lone surrogate in a model's text becomes \udXXX on disk, which is also how JSON spells it
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A JSON value: arrays, tensors and tuples as lists and numbers, NaN and infinities as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 # Two screens with the same four methods: lines for files and pipes, a live table for terminals.

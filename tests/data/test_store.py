@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import random
 import re
 from dataclasses import replace
@@ -6,12 +8,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from thinkmid.data import store
 from thinkmid.data.prompts import StoredPrompts, at_thoughts, in_raw_text
 from thinkmid.data.prompts import records as prompt_records
 from thinkmid.data.sequences import Sequences, num_pieces, read_sequences, records
 from thinkmid.data.source import Document, read_documents
+from thinkmid.errors import UserError
 from thinkmid.text import Text, train_tokenizer
 from thinkmid.types import Prompt
 
@@ -100,6 +104,106 @@ def test_a_store_is_found_only_whole_and_made_of_the_same(tmp_path, small_blocks
     assert store.find(folder, MADE_OF) == found
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     assert store.find(folder, MADE_OF) is None
+
+
+def made(file, kind):
+    """Something else in the place of a file."""
+    size = file.stat().st_size
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "zeros"])
+@pytest.mark.parametrize("name", ["store.json", "0123abcd-00000.bin", "0123abcd-00000.safetensors"])
+def test_what_is_no_file_of_a_store_is_not_waited_for(tmp_path, small_blocks, name, kind):
+    stored(tmp_path, documents(20), 1)
+    manifest = store.find(tmp_path, MADE_OF)
+    made(tmp_path / name, kind)
+    if (name[-4:], kind) != (".bin", "zeros"):  # as many bytes: records are compared when they are read
+        assert store.find(tmp_path, MADE_OF) is None
+    if name != "store.json":
+        with pytest.raises(UserError, match=name):
+            store.Store(tmp_path, manifest)[0]
+
+
+EDITS = [
+    lambda m: m.update(parts=[]),
+    lambda m: m.update(parts=None),
+    lambda m: m.update(parts=[[-1, "x"]]),
+    lambda m: m["parts"][0].__setitem__(0, 10**400),
+    lambda m: m.update(writing=7),
+    lambda m: m.update(made_of=[]),
+    lambda m: m.update(format="1"),
+    lambda m: m.pop("parts"),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_manifest_that_says_something_else_finds_no_store(tmp_path, small_blocks, edit):
+    stored(tmp_path, documents(20), 2)
+    manifest = store.find(tmp_path, MADE_OF)
+    edit(manifest)
+    (tmp_path / store.MANIFEST).write_text(json.dumps(manifest))
+    assert store.find(tmp_path, MADE_OF) is None
+
+
+NUMBERS = [
+    ("sizes", lambda x: -x),
+    ("sizes", lambda x: x * 2**40),
+    ("sizes", lambda x: x[:-1]),
+    ("counts", lambda x: x + 1),
+    ("counts", lambda x: x[::-1] * -1),
+    ("numbers", lambda x: x[:-1]),
+    ("digests", lambda x: x[:-1]),
+    ("sizes", lambda x: x.astype(np.float64)),
+]
+
+
+@pytest.mark.parametrize(("name", "edit"), NUMBERS)
+def test_numbers_that_do_not_fit_the_records_are_refused(tmp_path, small_blocks, name, edit):
+    stored(tmp_path, documents(20), 1)
+    manifest, path = store.find(tmp_path, MADE_OF), tmp_path / "0123abcd-00000.safetensors"
+    index = load_file(path)
+    index[name] = np.ascontiguousarray(edit(index[name]))
+    save_file(index, path)
+    with pytest.raises(UserError, match=r"0123abcd-00000.safetensors: its bytes changed since it was written"):
+        store.Store(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_flipped_bit_is_found_in_its_block_and_in_no_other(tmp_path, small_blocks, world):
+    docs = documents(40)
+    want = [bytes(record) for record in stored(tmp_path, docs, world)]
+    flipped = tmp_path / f"0123abcd-{world - 1:05d}.bin"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    found, refused = store.Store(tmp_path, store.find(tmp_path, MADE_OF)), []
+    for i in random.Random(0).sample(range(len(want)), len(want)):
+        try:
+            assert bytes(found[i]) == want[i]
+        except UserError:
+            refused.append(i)
+    with pytest.raises(UserError, match=f"{flipped.name}: its bytes changed since it was written; without {tmp_path} "):
+        found[refused[0]]
+    counts = np.cumsum([0, *(len(list(encode(block))) for block in store.blocks(docs))])
+    spans = [list(range(*span)) for span in itertools.pairwise(counts)]
+    assert sorted(refused) in spans
+
+
+def test_a_block_is_hashed_once_in_any_order(tmp_path, small_blocks, monkeypatch):
+    found, hashed, check = stored(tmp_path, documents(40), 2), [], store.Store._check
+    monkeypatch.setattr(store.Store, "_check", lambda self, block: hashed.append(block) or check(self, block))
+    for i in random.Random(0).choices(range(len(found)), k=500):
+        found[i]
+    assert sorted(hashed) == sorted({found._block(i) for i in range(len(found))})
 
 
 def test_a_writing_replaces_the_one_before_and_touches_nothing_else(tmp_path, small_blocks):

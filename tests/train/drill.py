@@ -164,6 +164,26 @@ def stopped_in_mid_step(main, argv: list[str], losses, loss: str) -> dict:
     return row | {"differences": differences(folder, f"{folder}-alone")}
 
 
+def spoilt(main, argv: list[str], steps, alone: str) -> dict:
+    """Two ranks, of which one has a weight that is not a number after the third update; the same command again."""
+    folder, work, calls = f"{argv[0].removesuffix('.toml')}-spoilt", steps.train_step, []
+    argv = [*argv, "--run.save_every=1", "--run.keep=1", "--run.folder", folder]
+
+    def spoils(model, optimizer, *args, **options):
+        stats = work(model, optimizer, *args, **options)
+        calls.append(None)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            optimizer.param_groups[0]["params"][0].detach().to_local()[-1, -1] = float("nan")
+        return stats
+
+    steps.train_step = spoils  # the ranks are forks
+    row = {"spoilt": [*finish(launch(main, argv, 2))], "saved": saved(folder)}
+    steps.train_step = work
+    row["said"] = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")][-2:]
+    row["codes"] = [*finish(launch(main, argv, 2))]
+    return row | {"differences": differences(folder, alone)}
+
+
 def fewer_ranks(rlmt) -> dict:
     """Four steps on two ranks, the rest on one."""
     argv = ["rlmt.toml", "--run.folder", "fewer"]
@@ -182,7 +202,7 @@ def damaged_model(rlmt) -> dict:
     content[-3] ^= 64
     Path("flipped/model.safetensors").write_bytes(content)
     codes = finish(launch(rlmt, ["rlmt.toml", "--model.folder=flipped", "--run.folder=refused"], 2))
-    said = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")]
+    said = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error") and "flipped" in line]
     return {
         "codes": [*codes],
         "said": sorted(said),
@@ -206,15 +226,17 @@ def main() -> None:
     import torch._dynamo  # noqa: F401
 
     from thinkmid.rollout import native  # noqa: F401
-    from thinkmid.train import loss, rl, rlmt, sft
+    from thinkmid.train import loss, rl, rlmt, sft, step
 
     write_world(Path())
     assert finish(launch(sft.main, ["base.toml"])) == {0}
     results = {"killed": killed_run(rlmt.main, args.kills, args.seed), "stopped": stopped_run(rlmt.main)}
     packs = ["--run.steps=4", "--batch.pack_tokens=64", "--loss.entropy=0.01"]  # no group is dead
     results["rlmt"] = stopped_in_mid_step(rlmt.main, ["rlmt.toml", *packs], rl, "policy_loss")
+    results["spoilt rlmt"] = spoilt(rlmt.main, ["rlmt.toml", *packs], rl, "rlmt-mid-step-alone")
     packs = ["--run.steps=4", "--data.pack_tokens=64"]
     results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], loss, "text_loss")
+    results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], step, "base-mid-step-alone")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):

@@ -84,6 +84,30 @@ def test_other_documents_take_the_place_of_the_old_until_a_run_has_begun(home):
     assert sequences(home, fresh=True) == first
 
 
+def test_files_that_moved_or_were_touched_are_compared_by_content_once(home, monkeypatch):
+    first = sequences(home)
+    (home / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    hashed, of_file = [], corpus._hash
+    monkeypatch.setattr(corpus, "_hash", lambda path: hashed.append(path) or of_file(path))
+    monkeypatch.setattr(corpus, "read_documents", unread)
+    os.rename(home / "corpus.jsonl", home / "moved.jsonl")
+    (home / "corpus.jsonl").symlink_to("moved.jsonl")
+    os.utime(home / "moved.jsonl", ns=(1, 1))
+    assert [sequences(home) for _ in range(2)] == [first] * 2
+    assert len(hashed) == 1
+
+
+def test_other_content_of_the_same_size_and_date_is_seen(home):
+    sequences(home)
+    (home / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    stat = os.stat(home / "corpus.jsonl")
+    write(home, [text.replace("apples", "plums ") for text in TEXTS])
+    os.utime(home / "corpus.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert os.stat(home / "corpus.jsonl").st_size == stat.st_size
+    with pytest.raises(UserError, match="the data has changed since this run began"):
+        sequences(home)
+
+
 def test_another_tokenizer_makes_another_store(home):
     first = sequences(home)
     train_tokenizer(TEXTS[:3], 280, home / "tokenizer")

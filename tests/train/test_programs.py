@@ -155,7 +155,7 @@ def test_an_empty_corpus_is_named(spoilt, capsys):
 def test_a_run_folder_is_not_taken_over_by_another_run(spoilt, capsys):
     assert exit_code(rlmt, rlmt_flags(spoilt, "mine", steps=2)) == 0
     before = (spoilt / "mine/config.toml").read_bytes()
-    assert "optim.lr" in refused(capsys, rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--optim.lr", "0.5"])
+    assert "optim.warmup" in refused(capsys, rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--optim.warmup", "5"])
     assert (spoilt / "mine/config.toml").read_bytes() == before
     text = (spoilt / "corpus.jsonl").read_text().replace("coins", "cards")
     (spoilt / "corpus.jsonl").write_text(text)

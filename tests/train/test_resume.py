@@ -40,6 +40,17 @@ def test_a_signal_to_one_rank_in_mid_step_drops_the_step_on_all_and_a_second_one
     assert (stopped["codes"], stopped["differences"]) == ([0], [])
 
 
+@pytest.mark.parametrize("program", ["rlmt", "sft"])
+def test_a_weight_of_one_rank_that_is_not_finite_ends_all_and_is_never_saved(drill, program):
+    spoilt = drill[f"spoilt {program}"]
+    assert (spoilt["spoilt"], spoilt["saved"]) == ([2], ["step-000002"])
+    said = "step 3: weights or Adam's moments are not finite after this update"
+    assert sorted(line.partition(" (optim.lr")[0] for line in spoilt["said"]) == [
+        f"error (rank {rank}): {said}" for rank in (0, 1)
+    ]
+    assert (spoilt["codes"], spoilt["differences"]) == ([0], [])
+
+
 def test_a_run_of_two_ranks_goes_on_with_one(drill):
     fewer = drill["fewer"]
     assert fewer["codes"] == [0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -139,7 +140,7 @@ def left(folder):
 
 
 def saved(folder):
-    return [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
 def signal_in(monkeypatch, module, name, folder, is_time=lambda packs, options: False):
@@ -193,13 +194,52 @@ def test_a_stop_after_the_first_of_two_updates_ends_with_the_step_and_before_any
         assert exit_code(program, flags) == 75
     assert seen == [step for step in packs if step < 2]
     assert calls == ["load_weights", "generate"] * 3  # of the look at the held-out prompts and of two steps
-    assert (steps(stopped), saved(stopped)) == ([1, 2], ["step-000002"])
+    # the row of step 2 waits for the look that belongs into it
+    assert (steps(stopped), saved(stopped)) == ([1], ["step-000002"])
     assert exit_code(program, flags) == 0
-    (rows, weights_of_stopped), (rows_alone, weights_alone) = left(stopped), left(alone)
-    assert "val_reward" not in rows[1]
-    assert rows[1] == {name: value for name, value in rows_alone[1].items() if not name.startswith("val_")}
-    assert (rows[0], rows[2]) == (rows_alone[0], rows_alone[2])
-    assert weights_of_stopped == weights_alone
+    assert "val_reward" in left(stopped)[0][1]
+    assert left(stopped) == left(alone)
+
+
+def test_a_look_that_a_signal_cuts_twice_is_made_by_the_run_that_resumes(home, monkeypatch):
+    flags = [*rlmt_flags(home, "", steps=3)[:1], "--optim.offload", "true", "--run.save-every", "1"]
+    flags += ["--data.val-paths", str(home / "corpus.jsonl"), "--data.val-every", "2"]
+    alone, stopped, calls = home / "look-alone", home / "look-stopped", []
+    assert exit_code(rlmt, [*flags, "--run.folder", str(alone)]) == 0
+    generate = NativeEngine.generate
+
+    def cut(self, *args, **options):
+        calls.append(None)
+        if len(calls) in (4, 5):  # after the gate and two steps, then at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(NativeEngine, "generate", cut)
+    flags += ["--run.folder", str(stopped)]
+    for _ in range(2):
+        assert exit_code(rlmt, flags) == 75
+        assert (steps(stopped), saved(stopped)) == ([1], ["step-000001", "step-000002"])
+    assert exit_code(rlmt, flags) == 0
+    assert left(stopped) == left(alone)
+    assert {"val_reward"} <= left(stopped)[0][1].keys()
+    names = [sorted(path.name for path in (folder / "rollouts").iterdir()) for folder in (stopped, alone)]
+    assert names[0] == names[1]
+
+
+# a reward that is gone
+
+
+def test_a_reward_that_turns_zero_is_noted_once_over_a_restart_too(home, monkeypatch, capsys):
+    rewards, describe = [0.0, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], rl.describe
+    given = iter(rewards)
+    monkeypatch.setattr(rl, "ZEROS", 3)
+    monkeypatch.setattr(rl, "describe", lambda groups: describe(groups) | {"reward": next(given)})
+    for num in (5, len(rewards)):
+        assert exit_code(rlmt, rlmt_flags(home, "collapse", steps=num)) == 0
+    events = [json.loads(line) for line in (home / "collapse" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "reward_collapsed"] == [6]
+    said = [line for line in capsys.readouterr().out.splitlines() if "every reward" in line]
+    assert said == ["warning: step 6: every reward of the last 3 steps is 0, and earlier ones were not"]
 
 
 def noted(method, calls):

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from thinkmid.data.source import Document
 from thinkmid.errors import UserError
-from thinkmid.files import read_json
+from thinkmid.files import read_json, regular
 from thinkmid.log import write_whole
 
 FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
@@ -89,12 +90,10 @@ def write(
 
 def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) -> dict[str, Any]:
     """The manifest of what all ranks have written. made_of: what decides the records, to find a store again by."""
-    indices = [load_file(_index(folder, writing, rank)) for rank in range(world)]
-    each_once = _in_order([np.ones_like(x["counts"]) for x in indices])
-    digest = hashlib.blake2b(np.concatenate([x["digests"] for x in indices])[each_once], digest_size=16)
+    indices = [_read_index(folder, writing, rank) for rank in range(world)]
     parts = [_measured(folder, writing, rank) for rank in range(world)]
     about = {"format": FORMAT, "made_of": made_of, "writing": writing}
-    return about | {"parts": parts, "digest": digest.hexdigest()}
+    return about | {"parts": parts, "digest": _digest(indices)}
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
@@ -113,14 +112,22 @@ def sweep(folder: Path) -> None:
 
 def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, if all that it names is there and was made of this."""
+    manifest = whole(folder)
+    return manifest if manifest and manifest["made_of"] == made_of else None
+
+
+def whole(folder: Path) -> dict[str, Any] | None:
+    """The manifest, if all that it names is there as it says; the bytes of records are compared when they are read."""
     manifest = published(folder)
-    try:
-        writing, parts = manifest["writing"], manifest["parts"]
-        found = [_measured(folder, writing, rank) for rank in range(len(parts))]
-    except (OSError, ValueError, KeyError, TypeError):
+    writing, parts, made_of = manifest.get("writing"), manifest.get("parts"), manifest.get("made_of")
+    right = OURS.fullmatch(f"{writing}-fault") and isinstance(parts, list) and parts and isinstance(made_of, dict)
+    if not right or manifest.get("format") != FORMAT:
         return None
-    same = (manifest.get("format"), manifest.get("made_of"), parts) == (FORMAT, made_of, found)
-    return manifest if same and OURS.fullmatch(f"{writing}-fault") else None
+    try:
+        found = [_measured(folder, writing, rank) for rank in range(len(parts))]
+    except (OSError, UserError):
+        return None
+    return manifest if found == parts else None
 
 
 def published(folder: Path) -> dict[str, Any]:
@@ -134,14 +141,21 @@ def published(folder: Path) -> dict[str, Any]:
 class Store(Sequence[memoryview]):
     """The records in the order of their documents, whatever the number of ranks that wrote them.
 
-    sizes (N,) bytes, numbers (N, C) int64: in memory, with another 12 bytes a record. digest: of all records.
+    sizes (N,) bytes, numbers (N, C) int64: in memory, with another 12 bytes a record. digest: of all records. A record
+    raises UserError where its block of documents, compared once by each process, has other bytes than were written.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         writing, world, self.digest = manifest["writing"], len(manifest["parts"]), manifest["digest"]
-        indices = [load_file(_index(folder, writing, rank)) for rank in range(world)]
-        self._parts = [_mapped(_part(folder, writing, rank)) for rank in range(world)]
+        indices = [_read_index(folder, writing, rank) for rank in range(world)]
+        self._files = [_part(folder, writing, rank) for rank in range(world)]
+        self._parts = [_mapped(file) for file in self._files]
         order = _in_order([x["counts"] for x in indices])
+        counts, self._digests = _blocks_of(indices)
+        self._ends = np.cumsum(counts)  # records before and in each block, in the order of the documents
+        self._is_checked = np.zeros(len(counts), bool)
+        if _digest(indices) != self.digest:
+            raise UserError(_damaged(folder / MANIFEST))
         self.sizes = np.concatenate([x["sizes"] for x in indices])[order]
         numbers = np.concatenate([x["numbers"] for x in indices])
         self.numbers = numbers.reshape(len(order), len(numbers) // max(1, len(order)))[order]
@@ -152,14 +166,64 @@ class Store(Sequence[memoryview]):
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> memoryview:  # type: ignore[override]
-        start = self._starts[i]
+        start, block = self._starts[i], self._block(i)
+        if not self._is_checked[block]:
+            self._check(block)
         return self._parts[self._part_of[i]][start : start + self.sizes[i]]
+
+    def _block(self, i: int) -> int:
+        return int(np.searchsorted(self._ends, i, side="right"))
+
+    def _check(self, block: int) -> None:
+        """UserError unless the bytes of a block are those that were written."""
+        records = slice(self._ends[block - 1] if block else 0, self._ends[block])
+        start, part = int(self._starts[records.start]), self._part_of[records.start]
+        digest, data = hashlib.blake2b(digest_size=16), self._parts[part]
+        for size in self.sizes[records].tolist():
+            digest.update(size.to_bytes(8, "little"))
+            digest.update(data[start : start + size])
+            start += size
+        if digest.digest() != self._digests[block].tobytes():
+            raise UserError(_damaged(self._files[part]))
+        self._is_checked[block] = True
 
 
 def _measured(folder: Path, writing: str, rank: int) -> list:
     """Bytes of a part, and a hash of its index."""
-    index = hashlib.blake2b(_index(folder, writing, rank).read_bytes(), digest_size=16).hexdigest()
-    return [_part(folder, writing, rank).stat().st_size, index]
+    index = hashlib.blake2b(regular(_index(folder, writing, rank)).read_bytes(), digest_size=16).hexdigest()
+    return [regular(_part(folder, writing, rank)).stat().st_size, index]
+
+
+def _read_index(folder: Path, writing: str, rank: int) -> dict[str, np.ndarray]:
+    """UserError unless its numbers fit to one another and to the part: they say where records lie."""
+    path, num_bytes = regular(_index(folder, writing, rank)), regular(_part(folder, writing, rank)).stat().st_size
+    try:
+        index = load_file(path)
+        sizes, counts, numbers, digests = (index[name] for name in ("sizes", "counts", "numbers", "digests"))
+    except (SafetensorError, OSError, KeyError):
+        raise UserError(_damaged(path)) from None
+    flat = all(x.ndim == 1 and x.dtype == np.int64 for x in (sizes, counts, numbers))
+    right = flat and (digests.shape, digests.dtype) == ((len(counts), 16), np.uint8)
+    right = right and sizes.min(initial=0) >= 0 and sizes.max(initial=0) <= num_bytes == sizes.sum()
+    right = right and counts.min(initial=0) >= 0 and counts.max(initial=0) <= len(sizes) == counts.sum()
+    if not right or len(numbers) % max(1, len(sizes)) or len(numbers) > 0 == len(sizes):
+        raise UserError(_damaged(path))
+    return index
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: its bytes changed since it was written; without {path.parent} the same command writes it anew"
+
+
+def _blocks_of(indices: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """(records, digest) of each block, in the order of the documents."""
+    each_once = _in_order([np.ones_like(x["counts"]) for x in indices])
+    counts, digests = (np.concatenate([x[name] for x in indices]) for name in ("counts", "digests"))
+    return counts[each_once], digests[each_once]
+
+
+def _digest(indices: list[dict[str, np.ndarray]]) -> str:
+    return hashlib.blake2b(_blocks_of(indices)[1], digest_size=16).hexdigest()
 
 
 def _in_order(counts: list[np.ndarray]) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
+from thinkmid.files import regular
 from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -75,7 +76,7 @@ def token_ids(cfg: ModelConfig) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. A key that stands twice is an error: which one would count?"""
     try:
-        raw = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
+        raw = json.loads(regular(path).read_bytes(), object_pairs_hook=_each_once)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:

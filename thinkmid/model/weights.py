@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
+from thinkmid.files import regular
 from thinkmid.model.hf_config import config_dict, read_config, read_json, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
 
@@ -106,6 +107,18 @@ def load_into(model: Transformer, folder: str | Path) -> None:
         _check_finite(sources[name][0], name, local)
     if HEAD in sources.keys() - parameters.keys():
         _check_twin(folder, sources, *_local(parameters[EMBEDDING]))
+
+
+def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
+    """Weight file -> sha256, of those that fall to this rank. An export's seal names them; load_into() compares."""
+    folder = Path(folder)
+    sealed, mine = _sealed(folder), sorted(_weight_files(folder))[rank::world]
+    return {file: sealed.get(file) or _sha256(regular(folder / file)) for file in mine}
+
+
+def is_sealed(folder: str | Path) -> bool:
+    """Whether hashes() need not read the weights."""
+    return _weight_files(Path(folder)).keys() <= _sealed(Path(folder)).keys()
 
 
 def stream_folder(
@@ -197,10 +210,7 @@ def stamps(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, Stamp
     """Of every world-th weight file, from rank on, where ranks share the work. UserError names a file that does not
     match the hash written when it was exported, if it was."""
     folder, found = Path(folder), {}
-    is_export = (folder / SEAL).exists()
-    sealed = read_json(folder / SEAL).get("sha256") if is_export else {}
-    if not isinstance(sealed, dict):
-        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
+    is_export, sealed = (folder / SEAL).exists(), _sealed(folder)
     for file in sorted(_weight_files(folder))[rank::world]:
         at = _stat(folder, file)  # before its bytes are read: what replaces it meanwhile shows
         found[file] = Stamp(_sha256(folder / file), *at)
@@ -221,6 +231,14 @@ def _stat(folder: Path, file: str) -> tuple[int, int, int]:
     _open(folder, file)  # a regular file of the folder itself
     at = (folder / file).stat()
     return at.st_size, at.st_mtime_ns, at.st_ino
+
+
+def _sealed(folder: Path) -> dict[str, str]:
+    """What an export says of its files; {} of a folder that is none."""
+    sealed = read_json(folder / SEAL).get("sha256") if (folder / SEAL).exists() else {}
+    if not isinstance(sealed, dict):
+        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
+    return sealed
 
 
 def _compare(folder: Path, expected: dict[str, Tensor], sources: dict[str, tuple[Path, Any]]) -> None:

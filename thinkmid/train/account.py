@@ -96,7 +96,15 @@ def advice(row: dict[str, float]) -> list[str]:
     return out
 
 
+def zeros_in_a_row(before: int, reward: float) -> int:
+    """Steps in a row with a mean reward of exactly 0, up to this one; -1 until there was another mean."""
+    if np.isnan(reward):  # no verdict at all
+        return before
+    return 0 if reward else before + (before >= 0)
+
+
 MOST_UNCLOSED, MOST_DEAD = 0.5, 0.9
+ZEROS = 20  # steps in a row without any reward, after some with, at which the policy counts as collapsed
 PER_TOKEN = {
     "entropy": "entropy",
     "logp_gap_mean": "gap",

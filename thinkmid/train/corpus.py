@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import time
@@ -80,6 +82,8 @@ class _Writing:
         ranks = self.ranks
         made_of = self.decides | {"files": ranks.agree(self._files)}
         found = store.find(self.folder, made_of)
+        if ranks.any(found is None):
+            found = self._moved(made_of)
         if not ranks.any(found is None):
             return ranks.agree(lambda: store.Store(self.folder, found))
         name = ranks.gather_bytes(secrets.token_hex(4).encode())[0].decode()
@@ -90,6 +94,7 @@ class _Writing:
                 self._first(lambda: print("stopped before the first step; the same command begins again", flush=True))
                 raise SystemExit(EXIT)
             manifest = ranks.agree(lambda: store.describe(self.folder, name, ranks.world, made_of))
+            manifest["content"] = self._content(made_of["files"])
             found = ranks.agree(lambda: store.Store(self.folder, manifest))
             self._first(lambda: self._publish(found, manifest))
         except (UserError, SystemExit):
@@ -97,13 +102,31 @@ class _Writing:
             raise
         return found
 
+    def _moved(self, made_of: dict[str, Any]) -> dict[str, Any] | None:
+        """The manifest of what the run began with, if all that changed since is where its files lie, or when they were
+        touched. Made anew, prompts would be named after other paths, and drawn with other numbers. Collective."""
+        before = store.whole(self.folder) if begun(self.run) else None
+        elsewhere = before is not None and before["made_of"] | {"files": made_of["files"]} == made_of
+        if self.ranks.any(not elsewhere) or self._content(made_of["files"]) != before.get("content"):
+            return None
+        manifest = before | {"made_of": made_of}
+        self._first(lambda: store.publish(self.folder, manifest))
+        return manifest
+
+    def _content(self, files: list) -> list[str]:
+        """A hash of every file, each read by one rank. Collective."""
+        ranks = self.ranks
+        mine = ranks.agree(lambda: [_hash(name) for name, *_ in files[ranks.rank :: ranks.world]])
+        shares = [json.loads(share) for share in ranks.gather_bytes(json.dumps(mine).encode())]
+        return [shares[i % ranks.world][i // ranks.world] for i in range(len(files))]
+
     def _first(self, work: Callable[[], Any]) -> Any:
         return self.ranks.agree(lambda: work() if self.ranks.rank == 0 else None)
 
     def _files(self) -> list:
-        """Path, bytes and time of the last change of every file."""
+        """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
         stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
         """Whether the run's folder had to be made. What a killed run left goes: there may be no room for both."""
@@ -152,3 +175,8 @@ class _Writing:
             with suppress(OSError):
                 Path(self.run.folder, LOCK).unlink()
                 Path(self.run.folder).rmdir()
+
+
+def _hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,10 +17,13 @@ from thinkmid.model import weights
 from thinkmid.train.config import RunConfig
 from thinkmid.train.shard import ALLOCATOR_VARIABLES, Ranks
 
-# a run may be resumed with other values of these
+# a run may be resumed with other values of these; what changes its learning rate, and its length, is said, and what
+# paths lead to is compared by content
 FREE_KEYS = (
     *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
-    *("run.max_failed", "run.timeout_s", "optim.offload"),
+    *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
+    *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
+    *("model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
@@ -110,10 +113,25 @@ def _same_config(folder: Path, new: dict[str, Any]) -> None:
             raise UserError(f"{folder}: this run began with {key} = {was}, now {now}; --run.fresh starts over")
 
 
-def same_data(was: str | None, now: str, folder: Path) -> None:
+def same_data(was: str | None, now: str, folder: Path, what: str = "data") -> None:
     """UserError where a run would go on with other data than it began with. was, now: digests."""
     if was != now:
-        raise UserError(f"{folder}: the data has changed since this run began; --run.fresh starts over")
+        raise UserError(f"{folder}: the {what} has changed since this run began; --run.fresh starts over")
+
+
+def same_model(was: dict[str, Any], now: dict[str, Any], folders: dict[str, Path]) -> None:
+    """UserError where a run would go on with another model than it began with. folders: where each part lies. What an
+    older checkpoint does not say is not compared."""
+    for part, folder in folders.items():
+        if part in was and was[part] != now[part]:
+            raise UserError(f"{folder}: not the {part} that this run began with; --run.fresh starts over")
+
+
+def has_moved(cfg) -> bool:
+    """Whether model.folder is another than this run's folder says, as far as that says anything."""
+    told = Path(cfg.run.folder, "config.toml")
+    was = config.read_toml(told).get("model", {}) if told.exists() else {}
+    return was.get("folder", cfg.model.folder) != cfg.model.folder
 
 
 def _clear(folder: Path, cfg) -> None:

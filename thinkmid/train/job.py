@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
+import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +26,12 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.text import Text
 from thinkmid.train import optim, shard
 from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.folder import begun, clear_folder, describe_run, same_data
+from thinkmid.train.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
 from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.watch import Watch
+from thinkmid.types import Prompt
+
+State = dict[str, Any]  # of a checkpoint, beside its tensors
 
 
 @dataclass
@@ -38,7 +47,7 @@ class Job:
     interrupt: Interrupt
     log: Log
     watch: Watch
-    data: str  # fingerprint of what is learnt from
+    same: State  # what a checkpoint says of the run, for the one that resumes it
     saved_step: int = -1
     ema: Transformer | None = None  # moving average of the weights, in fp32
     ema_decay: float = 0.0
@@ -47,21 +56,39 @@ class Job:
     def folder(self) -> Path:
         return Path(self.run.folder)
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run."""
+    def save(self, step: int, state: State) -> None:
+        """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run. UserError: what would
+        be saved is not finite."""
         if step == self.saved_step:
             return
         begin = time.perf_counter()
+        self.refuse_broken(step)
+        # where losses are not finite any more an older checkpoint may be the last that is worth anything
+        keep = sys.maxsize if state["skipped"] else self.run.keep
         try:
             tensors = _tensors(self.model, self.optimizer, self.ema)
-            state = {**state, "data": self.data}
-            checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep=self.run.keep)
+            checkpoint.save(self.folder / "checkpoints", step, tensors, {**state, **self.same}, keep=keep)
         except checkpoint.CheckpointError as error:
             self.log.event("save_failed", step=step, why=str(error))
             self.log.say(f"warning: {error}; training goes on")
         else:
             self.saved_step = step
             self.log.event("save", step=step, seconds=round(time.perf_counter() - begin, 3))
+
+    def refuse_broken(self, step: int) -> None:
+        """UserError if weights or moments are not finite after update `step`: none of it may be saved, sampled from or
+        exported. Collective; the host waits for the device once."""
+        parts = [_local(x) for x in _tensors(self.model, self.optimizer, self.ema).values()]
+        # one fused reduction, without temporaries: NaN and infinity win a maximum
+        largest = torch.nn.utils.get_total_norm([x for x in parts if x.numel()], math.inf)
+        if self.ranks.any(not math.isfinite(largest.item())):
+            self.log.event("not_finite", step=step)
+            cause, start = self.same["rate"], max(0, self.saved_step)
+            raise UserError(
+                f"step {step}: weights or Adam's moments are not finite after this update (optim.lr {cause['lr']:g}, "
+                f"optim.weight_decay {cause['weight_decay']:g}); with lower values too, the same command resumes from "
+                f"step {start}"
+            )
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -77,6 +104,7 @@ class Job:
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
         folder, named, step = self.folder / "export", weights.stream(self.model), max(0, self.saved_step)
+        self.refuse_broken(step)
         try:
             weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source)
         except (OSError, SafetensorError) as error:
@@ -94,11 +122,16 @@ def open_job(
     data: str,
     ranks: shard.Ranks,
     interrupt: Interrupt,
+    num_steps: int,
+    held_out: str = "",
+    frozen: Mapping[str, Path] = MappingProxyType({}),
     ema_decay: float = 0.0,
-) -> tuple[Job, int, dict]:
+) -> tuple[Job, int, State]:
     """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {}).
 
-    Collective. data: fingerprint of what is learnt from. ema_decay: above 0 the job has a moving average.
+    Collective. data, held_out: fingerprints of what is learnt from and of what is only looked at. num_steps: of the
+    whole run. frozen: folders of weights that the run reads each time it starts, by their part in it. ema_decay: above
+    0 the job has a moving average.
     With run.fresh the folder is cleared here: of what may be wrong, config, data and the model's folder were looked at.
     """
     folder = Path(cfg.run.folder)
@@ -106,6 +139,13 @@ def open_job(
     found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
     if not found and begun(cfg.run):
         raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
+
+    # where no weights are read again they are compared if the folder is another, so told apart by an export's seal
+    moved = ranks.any(bool(found) and ranks.rank == 0 and has_moved(cfg))
+    sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
+    frozen = {**frozen, "weights": source} if moved or sealed else frozen
+    parts = {part: weights_digest(place, ranks) for part, place in frozen.items()}
+    parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(shape))), "tokenizer": text.digest}
 
     def make():
         # a checkpoint holds every weight
@@ -116,17 +156,39 @@ def open_job(
     ema = make() if ema_decay else None
     state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
     if found:
+        known = ({"weights": None} if moved else {}) | state.get("model", {})
+        same_model(known, parts, {"config.json": source, "tokenizer": source, **frozen})
+        parts = known | parts
         same_data(state["data"], data, folder)
-    start = int(found.name.rpartition("-")[2]) if found else 0
+        same_data(state.get("held_out", held_out), held_out, folder, "held-out data")
+    start = checkpoint.step(found) if found else 0
+    rate = {"steps": num_steps, "lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay}
+    same = {"data": data, "held_out": held_out, "model": parts, "rate": rate}
     describe_run(cfg, ranks)
-    options = {"num_steps": cfg.run.steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
-    log = Log(folder, ranks.rank, start, **options)
+    options = {"num_steps": num_steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
+    # a row that the state holds is written by this run
+    log = Log(folder, ranks.rank, start - ("row" in state), **options)
     log.event("start", step=start, world=ranks.world)
+    for line in changes(state.get("rate", {}), rate, cfg.optim.schedule):
+        log.say(f"warning: {line}")
+    if found and start >= num_steps:
+        log.say(f"nothing is left to do: {start} steps are done, the run has {num_steps}")
     saved_step = start if found else -1
     watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
     watch.beat("start", start)
-    parts = (cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, data, saved_step, ema, ema_decay)
-    return Job(*parts), start, state
+    fields = (cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, same, saved_step, ema, ema_decay)
+    return Job(*fields), start, state
+
+
+def changes(was: State, now: State, schedule: str) -> list[str]:
+    """Lines about what decides the learning rate of a resumed run and is not what it began with. was: {} if unknown."""
+    if not was:
+        return []
+    both = [(f"optim.{key}", now[key], was[key]) for key in ("lr", "weight_decay") if now[key] != was[key]]
+    lines = [f"{key} is {new:g}; up to here it was {old:g}" for key, new, old in both]
+    if was["steps"] != now["steps"] and schedule != "constant":
+        lines.append(f"schedule {schedule!r} over {now['steps']} steps; it began over {was['steps']}")
+    return lines
 
 
 def _tensors(model: Transformer, optimizer, ema: Transformer | None) -> dict[str, torch.Tensor]:
@@ -174,16 +236,24 @@ def _check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:
         )
 
 
-def fingerprint(sequences) -> str:
-    """Hash of token sequences: a run is resumed on the data it began with, or not at all."""
-    import hashlib
+def weights_digest(folder: Path, ranks: shard.Ranks) -> str:
+    """Of all weights in an HF folder, each file hashed by one rank where no seal does. Collective."""
+    mine = ranks.agree(lambda: weights.hashes(folder, ranks.rank, ranks.world))
+    shares = ranks.gather_bytes(json.dumps(mine).encode())
+    return fingerprint(sorted(item for share in shares for item in json.loads(share).items()))
 
-    import numpy as np
 
+def fingerprint(items: Iterable) -> str:
+    """Hash of JSON-able items, in order: a run is resumed on the data it began with, or not at all."""
     digest = hashlib.blake2b(digest_size=16)
-    for tokens in sequences:
-        digest.update(np.asarray(tokens, np.int32).tobytes() + b"/")
+    for item in items:
+        digest.update(json.dumps(item).encode() + b"\n")
     return digest.hexdigest()
+
+
+def fingerprint_of(prompts: Iterable[Prompt]) -> str:
+    """All that decides draws and rewards; not where the prompts come from."""
+    return fingerprint([p.id, p.tokens, {k: v for k, v in p.meta.items() if k != "where"}] for p in prompts)
 
 
 def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:

@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError
+from thinkmid.log import finite
 from thinkmid.rollout import sync
 from thinkmid.rollout.engine import Engine, check_vllm, make_engine
 from thinkmid.train import advantage, exchange, job, memory, shard
-from thinkmid.train.account import Clock, Update, advice, describe, gate_line, measure, rollout_rows, summary
+from thinkmid.train.account import (
+    ZEROS,
+    Clock,
+    Update,
+    advice,
+    describe,
+    gate_line,
+    measure,
+    rollout_rows,
+    summary,
+    zeros_in_a_row,
+)
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
@@ -50,12 +63,14 @@ def run(
     at_least: int = 0,
     make_scores=lambda run, frozen: None,
     look_every: int = 0,
+    judge_folder: str = "",
 ) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
     make_reward(prompts, engine, max_len, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the
     longest sequence, or at_least where the engine is asked for other things too. make_scores(job, frozen model or None)
     -> Scores or None. look_every: steps between looks at the held-out prompts, after the one before the first step.
+    judge_folder: of weights that judge, if they come from one.
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
@@ -68,6 +83,9 @@ def run(
     check_room(cfg, longest)
     max_len = min(max(longest + cfg.sampling.max_new, at_least), shape.max_positions)
     options = {"data": found.digest, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
+    frozen = {"weights": source} if cfg.keeps_frozen else {}
+    frozen |= {"judge's weights": Path(judge_folder)} if judge_folder else {}
+    options |= {"num_steps": cfg.run.steps, "held_out": job.fingerprint_of(held_out), "frozen": frozen}
     opened, step, state = job.open_job(cfg, source, shape, text, **options)
     for note in found.notes:
         opened.log.say(f"note: {note}")
@@ -140,15 +158,24 @@ def train(
     ranks, log, watch = run.ranks, run.log, run.watch
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
     agreement, moments = Agreement(run, cfg, engine, sync), Offload(run.optimizer)
-    if held_out and step == 0:
-        gate(log, look(run, cfg, engine, held_out, reward, scores, step, moments))
+    # row: of the last step, until it is written; a run stopped in the look that belongs into it resumes with the look
+    zeros, row = state.get("zeros", -1), state.get("row", {})
+    looked = (run, cfg, engine, held_out, reward, scores)
     while True:
-        now = {"cursor": cursor, "skipped": skipped}
+        now = {"cursor": cursor, "skipped": skipped, "zeros": zeros}
+        if held_out and step == 0:
+            with stopped_is_saved(run, step, now, engine, moments):
+                gate(log, look(*looked, step, moments))
+        if row and held_out and look_every and (step % look_every == 0 or step == cfg.run.steps):
+            with stopped_is_saved(run, step, now | {"row": row}, engine, moments):
+                row |= {f"val_{name}": value for name, value in look(*looked, step, moments).items()}
+        if row:
+            log.write(step, row)
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
-        if due or step == cfg.run.steps:
+        if due or step >= cfg.run.steps:
             watch.beat("save", step)
             run.save(step, now)
-        if step == cfg.run.steps:
+        if step >= cfg.run.steps:
             return
         with stopped_is_saved(run, step, now, engine, moments):
             refuse_stopped(run)
@@ -162,7 +189,9 @@ def train(
             with clock("rollout"):
                 taken = order.take(cursor, cfg.batch.prompts)
                 mine = places(len(taken), ranks, cfg.engine.tensor_parallel)
-                groups, pending_P_G = rollouts(run, engine, [prompts[taken[i]] for i in mine], cfg, step, reward)
+                # read from the run's store, and found damaged, by this rank alone
+                asked = ranks.agree(lambda: [prompts[taken[i]] for i in mine])  # noqa: B023
+                groups, pending_P_G = rollouts(run, engine, asked, cfg, step, reward)
                 refuse_stopped(run, groups is None)
                 draw = lambda again: rollouts(run, engine, again, cfg, step)[0]  # noqa: B023, E731
                 checked = agreement.rescore(step, groups, mine, draw)
@@ -187,11 +216,13 @@ def train(
                 skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
             run.follow()
         cursor, step = cursor + cfg.batch.prompts, step + 1
+        run.refuse_broken(step)
         row = {**describe(groups), **measure(done), **checked, "lr": lr, "skipped": skipped, **clock.row(groups)}
-        if held_out and look_every and (step % look_every == 0 or step == cfg.run.steps):
-            seen = look(run, cfg, engine, held_out, reward, scores, step, moments)
-            row |= {f"val_{name}": value for name, value in seen.items()}
-        log.write(step, row)
+        zeros = zeros_in_a_row(zeros, row["reward"])
+        if zeros == ZEROS:
+            log.event("reward_collapsed", step=step)
+            log.say(f"warning: step {step}: every reward of the last {ZEROS} steps is 0, and earlier ones were not")
+        row = finite(row)
         if step == 1 and not held_out:
             for line in advice(row):
                 log.say(f"warning: {line}")
@@ -200,9 +231,8 @@ def train(
 
 
 def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments: Offload) -> dict[str, float]:
-    """What describe() says of samples of held-out prompts, drawn with the same numbers each time; {} when stopped."""
-    if run.ranks.any(run.interrupt.requested):
-        return {}
+    """What describe() says of samples of held-out prompts, drawn with the same numbers each time."""
+    refuse_stopped(run)
     run.watch.beat("look", step)
     if cfg.optim.offload:
         moments.away()
@@ -211,26 +241,23 @@ def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments
     engine.wake_cache()
     mine = places(len(prompts), run.ranks, cfg.engine.tensor_parallel)
     groups, pending_P_G = rollouts(run, engine, [prompts[i] for i in mine], cfg, 0, reward)
-    if run.ranks.any(groups is None):
-        groups = []
-    else:
-        groups = judged(run, cfg, groups, pending_P_G, mine)
-        # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
-        with suppress(UserError):
-            reward.finish(step)
+    refuse_stopped(run, groups is None)
+    groups = judged(run, cfg, groups, pending_P_G, mine)
+    # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
+    with suppress(UserError):
+        reward.finish(step)
     engine.sleep()
-    groups, means = scores(groups) if scores and groups else (groups, {})
+    groups, means = scores(groups) if scores else (groups, {})
     moments.back()
-    return {**describe(groups), **means} if groups else {}
+    return {**describe(groups), **means}
 
 
 def gate(log, seen: dict[str, float]) -> None:
     """Says what a look before the first step saw, and warns where nothing can be learnt."""
-    if seen:
-        log.event("gate", **seen)
-        log.say(gate_line(seen))
-        for line in advice(seen):
-            log.say(f"warning: {line}")
+    log.event("gate", **seen)
+    log.say(gate_line(seen))
+    for line in advice(seen):
+        log.say(f"warning: {line}")
 
 
 def refuse_stopped(run: job.Job, early: bool = False) -> None:

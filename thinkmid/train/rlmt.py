@@ -125,6 +125,7 @@ def main(argv: list[str]) -> int:
 
     at_least = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
     more = {"at_least": at_least, "make_scores": scores, "look_every": cfg.data.val_every}
+    more["judge_folder"] = cfg.judge.folder if theirs else ""
     return rl.run(cfg, source, shape, text, read, reward, **more)
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prompt)
     prompts, notes = read_prompts(cfg.data, text, max_prompt)
-    longest, digest = max(len(p.tokens) for p in prompts), job.fingerprint(p.tokens for p in prompts)
+    longest, digest = max(len(p.tokens) for p in prompts), job.fingerprint_of(prompts)
     questions = rl.PromptSet(prompts=prompts, longest=longest, digest=digest, notes=notes)
     grader = make_grader(cfg.verify)
 

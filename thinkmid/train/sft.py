@@ -93,10 +93,12 @@ def main(argv: list[str]) -> int:
     held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
     probed = probe.read_thoughts(cfg.data.probe_paths, text, cfg.data.max_len) if cfg.data.probe_paths else []
     sequences, data = corpus.stored_sequences(cfg.data.paths, text, cfg.data.max_len, cfg.run, ranks, interrupt)
-    cfg = of_length(cfg, num_steps(cfg, sequences.lengths))
-    run, step, state = job.open_job(cfg, source, shape, text, data=data, ranks=ranks, interrupt=interrupt)
+    steps = num_steps(cfg, sequences.lengths)
+    options = {"data": data, "ranks": ranks, "interrupt": interrupt, "num_steps": steps}
+    options["held_out"] = job.fingerprint(tokens.tolist() for tokens, _ in held_out)
+    run, step, state = job.open_job(cfg, source, shape, text, **options)
     try:
-        code = learn(run, cfg, sequences, held_out, probed, step, state)
+        code = learn(run, of_length(cfg, steps), sequences, held_out, probed, step, state)
     finally:
         run.watch.rest()
     if code == 0:
@@ -123,7 +125,8 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
     while step < cfg.run.steps:
         run.watch.beat("train", step)
         began = time.perf_counter()
-        batch, taken = take_batch(order, cursor, sequences, cfg.data.batch_tokens)
+        # what one rank alone reads wrong ends all
+        batch, taken = ranks.agree(lambda: take_batch(order, cursor, sequences, cfg.data.batch_tokens))  # noqa: B023
         num_targets = sum(len(tokens) - 1 for tokens in batch)
         units = [as_unit(tokens, f"sequence {i}", 1 / num_targets) for i, tokens in enumerate(batch)]
         lr = cfg.optim.lr_at(step, cfg.run.steps)
@@ -142,6 +145,8 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
             run.save(step, {"cursor": cursor, "skipped": skipped})
             run.log.say("stopped; the same command resumes")
             return EXIT
+        if stats.broken:  # the update before may be why
+            run.refuse_broken(step)
         skipped = job.count_skips(run, step, stats.broken, skipped, cfg.optim.max_skipped)
         cursor, step = cursor + taken, step + 1
         step_s = time.perf_counter() - began
