@@ -65,12 +65,12 @@ test: $(READY)
 WHEELS ?= build/wheels
 ONLY ?= first,second
 OUT ?= runs/gpu-session
-SITE := build/site
+SITE := $(CURDIR)/build/site
 
 gpu:
 	$(if $(wildcard $(WHEELS)/*.whl),$(PYTHON) $(PIP) --no-index --no-deps --upgrade --target $(SITE) $(WHEELS)/*.whl)
-	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=$(SITE) $(PYTHON) -m benchmarks.session --only $(ONLY) --out $(OUT)
+	-PYTHONPATH=$(SITE):$$PYTHONPATH $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=$(SITE):$$PYTHONPATH $(PYTHON) -m benchmarks.session --only $(ONLY) --out $(OUT)
 
 lint: $(READY)
 	$(PY) -m ruff check .

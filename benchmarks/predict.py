@@ -18,6 +18,7 @@ from benchmarks import roofline
 from benchmarks.measure.sizes import H100, Family, Sizes
 from benchmarks.roofline import DEVICES, Device
 from benchmarks.shapes import needed_flops
+from thinkmid.data.pack import duplicated
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.train import memory
 from thinkmid.train.config import ModelSection
@@ -48,10 +49,10 @@ Table = dict[str, dict[str, Guess]]  # section -> what -> guess
 
 
 def table(sizes: Sizes, gpu: Device) -> Table:
-    """Of every row that the session yields on a GPU and that can be reckoned."""
+    """A guess for every row of the session on a GPU that a formula can give."""
     return {
         "ceilings": ceilings(gpu),
-        "tests": {f"tests {outcome}": Guess(value=0, unit="") for outcome in ("failed", "errors")},
+        "tests": {f"tests: {outcome}": Guess(value=0, unit="") for outcome in ("failed", "error")},
         "attention": attention(sizes, gpu),
         "block": block(sizes, gpu),
         "variants": variants(sizes, gpu),
@@ -174,6 +175,13 @@ def step_s(cfg: ModelConfig, family: Family, gpu: Device, *, shared=True, packs=
     return trunk + top.seconds + fsdp_s(cfg, packs, gpu) + update, least + products + adamw_s(cfg, gpu)
 
 
+def num_packs(cfg: ModelConfig, family: Family, room: int, shared: bool = True) -> int:
+    from benchmarks.measure.training import groups_of, packs_of, units_of
+
+    units = units_of(groups_of(family, vocab=cfg.vocab))
+    return len(packs_of(units if shared else [part for unit in units for part in duplicated(unit)], cfg, room))
+
+
 def peak(cfg: ModelConfig, pack_tokens: int) -> float:
     """The plan's tensors: what no allocator of torch's counts is left out. torch 2.11's attention repeats keys."""
     owners = memory.training_phase(cfg, ModelSection(dtype="bfloat16"), pack_tokens, 1, grouped=GROUPED)
@@ -231,7 +239,7 @@ def rl(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
     few = replace(family, groups=max(1, family.groups // 4))
     seconds, floors = {}, {}
     for name, given, shared in ((SHARED, family, True), (UNSHARED, family, False), (DEAD, few, True)):
-        packs = math.ceil(given.tokens(shared) / room)
+        packs = num_packs(cfg, given, room, shared)
         seconds[name], floors[name] = step_s(cfg, given, gpu, shared=shared, packs=packs)
     trunk, _ = trunk_s(cfg, family, False, gpu, row_traffic=EAGER_ROWS)
     batches = math.ceil(family.groups * family.siblings / sizes.micro_batch)
@@ -268,7 +276,7 @@ def head(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
 
 
 def profile(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
-    packs = math.ceil(sizes.rl.tokens() / sizes.rl_pack_tokens)
+    packs = num_packs(sizes.small, sizes.rl, sizes.rl_pack_tokens)
     seconds, least = step_s(sizes.small, sizes.rl, gpu, packs=packs)
     return {
         "host waits of a step": Guess(value=1, unit=""),
@@ -297,7 +305,7 @@ def rollout(sizes: Sizes, gpu: Device) -> dict[str, Guess]:
     step, floor = decode_s(cfg, family, gpu)
     prefill = 2 * block_parameters(cfg) * family.groups * family.prefix / (PRODUCTS * gpu.bf16)
     generation = family.reply * step + prefill
-    packs = math.ceil(family.tokens() / sizes.rl_pack_tokens)
+    packs = num_packs(cfg, family, sizes.rl_pack_tokens)
     training, least = step_s(cfg, family, gpu, packs=packs)
     copy = 4 * cfg.num_parameters / gpu.copy
     tensors = 9 * cfg.layers + 2
@@ -330,12 +338,12 @@ def mini() -> dict[str, Guess]:
 
 def report(found: dict) -> str:
     """What a session found as Markdown: measured, predicted, floor, ratio. found: the contents of session.json."""
-    told = found.get("environment", {})
-    gpu = next((d for name, d in DEVICES.items() if name in told.get("gpu", "")), None)
+    about = found.get("environment", {})
+    gpu = next((d for name, d in DEVICES.items() if name in about.get("gpu", "")), None)
     guesses = table(H100, gpu) if gpu and found.get("sizes") == "H100" else {}
     lines = [
-        f"# GPU session: {told.get('gpu') or told.get('machine', '')}, torch {told.get('torch', '')}, "
-        f"triton {told.get('triton', '')}",
+        f"# GPU session: {about.get('gpu') or about.get('machine', '')}, torch {about.get('torch', '')}, "
+        f"triton {about.get('triton', '')}",
         "",
         "Predicted: `python -m benchmarks.predict`, worked out before. Floor: no version runs below it.",
     ]

@@ -42,11 +42,11 @@ SECTIONS = {
     "tests": Section(module="suite", half="first", budget_s=85),
     "attention": Section(module="attention", half="first", budget_s=50),
     "block": Section(module="block", half="first", budget_s=70),
-    "variants": Section(module="variants", half="second", budget_s=80),
-    "rl": Section(module="rl", half="second", budget_s=60),
-    "head": Section(module="head", half="second", budget_s=45),
-    "profile": Section(module="profile", half="second", budget_s=30),
-    "rollout": Section(module="rollout", half="second", budget_s=45),
+    "variants": Section(module="variants", half="second", budget_s=70),
+    "rl": Section(module="rl", half="second", budget_s=55),
+    "head": Section(module="head", half="second", budget_s=40),
+    "profile": Section(module="profile", half="second", budget_s=25),
+    "rollout": Section(module="rollout", half="second", budget_s=35),
     "mini": Section(module="mini", half="second", budget_s=60),
 }
 HALVES = {"first": 240.0, "second": 300.0}  # seconds
@@ -182,11 +182,14 @@ def work(names: list[str], device: str, toy: bool, folder: Path, pipe: TextIO) -
 
     from benchmarks.measure.row import free
     from benchmarks.measure.sizes import H100, TOY
+    from thinkmid.train import shard
 
     def say(**event) -> None:
         print(json.dumps(event), file=pipe, flush=True)
 
     where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    if where.type == "cuda":
+        shard.set_allocator()  # as a run has it, whichever section comes first
     say(event="environment", found=environment(where) | {"sizes": "toy" if toy else "H100"})
     for name in names:
         say(event="begin", section=name)
@@ -253,7 +256,7 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="toy sizes: a rehearsal")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier call wrote to OUT")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.monotonic()
     try:
         names = chosen(args.only)
     except ValueError as error:
@@ -271,7 +274,7 @@ def main() -> int:
         path.unlink(missing_ok=True)
     record = Record(path)
     flags = ["--device", args.device, "--out", str(args.out), *["--toy"] * args.toy]
-    run(names, record, flags, time.monotonic() + budget_s, slow)
+    run(names, record, flags, began + budget_s, slow)
 
     from benchmarks import predict
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure.row import Row, median_s, peak_bytes
+from benchmarks.measure.row import Row, free, median_s, peak_bytes
 from benchmarks.measure.sizes import Family, Sizes
 from benchmarks.measure.training import groups_of, units_of
 from thinkmid.data.pack import duplicated, make_pack
@@ -70,6 +70,7 @@ def times(name: str, path: str, pack: Pack, sizes: Sizes, device: torch.device) 
         peak = peak_bytes(both, device)
         s = median_s(both, device, sizes.repeats)
     except torch.OutOfMemoryError:
+        free(device)
         yield Row(what=f"{name}: forward and backward", value=None, unit="s", note="out of memory")
         return
     yield Row(what=f"{name}: forward and backward", value=s, unit="s", note=f"peak {peak / 1e9:.2f} GB")

@@ -21,8 +21,6 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
     # random data: products of zeros run faster than any real ones
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     yield Row(what="product bf16", value=2 * n**3 / median_s(lambda: a @ b, device, sizes.repeats), unit="FLOP/s")
-    if device.type == "cuda":
-        yield from clocks(a, b, device)
     source = torch.ones(sizes.copy_bytes // 4, device=device)
     target = torch.empty_like(source)
     copied = median_s(lambda: target.copy_(source), device, sizes.repeats)
@@ -35,18 +33,32 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
         host = host.pin_memory()
     s = median_s(lambda: target.copy_(host, non_blocking=True), device, sizes.repeats)
     yield Row(what="host to device, pinned", value=host.nbytes / s, unit="B/s")
+    if device.type == "cuda":
+        yield from clocks(a, b, device)
 
 
 def clocks(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> Iterator[Row]:
-    """Of a card that is busy: read while half a second of products is under way."""
-    seconds = median_s(lambda: a @ b, device, 3)
-    for _ in range(int(0.5 / seconds)):
+    """Read by nvidia-smi while two seconds of products are under way."""
+    for _ in range(int(2 / median_s(lambda: a @ b, device, 3))):
         a @ b
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit", "--format=csv,noheader,nounits"]
-    found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()
+    names = {
+        "clocks.sm": "SM clock under load",
+        "clocks.mem": "memory clock under load",
+        "power.draw": "power draw under load",
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join([*names, 'power.limit'])}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+        *found, limit = (number(x) for x in said.split(","))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError) as problem:
+        found, limit = [None] * len(names), f"nvidia-smi: {problem}"
     settle(device)
-    if found:
-        sm, memory, draw, limit = (float(x) if x.strip()[:1].isdigit() else float("nan") for x in found[0].split(","))
-        yield Row(what="SM clock under load", value=sm * 1e6, unit="Hz")
-        yield Row(what="memory clock under load", value=memory * 1e6, unit="Hz")
-        yield Row(what="power draw under load", value=draw, unit="W", note=f"limit {limit:.0f} W")
+    for what, value in zip(names.values(), found, strict=True):
+        unit = "W" if "power" in what else "Hz"
+        scaled = value * 1e6 if value is not None and unit == "Hz" else value
+        yield Row(what=what, value=scaled, unit=unit, note=f"limit {limit}" if unit == "W" else "")
+
+
+def number(text: str) -> float | None:
+    """None where the driver says [N/A]."""
+    return float(text) if text.strip()[:1].isdigit() else None

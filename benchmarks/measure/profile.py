@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,15 +36,23 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
     seen.export_chrome_trace(str(folder / TRACE))
     yield Row(what="a step, unprofiled", value=plain, unit="s", note=f"trace in {TRACE}")
     if device.type == "cuda":
-        kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        yield Row(what="kernels of a step", value=len(kernels), unit="")
-        busy = sum(e.self_device_time_total for e in kernels) / 1e6
-        yield Row(what="device busy, share of the unprofiled step", value=busy / plain, unit="1")
-        for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:8]:
-            share = event.self_device_time_total / 1e6 / busy
-            yield Row(what=f"share of {event.key[:60]}", value=share, unit="1", note=f"{event.count} calls")
+        yield from on_device(seen.events(), plain)
     else:
         yield Row(what="operations of a step", value=sum(e.count for e in seen.key_averages()), unit="")
+
+
+def on_device(events, plain: float) -> Iterator[Row]:
+    """Kernels and copies: how many, how long in all, the longest by name. plain: seconds of the unprofiled step."""
+    # FSDP2 and the optimizer name spans of their work, which stand among the events as if they ran themselves
+    ran = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    seconds, calls = Counter[str](), Counter(e.name for e in ran)
+    for e in ran:
+        seconds[e.name] += e.self_device_time_total / 1e6
+    busy = seconds.total()
+    yield Row(what="kernels and copies of a step", value=len(ran), unit="")
+    yield Row(what="device busy, share of the unprofiled step", value=busy / plain, unit="1")
+    for name, s in seconds.most_common(8):
+        yield Row(what=f"share of {name[:60]}", value=s / busy if busy else None, unit="1", note=f"{calls[name]} calls")
 
 
 def host_waits(trainer: Trainer, packs) -> list[str]:

@@ -61,7 +61,10 @@ def spread(found: list[float]) -> str:
 
 
 def free(device: torch.device) -> None:
-    """After a model went: FSDP's modules hold each other, so that only the collector frees them."""
+    """After a model went: FSDP's modules hold each other, so that only the collector frees them. A backward that ran
+    out of memory may have left torch in the deterministic mode that it ran in."""
+    torch.set_deterministic_debug_mode("default")
+    torch.utils.deterministic.fill_uninitialized_memory = True
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

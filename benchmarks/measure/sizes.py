@@ -61,7 +61,8 @@ class Sizes:
     mini_steps: tuple[int, int, int]  # of the miniature's base, SFT and RLMT
     repeats: int
     compile_backend: str
-    test_workers: int = 1  # processes that share tests/gpu
+    tests_s: float  # seconds that tests/gpu may take
+    test_workers: int = 1  # processes that share them
 
 
 H100 = Sizes(
@@ -69,10 +70,10 @@ H100 = Sizes(
     attention=(Family(prefix=512, siblings=30, reply=255), Family(prefix=1024, siblings=16, reply=200)),
     heads=(32, 8, 128),
     wide=shapes.LLAMA3_8B, depths=(4, 8), pack=Family(prefix=1024, siblings=8, reply=896), pack_tokens=8192,
-    small=shapes.LLAMA32_1B, rl=Family(prefix=512, siblings=32, reply=255, groups=4), rl_pack_tokens=16_384,
+    small=shapes.LLAMA32_1B, rl=Family(prefix=512, siblings=32, reply=255, groups=4), rl_pack_tokens=17_408,
     micro_batch=16, head=(32_768, 4096, 128_256), live=0.56,
     rollout=Family(prefix=512, siblings=32, reply=128, groups=8), rollout_steps=3, mini_steps=(20, 40, 6),
-    repeats=5, compile_backend="inductor", test_workers=4,
+    repeats=5, compile_backend="inductor", tests_s=75, test_workers=4,
 )  # fmt: skip
 TOY = Sizes(
     square=128, copy_bytes=1 << 20, upload_bytes=1 << 20,
@@ -82,5 +83,5 @@ TOY = Sizes(
     small=shapes.TOY_SMALL, rl=Family(prefix=16, siblings=4, reply=9, groups=4), rl_pack_tokens=64,
     micro_batch=4, head=(256, 32, 512), live=0.56,
     rollout=Family(prefix=12, siblings=4, reply=8, groups=2), rollout_steps=2, mini_steps=(2, 2, 1),
-    repeats=2, compile_backend="eager",
+    repeats=2, compile_backend="eager", tests_s=250,
 )  # fmt: skip

@@ -101,5 +101,5 @@ def kept_products():
 
 
 def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    dear = any(word in str(op) for word in ("aten.mm", "aten.addmm", "attention", "attn", "flash"))
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    expensive = any(word in str(op) for word in ("aten.mm", "aten.addmm", "attention", "attn", "flash"))
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from thinkmid.errors import UserError
 from thinkmid.rollout import templates
 from thinkmid.rollout.engine import EngineConfig, Sampling, make_engine
 from thinkmid.types import Prompt, Tally
+
+if TYPE_CHECKING:
+    import torch
 
 CANARIES = 9  # references in a look at the judge
 QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
@@ -133,7 +136,6 @@ def make_ask(
 
     theirs: of read_judge. config, engine, text, max_len: the policy's. note(line): is told what happens to an endpoint.
     """
-    from thinkmid.model import weights
     from thinkmid.rollout.ask import EngineAsk, SwapAsk
     from thinkmid.rollout.remote import RemoteAsk
 
@@ -147,11 +149,26 @@ def make_ask(
     if judge.kind == "policy":
         return EngineAsk(engine, text, max_len), nothing
     shape, text = theirs
-    known = weights.stamps(judge.folder)
     if judge.kind == "swap":
-        stream = lambda: weights.stream_folder(judge.folder, config.dtype, known)  # noqa: E731
-        return SwapAsk(EngineAsk(engine, text, max_len), engine, stream), nothing
+        return SwapAsk(EngineAsk(engine, text, max_len), engine, JudgeWeights(judge.folder, config.dtype)), nothing
     beside, longest = resident_engine(judge, config, sampling, shape)
     resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
-    resident.load_weights(weights.stream_folder(judge.folder, beside.dtype, known), 0)
+    resident.load_weights(JudgeWeights(judge.folder, beside.dtype)(), 0)
     return EngineAsk(resident, text, longest), nothing
+
+
+class JudgeWeights:
+    """A judge's weights, read anew by each call: hashed when it is made, finite at the first read, unchanged after."""
+
+    def __init__(self, folder: str, dtype: str):
+        from thinkmid.model import weights
+
+        self._folder, self._dtype = folder, dtype
+        self._known, self._are_finite = weights.stamps(folder), False
+
+    def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor). UserError as of weights.stream_folder."""
+        from thinkmid.model import weights
+
+        yield from weights.stream_folder(self._folder, self._dtype, self._known, are_finite=self._are_finite)
+        self._are_finite = True

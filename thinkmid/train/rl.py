@@ -171,6 +171,8 @@ def train(
                 row |= {f"val_{name}": value for name, value in look(*looked, step, moments).items()}
         if row:
             log.write(step, row)
+            if state.pop("row", None):  # the checkpoint of this step still holds it
+                run.saved_step = -1
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
         if due or step >= cfg.run.steps:
             watch.beat("save", step)

@@ -101,7 +101,7 @@ def start(share: int = 1) -> Ranks:
         # with a shared engine not: vLLM's all-reduce opens its neighbours' graph buffers by CUDA IPC, which takes no
         # expandable segment (vllm#42609)
         if share == 1:
-            _set_allocator()
+            set_allocator()
         torch.cuda.set_device(device)
     fresh = not dist.is_initialized()
     if fresh:
@@ -116,7 +116,7 @@ def start(share: int = 1) -> Ranks:
     return Ranks(rank, world, device, mesh, neighbours)
 
 
-def _set_allocator() -> None:
+def set_allocator() -> None:
     """ALLOCATOR, unless the user chose settings. Before CUDA's first allocation.
 
     The pools that vLLM puts to sleep cannot be expandable: it switches the setting off for those, and on again after.
