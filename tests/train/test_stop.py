@@ -48,8 +48,12 @@ def engine_states(monkeypatch):
     return seen
 
 
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def steps(folder):
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows_of(folder)]
 
 
 def refuses(monkeypatch):
@@ -224,6 +228,23 @@ def test_a_look_that_a_signal_cuts_twice_is_made_by_the_run_that_resumes(home, m
     assert {"val_reward"} <= left(stopped)[0][1].keys()
     names = [sorted(path.name for path in (folder / "rollouts").iterdir()) for folder in (stopped, alone)]
     assert names[0] == names[1]
+
+
+def test_a_look_that_was_made_up_for_is_not_made_again(home, monkeypatch):
+    flags = [*rlmt_flags(home, "made-up", steps=3), "--run.save-every", "3"]
+    flags += ["--data.val-paths", str(home / "corpus.jsonl"), "--data.val-every", "2"]
+    generate, calls = NativeEngine.generate, []
+
+    def cut(self, *args, **options):
+        calls.append(None)
+        if len(calls) in (4, 6):  # in the look after step 2; resumed, that look is done, in step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(NativeEngine, "generate", cut)
+    assert [exit_code(rlmt, flags) for _ in range(3)] == [75, 75, 0]
+    assert len(calls) == 8  # step 3 again, and the look after it
+    assert ["val_reward" in row for row in rows_of(home / "made-up")] == [False, True, True]
 
 
 # a reward that is gone
