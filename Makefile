@@ -68,6 +68,9 @@ OUT ?= runs/gpu-session
 SITE := $(CURDIR)/build/site
 
 gpu:
+	@$(GOOD_PYTHON)
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+		{ echo "error: make gpu needs a GPU that torch in $(PYTHON) can use; benchmarks/session.md" >&2; exit 2; }
 	$(if $(wildcard $(WHEELS)/*.whl),$(PYTHON) $(PIP) --no-index --no-deps --upgrade --target $(SITE) $(WHEELS)/*.whl)
 	-PYTHONPATH=$(SITE):$$PYTHONPATH $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=$(SITE):$$PYTHONPATH $(PYTHON) -m benchmarks.session --only $(ONLY) --out $(OUT)

@@ -268,6 +268,9 @@ class Wire(TorchDispatchMode):
 class _Sink:
     """An engine that takes weights and keeps none."""
 
+    def part(self, name, whole):
+        return whole
+
     def load_weights(self, named, version):
         for _ in named:
             pass

@@ -3,8 +3,8 @@
     python -m benchmarks.predict [--gpu H100] [--json]
 
 Every figure is an estimate. The table is committed (benchmarks/results/gpu-predicted.json) before a GPU is touched, so
-that the error of each prediction is a result. Value: what we expect. Floor: what no version runs below (products at the
-best product's rate, bytes at the copy's), where one is known.
+that the error of each prediction is a result. Value: what we expect. Floor: the least time, or the highest rate, of any
+version (products at the best product's rate, bytes at the copy's), where one is known.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def report(found: dict) -> str:
         f"# GPU session: {about.get('gpu') or about.get('machine', '')}, torch {about.get('torch', '')}, "
         f"triton {about.get('triton', '')}",
         "",
-        "Predicted: `python -m benchmarks.predict`, worked out before. Floor: no version runs below it.",
+        "Predicted: `python -m benchmarks.predict`, made before. Floor: the least time or the highest rate there is.",
     ]
     for name, section in found["sections"].items():
         why = f": {section['why']}" if section.get("why") else ""

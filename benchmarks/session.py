@@ -65,6 +65,15 @@ class Record:
         self.path = path
         self.found = json.loads(path.read_text()) if path.exists() else {"sections": {}}
 
+    def on(self, found: dict) -> None:
+        """The machine and the sizes. ValueError where the figures so far are of others."""
+        was, now = ((x.get("environment", {}).get("gpu", ""), x.get("sizes", "")) for x in (self.found, found))
+        if self.found["sections"] and was != now:
+            raise ValueError(
+                f"{self.path}: holds figures of {' '.join(was)}, not of {' '.join(now)}; --fresh forgets them"
+            )
+        self.found |= found
+
     def begin(self, name: str) -> None:
         self.found["sections"][name] = {"status": "running", "rows": []}
         self.write()
@@ -155,7 +164,7 @@ def follow(worker: Worker, left: list[str], record: Record, deadline: float, slo
                 record.end(name, "crashed", time.monotonic() - began, f"its process ended with {worker.stop()}")
                 return left[1:]
             if event["event"] == "environment":
-                record.found |= event["found"]
+                record.on(event["found"])
             elif event["event"] == "begin":
                 if event["section"] != name:  # the worker is ahead of a section that there was no time for
                     return left
@@ -237,20 +246,20 @@ def environment(device) -> dict:
 def chosen(only: str) -> list[str]:
     """Sections by name or by half, in the order of worth. ValueError names what is unknown."""
     names = {name for part in only.split(",") for name in SECTIONS if part in (name, SECTIONS[name].half)}
-    known = {*SECTIONS, *HALVES}
-    if unknown := sorted(set(only.split(",")) - known):
+    known = [*HALVES, *SECTIONS]
+    if unknown := sorted(set(only.split(",")) - set(known)):
         raise ValueError(f"unknown section {unknown[0]!r}, one of {', '.join(known)}")
     return [name for name in SECTIONS if name in names]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="first,second", help="comma-separated: first, second, or names of sections")
+    parser.add_argument("--only", default="first,second", help=f"comma-separated: first, second, {', '.join(SECTIONS)}")
     parser.add_argument(
         "--budget-s", type=float, help="seconds for all of them; default: 240 for first, 300 for second"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu-session"), help="folder of session.json and session.md"
+        "--out", type=Path, help="folder to write; default runs/gpu-session, with --toy runs/toy-session"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--toy", action="store_true", help="toy sizes: a rehearsal")
@@ -268,13 +277,18 @@ def main() -> int:
         return 2
     slow = SLOW if args.device == "cpu" else 1.0
     budget_s = args.budget_s or slow * sum(HALVES[half] for half in {SECTIONS[name].half for name in names})
+    args.out = args.out or Path("runs/toy-session" if args.toy else "runs/gpu-session")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "session.json"
     if args.fresh:
         path.unlink(missing_ok=True)
     record = Record(path)
     flags = ["--device", args.device, "--out", str(args.out), *["--toy"] * args.toy]
-    run(names, record, flags, began + budget_s, slow)
+    try:
+        run(names, record, flags, began + budget_s, slow)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
     from benchmarks import predict
 

@@ -189,6 +189,19 @@ def test_a_second_call_adds_to_the_first(sections, tmp_path):
     assert found["sizes"] == "fake"
 
 
+def test_figures_of_two_machines_or_sizes_do_not_mix(tmp_path):
+    def found(gpu, sizes):
+        return {"environment": {"gpu": gpu}, "sizes": sizes}
+
+    record = session.Record(tmp_path / "session.json")
+    record.on(found("NVIDIA H100", "H100"))
+    record.begin("head")
+    record.on(found("NVIDIA H100", "H100"))
+    for other in (found("", "toy"), found("NVIDIA H200", "H100")):
+        with pytest.raises(ValueError, match="holds figures of NVIDIA H100 H100, not of"):
+            record.on(other)
+
+
 def test_a_section_that_raises_is_named_by_the_worker(monkeypatch, tmp_path, capsys):
     import io
 

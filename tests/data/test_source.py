@@ -69,9 +69,9 @@ def test_parquet_rows_are_documents(tmp_path):
 
 
 def test_a_text_file_is_one_document_as_it_stands(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xff\xef\xbb\xbf\n")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xef\xbb\xbf\n")
     (document,) = read_documents([tmp_path / "a.txt"])
-    assert document.text == "one\r\ntwo\0\ufffd\ufeff\n"
+    assert document.text == "one\r\ntwo\0\ufeff\n"
     assert (document.id, document.where) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1")
 
 
@@ -330,3 +330,10 @@ def test_an_order_is_pinned_so_that_old_checkpoints_resume():
 def test_an_order_over_nothing_is_refused():
     with pytest.raises(UserError, match="not 0"):
         Order(0, 1)
+
+
+@pytest.mark.parametrize("data", [b"Caf\xe9 au lait", "A text.".encode("utf-16")])
+def test_text_in_another_encoding_is_refused_not_replaced(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte \d"):
+        list(read_rows([tmp_path / "a.txt"]))

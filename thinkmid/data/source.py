@@ -86,7 +86,7 @@ def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator
         if name.endswith(".parquet"):
             yield from parquet_rows(file, only)
         elif name.endswith((".txt", ".md")):
-            yield f"{file}:1", {"text": b"".join(lines(file)).decode("utf-8", errors="replace")}
+            yield f"{file}:1", {"text": decoded(file, b"".join(lines(file)))}
         else:
             for number, line in enumerate(lines(file), start=1):
                 if line.strip():
@@ -196,6 +196,13 @@ def open_bytes(file: Path) -> Iterator[Iterable[bytes]]:
     else:
         with gzip.open(file) if name.endswith(".gz") else file.open("rb") as stream:
             yield stream
+
+
+def decoded(file: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, or name other files") from None
 
 
 def json_row(where: str, line: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from thinkmid.train import duration
 from thinkmid.train.duration import BYTES, block_parameters, cache_bytes
 from thinkmid.train.footprint import outside, scoring, training_phase
 
+H100_BYTES = 84.9e9  # of an 80 GB card, as the driver shows them
 VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
 
 
@@ -165,6 +166,9 @@ def _print(cfg, shape, arithmetic, phases, device):
         print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
         for owner, size in owners.items():
             print(f"#   {_size(size):>20}  {owner}")
+    if device == "cuda" and (most := max(sum(owners.values()) for owners in phases.values())) > H100_BYTES:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        print(f"# warning: {_size(most)} a GPU ({world} ranks; WORLD_SIZE); an 80 GB H100 has {_size(H100_BYTES)}")
 
 
 def _print_time(phases: dict[str, float], steps: int, unit: str) -> None:
