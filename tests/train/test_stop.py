@@ -251,7 +251,7 @@ def test_a_look_that_was_made_up_for_is_not_made_again(home, monkeypatch):
 
 
 def test_a_reward_that_turns_zero_is_noted_once_over_a_restart_too(home, monkeypatch, capsys):
-    rewards, describe = [0.0, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], rl.describe
+    rewards, describe = [math.nan, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], rl.describe
     given = iter(rewards)
     monkeypatch.setattr(rl, "ZEROS", 3)
     monkeypatch.setattr(rl, "describe", lambda groups: describe(groups) | {"reward": next(given)})

@@ -140,7 +140,8 @@ def open_job(
     if not found and begun(cfg.run):
         raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
 
-    # where no weights are read again they are compared if the folder is another, so told apart by an export's seal
+    # a run that reads no weights again compares them where model.folder is another; what it began with is known for
+    # nothing where an export's seal says it
     moved = ranks.any(bool(found) and ranks.rank == 0 and has_moved(cfg))
     sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
     frozen = {**frozen, "weights": source} if moved or sealed else frozen

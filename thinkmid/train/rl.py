@@ -167,7 +167,7 @@ def train(
             with stopped_is_saved(run, step, now, engine, moments):
                 gate(log, look(*looked, step, moments))
         if row and held_out and look_every and (step % look_every == 0 or step == cfg.run.steps):
-            with stopped_is_saved(run, step, now | {"row": row}, engine, moments):
+            with stopped_is_saved(run, step, now | {"row": finite(row)}, engine, moments):
                 row |= {f"val_{name}": value for name, value in look(*looked, step, moments).items()}
         if row:
             log.write(step, row)
@@ -224,7 +224,6 @@ def train(
         if zeros == ZEROS:
             log.event("reward_collapsed", step=step)
             log.say(f"warning: step {step}: every reward of the last {ZEROS} steps is 0, and earlier ones were not")
-        row = finite(row)
         if step == 1 and not held_out:
             for line in advice(row):
                 log.say(f"warning: {line}")
