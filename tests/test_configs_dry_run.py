@@ -203,7 +203,7 @@ def test_the_hours_of_llama3_8b_sft_are_what_a_hand_computes(home, monkeypatch, 
 
 def test_writing_takes_as_long_as_reading_weights_and_cache_does(home, monkeypatch, capsys):
     said = dry_run("llama3-8b-rlmt", monkeypatch, capsys)
-    [(seconds, rows)] = re.findall(r"([\d.]+) s a step +writing, (\d+) at a time", said)
+    [(seconds, rows)] = re.findall(r"([\d.]+) s a step +decoding, (\d+) sequences at a time", said)
     # 256 samples a rank all fit: 42 GB hold 320 000 tokens, and half-way each has 576 of its own and 64 of its prefix
     assert int(rows) == 256
     token = 2 * 32 * 1024 * 2

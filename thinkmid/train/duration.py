@@ -59,8 +59,13 @@ def of_answers(shape: ModelConfig, engine, sampling, *, prompts: float, siblings
         rows = min(rows, engine.kv_gb * 1e9 / token_bytes / (prompt / siblings + new / 2))
     batch_bytes = BYTES[engine.dtype] * shape.num_parameters + rows * (prompt + new / 2) * token_bytes
     return {
-        "reading prompts": forward_flops(shape, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
-        f"writing, {rows:.0f} at a time": prompts * siblings * new / rows * batch_bytes / (DECODE * BANDWIDTH),
+        "prefill": forward_flops(shape, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
+        f"decoding, {rows:.0f} sequences at a time": prompts
+        * siblings
+        * new
+        / rows
+        * batch_bytes
+        / (DECODE * BANDWIDTH),
     }
 
 

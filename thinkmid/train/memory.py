@@ -76,7 +76,7 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
         f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
         + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
         f"at most {samples * s.max_new:,} new tokens a step, {-(-samples * s.max_new // world):,} a rank",
-        f"at most {shared:,} trunk tokens a step, prefixes once a {'group' if b.share_prefix else 'sample'}; "
+        f"at most {shared:,} tokens through the layers, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
@@ -146,9 +146,9 @@ def _cache_room(cfg, shape, max_prefix, rows) -> list[str]:
         return []
     room = f"{rows} sequences of full length exceed the KV cache, which holds {int(held / whole)}"
     if rows * half <= held:
-        return [f"{room}; {int(held / half)} half-way, so only long ones push each other out"]
+        return [f"{room}; {int(held / half)} of half that length, so preemption is expected for long ones only"]
     enough = math.ceil(rows * half * token / 1e9)
-    advice = f"sampling.max_batch {int(held / half)} or engine.kv_gb {enough} holds all half-way"
+    advice = f"sampling.max_batch {int(held / half)} or engine.kv_gb {enough} holds all at half length"
     return [f"warning: {room}: vLLM preempts others and reads them again; {advice}"]
 
 
