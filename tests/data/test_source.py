@@ -69,9 +69,9 @@ def test_parquet_rows_are_documents(tmp_path):
 
 
 def test_a_text_file_is_one_document_as_it_stands(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xef\xbb\xbf\n")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\xff\xef\xbb\xbf\n")
     (document,) = read_documents([tmp_path / "a.txt"])
-    assert document.text == "one\r\ntwo\0\ufeff\n"
+    assert document.text == "one\r\ntwo\0\ufffd\ufeff\n"
     assert (document.id, document.where) == (f"{tmp_path}/a.txt:1", f"{tmp_path}/a.txt:1")
 
 
@@ -333,7 +333,11 @@ def test_an_order_over_nothing_is_refused():
 
 
 @pytest.mark.parametrize("data", [b"Caf\xe9 au lait", "A text.".encode("utf-16")])
-def test_text_in_another_encoding_is_refused_not_replaced(tmp_path, data):
+def test_text_in_another_encoding_is_read_with_a_word(tmp_path, capsys, monkeypatch, data):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte \d"):
-        list(read_rows([tmp_path / "a.txt"]))
+    [(_, row)] = read_rows([tmp_path / "a.txt"])
+    assert "\ufffd" in row["text"]
+    assert f"warning: {tmp_path}/a.txt: not UTF-8 at byte " in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert list(read_rows([tmp_path / "a.txt"])) == [(f"{tmp_path}/a.txt:1", row)]
+    assert capsys.readouterr().out == ""

@@ -199,10 +199,13 @@ def open_bytes(file: Path) -> Iterator[Iterable[bytes]]:
 
 
 def decoded(file: Path, data: bytes) -> str:
+    """Text of whatever encoding is read, but never without a word: what is not UTF-8 is lost."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it, or name other files") from None
+        if not int(os.environ.get("RANK", 0)):
+            print(f"warning: {file}: not UTF-8 at byte {error.start}; such bytes are read as U+FFFD", flush=True)
+        return data.decode("utf-8", errors="replace")
 
 
 def json_row(where: str, line: bytes) -> dict[str, Any]:
