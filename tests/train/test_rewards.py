@@ -12,7 +12,7 @@ from world import rlmt_flags, sft_flags
 
 from thinkmid.data.prompts import at_thoughts
 from thinkmid.data.source import read_documents
-from thinkmid.model.weights import load_model
+from thinkmid.model.weights import load_model, read_config
 from thinkmid.text import Text
 from thinkmid.train import rlmt, rlpt, sft
 from thinkmid.train.config import RewardConfig
@@ -194,5 +194,6 @@ def test_the_plan_counts_copies_of_the_weights(home, capsys):
     names = ("master weights (fp32 shard)", "master weights of copies (fp32 shards), their heads")
     (one, unit), (two, unit_of_two) = (sizes[name] for name in names)
     assert unit == unit_of_two == "KB"
-    head = 4 * 300 * 16 / 1000  # that a forward without a backward leaves gathered
+    shape = read_config(home / "sft" / "export")
+    head = 4 * shape.vocab * shape.width / 1000  # that a forward without a backward leaves gathered
     assert float(two) == pytest.approx(2 * (float(one) + head), rel=0.05)
