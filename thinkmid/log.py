@@ -335,7 +335,7 @@ def _tracker(name: str, folder: Path, start_step: int, config: dict) -> tuple[Ca
 def _tensorboard(folder: Path, start_step: int) -> tuple[Callable, Callable]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def log(row: dict, step: int) -> None:
         for key, value in row.items():

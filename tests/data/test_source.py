@@ -332,6 +332,16 @@ def test_an_order_over_nothing_is_refused():
         Order(0, 1)
 
 
+@pytest.mark.parametrize("names", ["AB", "BA"])
+def test_a_folder_that_two_links_lead_to_is_read_once(tmp_path, names):
+    write_jsonl(tmp_path / "out" / "sub" / "a.jsonl", [{"text": "once"}])
+    (tmp_path / "links").mkdir()
+    for name, place in zip(names, ("out", "out/sub"), strict=True):
+        (tmp_path / "links" / name).symlink_to(tmp_path / place)
+    assert texts_of(tmp_path / "links") == ["once"]
+    assert "links to folders already read (1)" in left_out([tmp_path / "links"])[0]
+
+
 @pytest.mark.parametrize("data", [b"Caf\xe9 au lait", "A text.".encode("utf-16")])
 def test_text_in_another_encoding_is_read_with_a_word(tmp_path, capsys, monkeypatch, data):
     (tmp_path / "a.txt").write_bytes(data)

@@ -161,6 +161,36 @@ def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_generations_of_another_engine_are_not_mixed_in(world, capsys):
+    assert call("--run.samples=2") == 0
+    assert call("--engine.dtype=bfloat16") == 2
+    line = "error: out: drawn with engine.dtype = float32, now bfloat16; take another folder\n"
+    assert capsys.readouterr().err == line
+
+
+def test_other_questions_under_the_same_ids_are_not_given_the_old_answers(world, capsys):
+    assert call() == 0
+    before, num = results(), len(world.drawn)
+    other = [q | {"question": f"What is {q['question'][9:]}", "answer": "7"} for q in QUESTIONS]
+    Path("set.jsonl").write_text("".join(json.dumps(q) + "\n" for q in other))
+    assert call() == 2
+    line = "error: out/generations: own: q0 0 was asked in other words then; take another folder\n"
+    assert capsys.readouterr().err == line
+    assert (results(), len(world.drawn)) == (before, num)
+    # gold answers alone may be mended
+    Path("set.jsonl").write_text("".join(json.dumps(q | {"answer": "99"}) + "\n" for q in QUESTIONS))
+    assert call() == 0
+    assert (len(world.drawn), results() == before) == (num, False)
+
+
+def test_a_config_that_was_written_anew_is_the_same_model(world):
+    assert call("--run.samples=2") == 0
+    path = Path("model/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "9.9"}, indent=7))
+    assert call() == 0
+    assert len(world.drawn) == 4 * len(QUESTIONS)
+
+
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
 def test_a_model_exchanged_in_its_folder_is_not_given_the_old_ones_score(world, capsys, part):
     assert call("--run.samples=2") == 0

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from thinkmid.rollout.engine import make_engine
 from thinkmid.rollout.native import NativeEngine
 from thinkmid.train import loss, rl, rlmt, sft, shard
 from thinkmid.train.draw import STEPS_BETWEEN_POLLS, rollouts
+from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.optim import Offload
 from thinkmid.types import Prompt
 
@@ -245,6 +247,52 @@ def test_a_look_that_was_made_up_for_is_not_made_again(home, monkeypatch):
     assert [exit_code(rlmt, flags) for _ in range(3)] == [75, 75, 0]
     assert len(calls) == 8  # step 3 again, and the look after it
     assert ["val_reward" in row for row in rows_of(home / "made-up")] == [False, True, True]
+
+
+def test_a_mistake_in_the_first_look_saves_nothing_and_may_be_corrected(home, monkeypatch):
+    flags = [*rlmt_flags(home, "first-look", steps=2), "--data.val-paths", str(home / "corpus.jsonl")]
+    with monkeypatch.context() as patch:
+        code = refuses(patch)
+        assert exit_code(rlmt, flags) == code
+    assert not list((home / "first-look").glob("checkpoints/step-*"))
+    assert exit_code(rlmt, [*flags, "--sampling.max-batch", "7"]) == 0
+
+
+@pytest.mark.parametrize("broken", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_a_step_of_which_an_update_was_applied_is_not_saved_as_one_that_was_not(home, monkeypatch, broken):
+    """One broken update more than may be: the state before the step is saved only if it is still there."""
+    train_step, calls = rl.train_step, []
+
+    def spoilt(*args, **options):
+        calls.append(None)
+        stats = train_step(*args, **options)
+        # of step 2; what was applied is applied
+        return replace(stats, broken=["x"]) if len(calls) - 3 in broken else stats
+
+    monkeypatch.setattr(rl, "train_step", spoilt)
+    name = f"partly-{len(broken)}{broken[0]}"
+    flags = [
+        *rlmt_flags(home, name, steps=3),
+        "--batch.updates",
+        "2",
+        "--optim.max-skipped",
+        "0",
+        "--run.save-every",
+        "3",
+    ]
+    assert exit_code(rlmt, flags) == 2
+    saved_steps = [path.name for path in (home / name).glob("checkpoints/step-*")]
+    assert saved_steps == (["step-000001"] if broken == (0, 1) else [])
+
+
+def test_words_that_nobody_reads_any_more_cost_no_stop(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", gone)
+    stop = Interrupt()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
 
 
 # a reward that is gone

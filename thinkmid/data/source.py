@@ -146,11 +146,17 @@ def _walk(path: Path) -> tuple[list[Path], list[Path]]:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
     home, followed, files, closed = Path(os.path.realpath(path)), set[Path](), list[Path](), list[Path]()
+    walked = set[Path]()
     for at, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        if (here := Path(os.path.realpath(at))) in walked:  # within a folder that a link led to
+            closed.append(Path(at))
+            folders.clear()
+            continue
+        walked.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(at, name) for name in names if not name.startswith(".")]
         for link in [Path(at, name) for name in folders if os.path.islink(Path(at, name))]:
-            real, here = Path(os.path.realpath(link)), Path(os.path.realpath(at))
+            real = Path(os.path.realpath(link))
             around = any(inner.is_relative_to(real) for inner in (home, here))
             inside = real.is_relative_to(home) and not any(part[:1] == "." for part in real.relative_to(home).parts)
             if real in followed or around or inside:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
@@ -33,7 +36,8 @@ def is_ids(value: Any) -> bool:
 def settings(cfg: EvalConfig) -> dict[str, Any]:
     """What generations depend on beside the model."""
     sampling = {f"sampling.{name}": value for name, value in vars(cfg.sampling).items()}
-    return {"data.template": cfg.data.template, **sampling, "run.seed": cfg.run.seed}
+    engine = {f"engine.{name}": getattr(cfg.engine, name) for name in ("kind", "dtype")}
+    return {"data.template": cfg.data.template, **sampling, **engine, "run.seed": cfg.run.seed}
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
@@ -121,7 +125,8 @@ def draw(
         write_whole(folder.parent / MARK, json.dumps(drawn_by, indent=1) + "\n")
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
-        have = {key(row, keys) for row in stored(folder, name, keys)}
+        have = {key(row, keys): row for row in stored(folder, name, keys)}
+        ranks.agree(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
         ranks.barrier()  # all have looked before one writes
         left = [p for p in prompts if key(p.meta, keys) not in have]
         mine = left[ranks.rank // share :: ranks.world // share]
@@ -135,6 +140,19 @@ def draw(
                     file.write(json.dumps(row_of(alike_P_G[p][g], sample, text), ensure_ascii=False) + "\n")
                 if ranks.rank == 0 and done % 500 == 0:
                     print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
+
+
+def check_asked(folder: Path, name: str, prompts: Iterable[Prompt], have: dict[tuple, dict], keys: Kinds) -> None:
+    """UserError where a stored row answers other tokens than its prompt's: an id may be another question's now."""
+    for prompt in prompts:
+        row = have.get(key(prompt.meta, keys))
+        if row is not None and row.get("asked", asked_of(prompt)) != asked_of(prompt):
+            which = " ".join(map(str, key(prompt.meta, keys)))
+            raise UserError(f"{folder}: {name}: {which} was asked in other words then; take another folder")
+
+
+def asked_of(prompt: Prompt) -> str:
+    return hashlib.blake2b(np.array(prompt.tokens, np.int64).tobytes(), digest_size=8).hexdigest()
 
 
 def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
@@ -161,6 +179,7 @@ def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Text, shape
 
 def row_of(prompt: Prompt, sample, text: Text) -> dict:
     return prompt.meta | {
+        "asked": asked_of(prompt),
         "text": text.decode(sample.tokens),
         "finish": sample.finish,
         "tokens": len(sample.tokens),
@@ -184,7 +203,7 @@ def stored(folder: Path, name: str, keys: Kinds = KEYS) -> list[dict]:
     rows = {}
     for path in paths:
         for number, row in enumerate(read_rows(path), start=1):
-            check_row(f"{path}:{number}", row, {**keys, **DRAWN}, {"ids": is_ids})
+            check_row(f"{path}:{number}", row, {**keys, **DRAWN}, {"ids": is_ids, "asked": is_text})
             rows[key(row, keys)] = row
     return [rows[k] for k in sorted(rows)]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from thinkmid.model.hf_config import read_config
 from thinkmid.text import Text
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def of_model(folder: Path, text: Text, stamps: Mapping[str, Stamp]) -> dict[str,
     return {
         "weights": hashlib.sha256(hashed.encode()).hexdigest(),
         "tokenizer": text.digest,
-        "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        # as it is read, as training compares it: another version of transformers may have written it anew
+        "config": hashlib.sha256(json.dumps(asdict(read_config(folder)), sort_keys=True).encode()).hexdigest(),
     }
 
 

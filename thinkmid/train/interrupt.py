@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 
 EXIT = 75  # EX_TEMPFAIL: stopped on request, saved, the same command goes on
 # SLURM signals torchrun and its children, torchrun its children again, Ctrl-C all of them: one request
@@ -26,8 +27,9 @@ class Interrupt:
             self.requested, self._since = True, time.monotonic()
             name, further = signal.Signals(number).name, f"a further signal after {GRACE_S:g} s ends the run at once"
             if os.environ.get("RANK", "0") == "0":
-                # not print: the signal may have interrupted one
-                os.write(2, f"stopping: {name}; progress is saved first, {further}\n".encode())
+                # not print: the signal may have interrupted one; and who read our words may be gone
+                with suppress(OSError):
+                    os.write(2, f"stopping: {name}; progress is saved first, {further}\n".encode())
         elif time.monotonic() - self._since > GRACE_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -51,6 +51,7 @@ class Job:
     saved_step: int = -1
     ema: Transformer | None = None  # moving average of the weights, in fp32
     ema_decay: float = 0.0
+    is_stale: bool = False  # the checkpoint of saved_step says something that is no longer so
 
     @property
     def folder(self) -> Path:
@@ -59,7 +60,7 @@ class Job:
     def save(self, step: int, state: State) -> None:
         """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run. UserError: what would
         be saved is not finite."""
-        if step == self.saved_step:
+        if step == self.saved_step and not self.is_stale:
             return
         begin = time.perf_counter()
         self.refuse_broken(step)
@@ -72,7 +73,7 @@ class Job:
             self.log.event("save_failed", step=step, why=str(error))
             self.log.say(f"warning: {error}; training goes on")
         else:
-            self.saved_step = step
+            self.saved_step, self.is_stale = step, False
             self.log.event("save", step=step, seconds=round(time.perf_counter() - begin, 3))
 
     def refuse_broken(self, step: int) -> None:

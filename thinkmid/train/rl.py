@@ -164,15 +164,17 @@ def train(
     while True:
         now = {"cursor": cursor, "skipped": skipped, "zeros": zeros}
         if held_out and step == 0:
-            with stopped_is_saved(run, step, now, engine, moments):
+            try:
                 gate(log, look(*looked, step, moments))
+            except Stopped:  # of a mistake nothing is saved: what it takes to correct it may be another configuration
+                save_in_mid_step(run, step, now, engine, moments)
+                raise
         if row and held_out and look_every and (step % look_every == 0 or step == cfg.run.steps):
             with stopped_is_saved(run, step, now | {"row": finite(row)}, engine, moments):
                 row |= {f"val_{name}": value for name, value in look(*looked, step, moments).items()}
         if row:
             log.write(step, row)
-            if state.pop("row", None):  # the checkpoint of this step still holds it
-                run.saved_step = -1
+            run.is_stale |= bool(state.pop("row", None))  # the checkpoint of this step still holds it
         due = cfg.run.save_every and step % cfg.run.save_every == 0 and step > 0
         if due or step >= cfg.run.steps:
             watch.beat("save", step)
@@ -214,9 +216,14 @@ def train(
                     update(run, cfg, groups[u :: cfg.batch.updates], lr, u == 0, reference)
                     for u in range(cfg.batch.updates)
                 ]
+        try:
             for u in done:
                 skipped = job.count_skips(run, step, u.stats.broken, skipped, cfg.optim.max_skipped)
-            run.follow()
+        except UserError:
+            if all(u.stats.broken for u in done):  # nothing of the step was applied
+                save_in_mid_step(run, step, now, engine, moments)
+            raise
+        run.follow()
         cursor, step = cursor + cfg.batch.prompts, step + 1
         run.refuse_broken(step)
         row = {**describe(groups), **measure(done), **checked, "lr": lr, "skipped": skipped, **clock.row(groups)}
