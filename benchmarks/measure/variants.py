@@ -1,4 +1,4 @@
-"""What the trunk gains from compiled blocks, from recomputing cheap ops, from packs of twice the size."""
+"""What the layers gain from compiled blocks, from recomputing cheap ops, from packs of twice the size."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_what_is_measured_is_predicted_and_the_other_way_round(rehearsal):
         for row in section["rows"]:
             if guess := guesses[name].get(row["what"]):
                 assert guess.unit == row["unit"]
-                assert guess.unit or guess.value == row["value"]  # what is counted is known before
+                assert guess.unit or guess.value == row["value"]  # a count is known before it is measured
 
 
 def test_the_committed_predictions_are_what_the_code_says():
