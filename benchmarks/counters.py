@@ -33,8 +33,9 @@ from benchmarks.step import make_groups
 from thinkmid.data.pack import Reply, Unit, duplicated, make_pack, plan
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.rollout import sync
-from thinkmid.train import advantage, shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.run.ranks import Ranks
+from thinkmid.train import advantage, fsdp
 from thinkmid.train.config import LossConfig
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import OptimConfig, adamw
@@ -152,7 +153,7 @@ def device_counts(loss_of: LossOf, layers: int, num_packs: int, beside: tuple[Un
     batches = [[unit, *beside] for unit in small_units(num_packs)]
     with fake_gpu() as count:
         model = weights.build(cfg, "bfloat16", "meta")
-        optimizer, ranks = adamw(model, OptimConfig(lr=1e-4)), shard.Ranks(0, 1, CUDA, None)
+        optimizer, ranks = adamw(model, OptimConfig(lr=1e-4)), Ranks(0, 1, CUDA, None)
 
         def loss_fn(pack):
             count.phase = "forward"
@@ -213,7 +214,7 @@ def _executed(cfg, batch, pairs, checkpointing):
     with fake_gpu():
         model = weights.build(cfg, "bfloat16", "meta")
         model.checkpointing = checkpointing
-        optimizer, ranks = adamw(model, OptimConfig(lr=1e-4)), shard.Ranks(0, 1, CUDA, None)
+        optimizer, ranks = adamw(model, OptimConfig(lr=1e-4)), Ranks(0, 1, CUDA, None)
         formulas = {
             torch.ops.aten.addmm: _addmm_flops,  # torch's own does not know out_dtype
             torch.ops.torch_attn._varlen_attn: partial(_attention_flops, products=2, pairs=pairs),
@@ -282,8 +283,8 @@ def network(cfg: ModelConfig, world: int) -> dict[str, float]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        ranks = shard.Ranks(0, world, torch.device("cpu"), init_device_mesh("cpu", (world,)))
-        model = shard.shard(common.random_model(cfg), ranks, compute_dtype=torch.bfloat16)
+        ranks = Ranks(0, world, torch.device("cpu"), init_device_mesh("cpu", (world,)))
+        model = fsdp.shard(common.random_model(cfg), ranks, compute_dtype=torch.bfloat16)
         optimizer = adamw(model, OptimConfig(lr=1e-4))
 
         def counts_of(num_packs):
@@ -295,7 +296,7 @@ def network(cfg: ModelConfig, world: int) -> dict[str, float]:
 
         pack, step = by_pack(counts_of)
         with Wire() as wire:
-            sync.push(model, _Sink(), 1, torch.bfloat16)
+            weight_sync.push(model, _Sink(), 1, torch.bfloat16)
     finally:
         dist.destroy_process_group()
     return _network(world, pack, step, wire.seen)

@@ -20,10 +20,10 @@ from benchmarks.roofline import DEVICES, Device
 from benchmarks.shapes import needed_flops
 from thinkmid.data.pack import duplicated
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.train import memory
+from thinkmid.plan import memory
+from thinkmid.plan.footprint import outside
+from thinkmid.plan.time import block_parameters, cache_bytes
 from thinkmid.train.config import ModelSection
-from thinkmid.train.duration import block_parameters, cache_bytes
-from thinkmid.train.footprint import outside
 
 # assumed; shares are of the best bf16 product. A card at its power limit does not hold that product's clock
 PRODUCTS = 0.80  # the trunk's products, a step long

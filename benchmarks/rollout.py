@@ -18,9 +18,9 @@ import torch
 
 from benchmarks import common
 from thinkmid.model import weights
-from thinkmid.rollout.engine import EngineConfig, Sampling, collect
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.text import Text
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, collect
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 GATE_TOKENS = 24  # greedy tokens that must agree before anything is timed
@@ -84,10 +84,10 @@ def main() -> int:
 
 
 def load_vllm(folder, cfg, model, max_len, rows):
-    from thinkmid.rollout.vllm import VllmEngine
-    from thinkmid.train import shard
+    from thinkmid.rollout.engine.vllm import VllmEngine
+    from thinkmid.run.ranks import start_ranks
 
-    shard.start()  # vLLM joins the trainer's process group
+    start_ranks()  # vLLM joins the trainer's process group
     config = EngineConfig(kind="vllm", kv_gb=2.0)
     engine = VllmEngine(folder, cfg, endless(cfg.vocab), config, max_len=max_len, rows=rows)
     engine.load_weights(weights.stream(model), 0)
@@ -106,9 +106,9 @@ def bare(engine, tokens, num_siblings, num_new):
     assert all(len(o.outputs[0].token_ids) == num_new for o in outputs)
 
 
-def endless(vocab: int) -> Text:
+def endless(vocab: int) -> Tokenizer:
     """A vocabulary in which no token ends a sequence or belongs to a tag: every sequence gets its full length."""
-    return Text(tokenizer=None, pieces=[b"."] * vocab, eos_ids=(), bos_id=None, open_ids=[], close_ids=[0])
+    return Tokenizer(tokenizer=None, pieces=[b"."] * vocab, eos_ids=(), bos_id=None, open_ids=[], close_ids=[0])
 
 
 def load_peer(folder):

@@ -191,14 +191,14 @@ def work(names: list[str], device: str, toy: bool, folder: Path, pipe: TextIO) -
 
     from benchmarks.measure.row import free
     from benchmarks.measure.sizes import H100, TOY
-    from thinkmid.train import shard
+    from thinkmid.run.ranks import set_allocator
 
     def say(**event) -> None:
         print(json.dumps(event), file=pipe, flush=True)
 
     where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     if where.type == "cuda":
-        shard.set_allocator()  # as a run has it, whichever section comes first
+        set_allocator()  # as a run has it, whichever section comes first
     say(event="environment", found=environment(where) | {"sizes": "toy" if toy else "H100"})
     for name in names:
         say(event="begin", section=name)

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks import common
 from thinkmid.data.pack import duplicated, plan
-from thinkmid.train import advantage, shard
+from thinkmid.plan.memory import pair_cost
+from thinkmid.run.ranks import start_ranks
+from thinkmid.train import advantage
 from thinkmid.train.loss import LossConfig, policy_loss
-from thinkmid.train.memory import pair_cost
 from thinkmid.train.optim import OptimConfig, adamw
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--pack", type=int, default=4096, help="tokens of one forward")
     args = parser.parse_args()
     cfg = common.shape(args.layers, args.width)
-    model, ranks = common.random_model(cfg), shard.start()
+    model, ranks = common.random_model(cfg), start_ranks()
     optimizer = adamw(model, OptimConfig(lr=1e-4))
     loss = LossConfig(denom=args.reply)
 

@@ -16,10 +16,11 @@ import torch
 from benchmarks import common
 from benchmarks.rollout import endless
 from thinkmid.model import weights
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import EngineConfig
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.train import shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import EngineConfig
+from thinkmid.run.ranks import start_ranks
+from thinkmid.train import fsdp
 
 
 def main() -> int:
@@ -31,15 +32,15 @@ def main() -> int:
     if unknown := set(names) - {"vllm", "native"}:
         parser.error(f"--engine: {unknown.pop()!r} is none of vllm, native")
     cfg = common.shape(args.layers, args.width, vocab=8192)
-    model, text, ranks = common.random_model(cfg), endless(cfg.vocab), shard.start()
+    model, text, ranks = common.random_model(cfg), endless(cfg.vocab), start_ranks()
     engines = {}
     with tempfile.TemporaryDirectory() as folder:
         weights.save(f"{folder}/hf", cfg, weights.stream(model), dtype=torch.float32)
-        shard.shard(model, ranks, compute_dtype=torch.float32)
+        fsdp.shard(model, ranks, compute_dtype=torch.float32)
         if "native" in names:
             engines["native"] = NativeEngine(cfg, text)
         if "vllm" in names:
-            from thinkmid.rollout.vllm import VllmEngine
+            from thinkmid.rollout.engine.vllm import VllmEngine
 
             config = EngineConfig(kind="vllm", compile=False, kv_gb=0.2)
             engines["vllm"] = VllmEngine(f"{folder}/hf", cfg, text, config, max_len=256, rows=8)
@@ -48,10 +49,10 @@ def main() -> int:
     target = [torch.empty_like(t) for t in source]
     contenders = {"copy of the bytes": lambda: [a.copy_(b) for a, b in zip(target, source, strict=True)]}
     for name, engine in engines.items():
-        sums = sync.push(model, engine, 0, torch.float32)
-        if wrong := sync.difference(engine, sums, {}):
+        sums = weight_sync.push(model, engine, 0, torch.float32)
+        if wrong := weight_sync.difference(engine, sums, {}):
             return common.refuse(f"{name}: {wrong}")
-        contenders[name] = lambda e=engine: sync.push(model, e, 0, torch.float32, summed=False)
+        contenders[name] = lambda e=engine: weight_sync.push(model, e, 0, torch.float32, summed=False)
         contenders[f"{name}, checked"] = lambda e=engine: checked(model, e)
     seconds = common.interleave(contenders, args.rounds)
     lines, ratios = [f"  {size / 1e6:.0f} MB a sync"], {}
@@ -66,7 +67,7 @@ def main() -> int:
 
 
 def checked(model, engine):
-    assert not sync.difference(engine, sync.push(model, engine, 0, torch.float32), {})
+    assert not weight_sync.difference(engine, weight_sync.push(model, engine, 0, torch.float32), {})
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ def _work(rank, work, *args):
 
 def join_ranks(rank, world, folder):
     """For a process of spawn(): gloo through a file, then the trainer's own start()."""
-    from thinkmid.train import shard
+    from thinkmid.run.ranks import start_ranks
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
-    return shard.start()
+    return start_ranks()

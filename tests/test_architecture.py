@@ -89,7 +89,7 @@ def test_text_alone_knows_the_tokenizer():
     def imports_it(node):
         return isinstance(node, (ast.Import, ast.ImportFrom)) and "tokenizers" in ast.unparse(node)
 
-    assert {at.split(":")[0] for at in where(imports_it)} == {"thinkmid.text"}
+    assert {at.split(":")[0] for at in where(imports_it)} == {"thinkmid.tokenizer"}
 
 
 def test_no_code_comes_from_data():

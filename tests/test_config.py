@@ -191,7 +191,7 @@ def test_what_the_system_refuses_is_one_line(main, redirect, code, err):
 def test_a_run_does_not_end_because_nobody_reads_its_lines(tmp_path, redirect):
     lines = 'log.write(step, {"loss": 0.5}), log.say(chr(233))'
     main = f'with Log("{tmp_path}") as log: return [None for step in (1, 2, 3) if ({lines}) == 0] or 0'
-    program = f"from thinkmid.config import run; from thinkmid.log import Log\ndef main(argv):\n {main}\nrun(main)"
+    program = f"from thinkmid.config import run; from thinkmid.run.log import Log\ndef main(argv):\n {main}\nrun(main)"
     done = shell(program, redirect, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3

@@ -19,8 +19,9 @@ from thinkmid.kernels import head
 from thinkmid.kernels.head import linear_logprob
 from thinkmid.kernels.policy import dr_grpo_loss
 from thinkmid.model import weights
-from thinkmid.rollout import sync
-from thinkmid.train import advantage, exchange, optim, rlmt, shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.run.ranks import Ranks
+from thinkmid.train import advantage, exchange, fsdp, optim, rlmt
 from thinkmid.train.config import LossConfig
 from thinkmid.train.draw import refuse_stale
 from thinkmid.train.loss import logprobs, policy_loss
@@ -146,7 +147,7 @@ def ranks_worker(rank, world, folder):
     groups = exchange.all_groups([GROUPS[i] for i in mine], mine, ranks)
     for capacity, clip, tied in SPLITS:
         model = random_model(replace(TINY, tied=tied), dtype=torch.float64)
-        shard.shard(model, ranks, compute_dtype=torch.float64)
+        fsdp.shard(model, ranks, compute_dtype=torch.float64)
         result = two_steps(ranks, model, groups, capacity, clip)
         save_file(result, f"{folder}/{capacity}-{rank}")
 
@@ -155,7 +156,7 @@ def ranks_worker(rank, world, folder):
 def test_the_number_of_ranks_changes_no_weight(world, tmp_path):
     spawn(ranks_worker, world, world, str(tmp_path))
     assert TINY.ffn % 2 == TINY.vocab % 2 == 1  # rows of matrices do not divide by the ranks
-    alone = shard.Ranks(0, 1, torch.device("cpu"), None)  # and no FSDP
+    alone = Ranks(0, 1, torch.device("cpu"), None)  # and no FSDP
     for capacity, clip, tied in SPLITS:
         exact = two_steps(alone, random_model(replace(TINY, tied=tied), dtype=torch.float64), GROUPS, capacity, clip)
         for rank in range(world):
@@ -211,7 +212,7 @@ def test_dead_groups_make_no_unit_but_count_in_the_denominator():
 def test_an_update_of_dead_groups_runs_no_forward_and_moves_the_weights_by_momentum():
     model, lr, decay, (b1, b2) = random_model(dtype=torch.float64), 0.01, 0.1, (0.9, 0.95)
     optimizer = optim.adamw(model, optim.OptimConfig(lr=1.0, weight_decay=decay, betas=(b1, b2)))
-    ranks = shard.Ranks(0, 1, torch.device("cpu"), None)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
     grads = gradients(model, as_units(GROUPS), 10_000)
     optimizer.zero_grad()
@@ -398,10 +399,10 @@ def absent(held):
 @pytest.mark.parametrize("spoil", [changed, swapped, stale, rows_swapped, absent], ids=lambda f: f.__name__)
 def test_sync_catches_an_engine_whose_weights_differ(spoil, dtype):
     good, bad = Held(lambda held: None), Held(spoil)
-    sums = sync.push(random_model(), good, 4, dtype)
-    assert (good.version, sync.difference(good, sums, {})) == (4, "")
-    sync.push(random_model(), bad, 4, dtype)
-    assert "model.layers.1." in sync.difference(bad, sums, {})
+    sums = weight_sync.push(random_model(), good, 4, dtype)
+    assert (good.version, weight_sync.difference(good, sums, {})) == (4, "")
+    weight_sync.push(random_model(), bad, 4, dtype)
+    assert "model.layers.1." in weight_sync.difference(bad, sums, {})
 
 
 # Law 13: fp32 where it matters.

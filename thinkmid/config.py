@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin, get_type_hints
 
 from thinkmid import __version__
-from thinkmid.errors import UserError
-from thinkmid.log import plain, write_whole
+from thinkmid.errors import UserError, plain
+from thinkmid.files import write_whole
 
 AnyFloat = Annotated[float, "nan and inf are allowed"]
 PACKAGES = (

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,49 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         except OSError:  # a file system without locks: nobody is kept out
             pass
         yield
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old file or the new one, never a part. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a jsonl file. A torn last line is left out; a broken line before it is a UserError with its number."""
+    return [row for _, row in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[str, dict]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+    found, numbers = [], [i for i, line in enumerate(lines) if line.strip()]
+    for i in numbers:
+        row = None
+        with suppress(ValueError, RecursionError):  # a crash tears the last line; elsewhere it is an error, below
+            row = json.loads(lines[i])
+        if isinstance(row, dict):
+            found.append((lines[i], row))
+        elif i != numbers[-1]:
+            raise UserError(f"{path}:{i + 1}: not a JSON object")
+    return found
+
+
+def reopen(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> Any:
+    """A jsonl file, opened for whole lines to be added, with the wanted rows of the past; a torn last one is gone."""
+    if path.exists():
+        write_whole(path, "".join(line + "\n" for line, row in _lines(path) if wanted(row)))
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # each line reaches the system

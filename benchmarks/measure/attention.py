@@ -12,7 +12,7 @@ from benchmarks.measure.row import Row, free, median_s, peak_bytes
 from benchmarks.measure.sizes import Family, Sizes
 from benchmarks.measure.training import groups_of, units_of
 from thinkmid.data.pack import duplicated, make_pack
-from thinkmid.kernels.attention import attend_pack
+from thinkmid.model.attention import attend_pack
 from thinkmid.types import Pack
 
 SHARED, COPIED = "shared keys", "keys of each reply"

@@ -13,11 +13,11 @@ from benchmarks.measure.row import Row, free, median_s, peak_bytes, walls
 from benchmarks.measure.sizes import Sizes
 from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from benchmarks.shapes import needed_flops
-from thinkmid.train import shard
+from thinkmid.run.ranks import start_ranks
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
-    ranks, seconds, updates = shard.start(), {}, {}
+    ranks, seconds, updates = start_ranks(), {}, {}
     for layers in sizes.depths:
         cfg = replace(sizes.wide, layers=layers)
         trainer = Trainer(cfg, ranks)

@@ -13,13 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure.row import Row, settle, wall_s
 from benchmarks.measure.sizes import Sizes
 from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
-from thinkmid.train import shard
+from thinkmid.run.ranks import start_ranks
 
 TRACE = "trace.json.gz"
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
-    trainer = Trainer(sizes.small, shard.start())
+    trainer = Trainer(sizes.small, start_ranks())
     packs = packs_of(units_of(groups_of(sizes.rl, vocab=sizes.small.vocab)), sizes.small, sizes.rl_pack_tokens)
     for _ in range(2):
         trainer.step(packs)

@@ -18,7 +18,8 @@ from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from thinkmid.data.pack import duplicated
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.model.weights import hf_name
-from thinkmid.train import advantage, shard
+from thinkmid.run.ranks import Ranks, start_ranks
+from thinkmid.train import advantage
 from thinkmid.train.config import LossConfig
 from thinkmid.train.optim import OptimConfig, adamw
 
@@ -28,7 +29,7 @@ WRONG = 0.05  # of the gradient's norm: what bf16 may make of another order of s
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
-    ranks, cfg, family = shard.start(), sizes.small, sizes.rl
+    ranks, cfg, family = start_ranks(), sizes.small, sizes.rl
     trainer = Trainer(cfg, ranks)
     units = units_of(groups_of(family, vocab=cfg.vocab))
     few = units_of(groups_of(family, vocab=cfg.vocab, live=max(1, family.groups // 4)))
@@ -87,7 +88,7 @@ class Padded:
     replies alone, bf16 with fp32 master weights by the same FSDP2 and the same AdamW. All replies are of one length, so
     that nothing is padded: its best case."""
 
-    def __init__(self, cfg: ModelConfig, sizes: Sizes, ranks: shard.Ranks, like: Transformer):
+    def __init__(self, cfg: ModelConfig, sizes: Sizes, ranks: Ranks, like: Transformer):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         theirs = LlamaConfig(

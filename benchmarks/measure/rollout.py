@@ -15,16 +15,16 @@ from benchmarks.measure.row import Row, median_s, wall_s
 from benchmarks.measure.sizes import Sizes
 from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from thinkmid.data.pack import make_pack
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import Sampling, collect, seed
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.text import Text, train_tokenizer
-from thinkmid.train import shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import Sampling, collect, seed
+from thinkmid.run.ranks import start_ranks
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
-    trainer, family = Trainer(sizes.small, shard.start()), sizes.rollout
+    trainer, family = Trainer(sizes.small, start_ranks()), sizes.rollout
     engine = NativeEngine(sizes.small, tokenizer(), dtype="bfloat16", device=device)
     # weights of noise never close a thought: the tag is forced
     suffix = family.reply // 4
@@ -39,7 +39,7 @@ def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
 
         def push(step=step):
             engine.wake_weights()
-            sync.push(trainer.model, engine, step, torch.bfloat16, summed=False)
+            weight_sync.push(trainer.model, engine, step, torch.bfloat16, summed=False)
             engine.wake_cache()
 
         def generate(step=step, found=found):
@@ -84,8 +84,8 @@ def gaps(trainer: Trainer, groups, sizes: Sizes) -> np.ndarray:
     return np.concatenate(out)
 
 
-def tokenizer() -> Text:
+def tokenizer() -> Tokenizer:
     """One that knows the tags; ids beyond it are noise like the weights."""
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["a b c"], 260, Path(folder))
-        return Text.load(folder)
+        return Tokenizer.load(folder)

@@ -11,10 +11,11 @@ from benchmarks.measure.sizes import Family
 from thinkmid.data.pack import Unit, plan
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.train import advantage, shard
+from thinkmid.plan.memory import pair_cost
+from thinkmid.run.ranks import Ranks
+from thinkmid.train import advantage, fsdp
 from thinkmid.train.config import LossConfig
 from thinkmid.train.loss import policy_loss
-from thinkmid.train.memory import pair_cost
 from thinkmid.train.optim import OptimConfig, adamw
 from thinkmid.train.step import Stats, train_step
 from thinkmid.types import Group, Prompt, Sample
@@ -53,7 +54,7 @@ class Trainer:
     """The product's own model, FSDP2, loss, AdamW and step, in one process; weights are noise."""
 
     def __init__(
-        self, cfg: ModelConfig, ranks: shard.Ranks, *, dtype=torch.bfloat16, deterministic=True,
+        self, cfg: ModelConfig, ranks: Ranks, *, dtype=torch.bfloat16, deterministic=True,
         change: Callable[[Transformer], None] = lambda model: None,
     ):  # fmt: skip
         """change: what a section tries on the model's blocks, before they are sharded."""
@@ -61,7 +62,7 @@ class Trainer:
         with torch.device("meta"):
             model = Transformer(cfg, deterministic=deterministic)
         change(model)
-        self.model = weights.materialise(shard.shard(model, ranks, compute_dtype=dtype), ranks.device)
+        self.model = weights.materialise(fsdp.shard(model, ranks, compute_dtype=dtype), ranks.device)
         fill(self.model)
         self.optimizer = adamw(self.model, OptimConfig(lr=1e-6))
         self._loss = LossConfig(denom=1.0)

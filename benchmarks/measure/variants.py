@@ -18,11 +18,11 @@ from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from thinkmid.kernels import ref
 from thinkmid.model import transformer
 from thinkmid.model.transformer import Attend, Transformer
-from thinkmid.train import shard
+from thinkmid.run.ranks import start_ranks
 
 
 def run(sizes: Sizes, device: torch.device, folder: Path) -> Iterator[Row]:
-    ranks, cfg = shard.start(), replace(sizes.wide, layers=sizes.depths[0])
+    ranks, cfg = start_ranks(), replace(sizes.wide, layers=sizes.depths[0])
     changes = {
         "eager": (lambda model: None, nullcontext),
         "cheap ops recomputed": (recompute_cheap_ops, nullcontext),

@@ -19,7 +19,7 @@ from thinkmid.augment.config import share
 from thinkmid.augment.shards import part_of
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 
 KINDS = ("heldout", "rl", "sft")
 
@@ -64,7 +64,7 @@ def files(out):
 
 def chunks_of(folder, max_tokens=24):
     """{row id: chunk} straight from the corpus."""
-    text = Text.load(folder / "tokenizer")
+    text = Tokenizer.load(folder / "tokenizer")
     documents = list(read_documents([folder / "corpus.jsonl"]))
     return {f"{doc.id}#{k}": c for doc in documents for k, c in enumerate(text.chunks(doc.text, max_tokens))}
 
@@ -194,7 +194,7 @@ def test_tokens_are_counted_as_training_counts_them(small):
 
     misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
     report = json.loads((small / "out" / "report.json").read_text())
-    text = Text.load(small / "tokenizer")
+    text = Tokenizer.load(small / "tokenizer")
     for kind in ("think", "raw"):
         sequences = read_sequences([str(small / "out" / f"sft-{kind}")], text, 4096)
         ends = len(sequences) * len(text.eos_ids[:1])
@@ -208,7 +208,7 @@ def test_the_annotated_rl_half_gives_prompts_whose_reference_is_the_raw_text(sma
     from thinkmid.data.prompts import at_thoughts
 
     misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
-    text = Text.load(small / "tokenizer")
+    text = Tokenizer.load(small / "tokenizer")
     raw = {row["id"]: row["text"] for row in rows(small / "out", "raw")}
     found = list(at_thoughts(read_documents([small / "out" / "rl-think"]), text, max_prefix=4096))
     assert len(found) > 20

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkmid.augment import insert, rewrite, weave
+from thinkmid import thoughts
+from thinkmid.augment import insert, rewrite
 from thinkmid.augment.annotators import AnnotatorConfig, Reply, by_model
 from thinkmid.augment.check import NAMES, Refused, accept, normalise
 
@@ -80,7 +81,7 @@ def test_a_thought_that_recites_what_follows_is_refused():
     assert accept("Ab." + follows, shorter) == shorter
 
 
-@given(st.text(alphabet="ab. \n!?é。<>/think", max_size=60).filter(lambda s: not weave.TAG.search(s)), st.data())
+@given(st.text(alphabet="ab. \n!?é。<>/think", max_size=60).filter(lambda s: not thoughts.TAG.search(s)), st.data())
 def test_insert_only_gives_the_text_back_whatever_places_are_named(chunk, data):
     at = insert.places(chunk)
     assert re.sub("⟦\\d+⟧", "", insert.show(chunk)) == chunk
@@ -88,7 +89,7 @@ def test_insert_only_gives_the_text_back_whatever_places_are_named(chunk, data):
     woven = insert.read(chunk, framed("\n".join(f"@{k}\nthought {k}" for k in chosen)))
     assert re.sub("<think>thought \\d+</think>", "", woven) == chunk
     stood = [chunk.find("", at[k - 1]) for k in sorted(chosen)]
-    assert [(k, len(weave.strip(woven[: woven.index(f"<think>thought {k}<")]))) for k in sorted(chosen)] == list(
+    assert [(k, len(thoughts.strip(woven[: woven.index(f"<think>thought {k}<")]))) for k in sorted(chosen)] == list(
         zip(sorted(chosen), stood, strict=True)
     )
 

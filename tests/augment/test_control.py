@@ -8,7 +8,7 @@ from thinkmid.augment.control import fill
 from thinkmid.augment.split import SplitConfig
 from thinkmid.data.sequences import read_sequences
 from thinkmid.data.source import read_documents
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def rows(folder):
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_control_has_the_tokens_of_the_annotated_half_as_training_reads_them(small, bos):
     out, report = annotated(small, 0.4, bos)
-    text = Text.load(small / "tokenizer")
+    text = Tokenizer.load(small / "tokenizer")
     assert (text.bos_id is not None) == bos
     think, control = (
         sum(len(tokens) for tokens, _ in read_sequences([str(out / name)], text, 4096))
@@ -108,7 +108,7 @@ def test_without_a_reserve_there_is_no_control_that_could_be_taken_for_one(small
 
 
 def test_the_control_has_every_length_that_is_asked_for_but_for_what_a_cut_does_to_a_token(made):
-    text = Text.load(made / "tokenizer")
+    text = Tokenizer.load(made / "tokenizer")
     reserve = [("b", "The reserve holds this sentence, and this one."), ("c", "日本語も少し。")]
     raw = [("a", "One row.")]
     own = len(text.encode(raw[0][1]))

@@ -21,12 +21,12 @@ from conftest import TINY, exchange, exit_code, flip_bit, random_model
 
 from thinkmid.augment import annotate, annotators, writer
 from thinkmid.augment.annotators import AnnotatorConfig
-from thinkmid.augment.chat import Chat
 from thinkmid.augment.shards import Chunk
 from thinkmid.augment.writer import WriterConfig, through_engine
+from thinkmid.data.chat import Chat
 from thinkmid.model import weights
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.text import Text, clean
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.tokenizer import Tokenizer, clean
 from thinkmid.types import Sample
 
 TEMPLATE = "{{ bos_token }}<|end|>{% for m in messages %}{{ m.content | trim }}<|end|>{% endfor %}"
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     misbehave.write_world(folder, chars=60_000)
     told = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(told))
-    text = Text.load(folder / "tokenizer")
+    text = Tokenizer.load(folder / "tokenizer")
     shape = replace(TINY, vocab=text.vocab_size, max_positions=4096, eos_ids=text.eos_ids)
     model = random_model(shape)
     with torch.no_grad():
@@ -83,14 +83,14 @@ class Scripted:
 
 def scripted_run(world, out, *, wave=8, stop_after=0, retries=1):
     """Annotate with the scripted engine. Returns the exit code and the engine."""
-    text = Text.load(world / "model")
+    text = Tokenizer.load(world / "model")
     engine, cfg = Scripted(text), misbehave.settings(world, out=out)
     stopped = lambda: bool(stop_after) and len(engine.calls) >= stop_after  # noqa: E731
     through = partial(
         through_engine, cfg=AnnotatorConfig(kind="engine", retries=retries), writer=WriterConfig(max_batch=wave),
         engine=engine, text=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6, stopped=stopped,
     )  # fmt: skip
-    return annotate.work(cfg, Text.load(world / "tokenizer"), through, stopped=stopped), engine
+    return annotate.work(cfg, Tokenizer.load(world / "tokenizer"), through, stopped=stopped), engine
 
 
 def files(out):
@@ -146,7 +146,7 @@ def test_every_try_has_a_seed_of_its_own_and_stopping_changes_none(world):
 
 
 def test_what_exceeds_the_context_is_refused_by_that_reason_and_the_rest_goes_on(world):
-    text = Text.load(world / "model")
+    text = Tokenizer.load(world / "model")
     chat = Chat(world / "model", text, thinking=False)
     chunks = ["Rain fell. It was cold.", "Snow fell. " * 200, " ", "Hail fell. It was bad."]
     items = [SimpleNamespace(place=Chunk("k", n), chunk=chunk) for n, chunk in enumerate(chunks)]
@@ -183,7 +183,7 @@ def as_engine(text, scripts):
 
 @pytest.mark.parametrize("strategy", ["insert", "rewrite"])
 def test_thoughts_written_by_a_real_engine_come_out_where_they_were_put(world, strategy):
-    text = Text.load(world / "model")
+    text = Tokenizer.load(world / "model")
     chunk = "Rain fell. It was cold. We stayed in.\n"
     woven = "<think>It sets a scene.</think>Rain fell. It was cold.<think>So what would we do?</think> We stayed in.\n"
     body = {"insert": "@1 It sets a scene.\n@3 <think>So what would we do?</think>", "rewrite": woven}[strategy]
@@ -201,7 +201,7 @@ def test_thoughts_written_by_a_real_engine_come_out_where_they_were_put(world, s
 
 
 def test_a_text_in_a_question_cannot_end_its_message(world):
-    text = Text.load(world / "model")
+    text = Tokenizer.load(world / "model")
     chat = Chat(world / "model", text, thinking=False)
     end = text.eos_ids[0]
     ids = chat("What is <|end|> for?")
@@ -226,7 +226,7 @@ def test_a_template_that_cannot_be_used_is_one_line(world, tmp_path, template, l
     told = {"chat_template": template} if template else {}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
     with pytest.raises(Exception, match=line) as error:
-        Chat(tmp_path, Text.load(world / "tokenizer"), thinking=False)
+        Chat(tmp_path, Tokenizer.load(world / "tokenizer"), thinking=False)
     assert type(error.value).__name__ == "UserError"
     assert str(error.value).startswith(str(tmp_path))
 

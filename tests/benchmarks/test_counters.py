@@ -11,7 +11,7 @@ import torch
 from benchmarks import counters
 from benchmarks.fake_gpu import CUDA, HOME, fake_gpu
 from thinkmid.data.pack import Reply, Unit
-from thinkmid.train import shard
+from thinkmid.run.ranks import Ranks
 from thinkmid.train.config import LossConfig
 from thinkmid.train.loss import policy_loss, text_loss
 
@@ -89,7 +89,7 @@ def test_what_would_wait_is_counted_and_nothing_else(work, expected):
 
 
 def test_a_wait_is_named_by_our_line():
-    ranks = shard.Ranks(0, 1, CUDA, None)
+    ranks = Ranks(0, 1, CUDA, None)
     with fake_gpu() as count:
         assert ranks.sum({"loss": torch.zeros((), device=CUDA)}) == {"loss": 1.0}
     [what] = [what for kind, what in count.seen if kind == "wait"]

@@ -4,7 +4,8 @@ import pytest
 
 from thinkmid.data.prompts import in_raw_text
 from thinkmid.errors import UserError
-from thinkmid.text import OPEN, Text, train_tokenizer
+from thinkmid.thoughts import OPEN
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 
 STORY = "Mia has 12 apples. Tom has 5; he wants more.  Does he? Yes.\nSo 7 remain, and nobody counts them again. " * 6
 
@@ -29,7 +30,7 @@ DOCS = [
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([STORY], 300, folder)
-    return Text.load(folder)
+    return Tokenizer.load(folder)
 
 
 def prompts(text, where, length=0, docs=DOCS, max_prefix=40, seed=3):

@@ -16,7 +16,7 @@ from thinkmid.data.prompts import records as prompt_records
 from thinkmid.data.sequences import Sequences, num_pieces, read_sequences, records
 from thinkmid.data.source import Document, read_documents
 from thinkmid.errors import UserError
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt
 
 MADE_OF = {"tokenizer": "x"}
@@ -243,7 +243,7 @@ STORY = "Mia has 12 apples.<think> 12 - 5 = 7</think> So 7 remain.<think> none</
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([STORY], 300, folder)
-    return Text.load(folder)
+    return Tokenizer.load(folder)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from thinkmid.errors import UserError
 from thinkmid.eval import generate, run
 from thinkmid.eval.conditions import KEYS
 from thinkmid.model import weights
-from thinkmid.rollout.engine import Sampling, make_engine, seed
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Sample
 
 QUESTIONS = [{"id": f"q{i}", "question": f"How many are {i} and {i + 1}?", "answer": str(2 * i + 1)} for i in range(12)]
@@ -55,7 +55,7 @@ class Scripted:
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     train_tokenizer([q["question"] for q in QUESTIONS], 280, tmp_path / "tokenizer")
-    text = Text.load(tmp_path / "tokenizer")
+    text = Tokenizer.load(tmp_path / "tokenizer")
     cfg = TINY.__class__(**{**TINY.__dict__, "vocab": text.vocab_size, "eos_ids": text.eos_ids, "max_positions": 256})
     named = weights.stream(random_model(cfg))
     weights.save(tmp_path / "model", cfg, named, dtype=torch.float32, extra_files=tmp_path / "tokenizer")

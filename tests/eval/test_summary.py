@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_tasks import LAYOUTS, write
+from test_questions import LAYOUTS, write
 
+from thinkmid.data.questions import base_answer, load, posed
 from thinkmid.eval.summary import Graded, compare, summarise, tabulate
-from thinkmid.eval.tasks import base_answer, load, posed
 
 K = 16
 

@@ -6,7 +6,8 @@ import torch
 from conftest import assert_no_worse, assert_same
 
 from thinkmid.kernels import attention, launch
-from thinkmid.kernels.attention import attend_pack, varlen_attention
+from thinkmid.kernels.attention import varlen_attention
+from thinkmid.model.attention import attend_pack
 from thinkmid.types import Pack
 
 # (queries, keys of a shared prefix before them): 1, primes, a rung of the ladder +- 1, one very long among short ones

@@ -59,7 +59,7 @@ def test_no_instruction_count_moved_away_from_the_snapshot(shipped):
 
 def seeds():
     # read, not imported: its kernels must not be wrapped by the interpreter of this process
-    text = (Path(__file__).parent / "bad_kernels.py").read_text().partition("VARIANTS = {")[2]
+    text = (ROOT / "tests/helpers/bad_kernels.py").read_text().partition("VARIANTS = {")[2]
     return [line.split('"')[1] for line in text.splitlines() if line.startswith('    "')]
 
 

@@ -9,14 +9,7 @@ from conftest import assert_no_worse, assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.head import with_peak
-from thinkmid.kernels import (
-    dr_grpo_loss,
-    fused_linear_dr_grpo,
-    head,
-    launch,
-    linear_cross_entropy,
-    linear_logprob,
-)
+from thinkmid.kernels import dr_grpo_loss, fused_linear_dr_grpo, head, launch, linear_cross_entropy, linear_logprob
 
 DOUBLE, FLOAT = torch.float64, torch.float32
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import changed, run
 
-from thinkmid.augment import weave
+from thinkmid import thoughts
 from thinkmid.errors import UserError
 from thinkmid.mini import world
 from thinkmid.mini.annotator import MIX, annotate, style_of
@@ -16,9 +16,9 @@ DOCUMENTS = [row["text"] for row in world.documents(2, 2000)]
 PURE = {"hunch": (1.0, 0.0, 0.0), "merge": (0.0, 1.0, 0.0), "full": (0.0, 0.0, 1.0)}
 
 
-def thoughts(woven):
+def found_in(woven):
     """(thought, the sentence after it) in order."""
-    pieces = weave.split(woven)
+    pieces = thoughts.split(woven)
     after = [re.match(r"[^.]*\.", text)[0] for _, text in pieces[1:]]
     return [(piece, sentence) for (is_thought, piece), sentence in zip(pieces, after, strict=False) if is_thought]
 
@@ -32,13 +32,13 @@ def test_without_its_thoughts_an_annotated_document_is_the_document(mix):
     for text in DOCUMENTS:
         woven = annotate(text, mix)
         assert woven != text
-        assert weave.strip(woven).encode() == text.encode()
+        assert thoughts.strip(woven).encode() == text.encode()
 
 
 @pytest.mark.parametrize("mix", PURE.values())
 def test_one_thought_before_each_stated_result_ends_with_it(mix):
     for text in DOCUMENTS:
-        found = thoughts(annotate(text, mix))
+        found = found_in(annotate(text, mix))
         assert [numbers(sentence) for _, sentence in found] == [[result.stated] for result in run(text)]
         assert all(numbers(thought)[-1:] == numbers(sentence) for thought, sentence in found)
         assert all(thought[0] == sentence[0] == " " and thought[-1] == "." for thought, sentence in found)
@@ -46,7 +46,7 @@ def test_one_thought_before_each_stated_result_ends_with_it(mix):
 
 def test_full_thoughts_take_every_step_once_and_add_up():
     for text in DOCUMENTS:
-        for (thought, _), result in zip(thoughts(annotate(text, PURE["full"])), run(text), strict=True):
+        for (thought, _), result in zip(found_in(annotate(text, PURE["full"])), run(text), strict=True):
             sums = re.findall(r" (\w+): (\d+)(?: ([+*/-]) (\d+) = (\d+))?\.", thought)
             assert [int(last or first) for _, first, _, _, last in sums] == result.values
             assert [key for key, *_ in sums[1:]] == [key for _, key, _ in result.steps]
@@ -56,7 +56,7 @@ def test_full_thoughts_take_every_step_once_and_add_up():
 
 def test_merged_thoughts_are_one_right_formula():
     for text in DOCUMENTS:
-        for (thought, _), result in zip(thoughts(annotate(text, PURE["merge"])), run(text), strict=True):
+        for (thought, _), result in zip(found_in(annotate(text, PURE["merge"])), run(text), strict=True):
             left, right = thought.rstrip(".").split(" = ")
             assert re.fullmatch(r"[ ()0-9+*/-]+", left)
             assert eval(left) == int(right)
@@ -110,7 +110,7 @@ def test_worked_examples(text, at, merged, worked):
 
 def test_a_second_result_starts_from_the_first():
     text = "Ana has 5 pens. On Monday Ana finds 2 more. So Ana has 7 pens. On Tuesday Ana sells 1. Now Ana has 6 pens."
-    assert [thought for thought, _ in thoughts(annotate(text, PURE["full"]))] == [
+    assert [thought for thought, _ in found_in(annotate(text, PURE["full"]))] == [
         " Ana: 5. Monday: 5 + 2 = 7.",
         " Ana: 7. Tuesday: 7 - 1 = 6.",
     ]
@@ -154,7 +154,7 @@ SENTENCES = sorted({s for text in DOCUMENTS[:400] for s in re.findall(r" ?[^.?]+
 def test_no_mixture_of_sentences_is_ever_altered(sentences):
     text = "".join(sentences)
     woven = annotate(text, PURE["full"])
-    assert woven == text or weave.strip(woven) == text
+    assert woven == text or thoughts.strip(woven) == text
 
 
 @pytest.mark.parametrize("mix", [MIX, (0.2, 0.5, 0.3), (0.0, 0.0, 1.0)])

@@ -6,7 +6,7 @@ import pytest
 from conftest import exit_code
 from interpreter import run
 
-from thinkmid.augment import weave
+from thinkmid import thoughts
 from thinkmid.errors import UserError
 from thinkmid.mini import make, world
 from thinkmid.mini.make import Sieve, main
@@ -59,13 +59,13 @@ def test_the_manifest_tells_what_is_there(folder):
 
 def test_no_document_stands_in_two_files(folder):
     texts = {name: [row["text"] for row in rows(folder, name)] for name in ("general", "sft-raw", "rl", "heldout")}
-    raw = [weave.strip(text) for split in texts.values() for text in split]
+    raw = [thoughts.strip(text) for split in texts.values() for text in split]
     assert len(raw) == len(set(raw))
 
 
 def test_the_raw_control_has_the_same_documents_and_as_many_words(folder):
     manifest = json.loads((folder / "manifest.json").read_text())["files"]
-    think = [weave.strip(row["text"]) for row in rows(folder, "sft-think")]
+    think = [thoughts.strip(row["text"]) for row in rows(folder, "sft-think")]
     assert [row["text"] for row in rows(folder, "sft-raw")][: len(think)] == think
     assert 0 <= manifest["sft-raw.jsonl"]["words"] - manifest["sft-think.jsonl"]["words"] < 100
 
@@ -73,7 +73,9 @@ def test_the_raw_control_has_the_same_documents_and_as_many_words(folder):
 def test_no_evaluation_question_is_answered_in_training(folder):
     evaluation = [asked(row["question"]) for kind in world.SETS for row in rows(folder, f"questions-{kind}")]
     assert len(set.union(*evaluation)) == len(evaluation) == 150 * len(world.SETS)
-    texts = [weave.strip(row["text"]) for name in ("general", "sft-raw", "rl", "heldout") for row in rows(folder, name)]
+    texts = [
+        thoughts.strip(row["text"]) for name in ("general", "sft-raw", "rl", "heldout") for row in rows(folder, name)
+    ]
     texts += [row["question"] for row in rows(folder, "questions-train")]
     assert all(asked(text).isdisjoint(set.union(*evaluation)) for text in texts)
 

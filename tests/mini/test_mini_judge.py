@@ -10,8 +10,8 @@ from thinkmid.mini import judge, world
 from thinkmid.mini.annotator import annotate
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, init_weights
-from thinkmid.rollout.match import match
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.rollout.judge.rule import match
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import text_loss
 
 SHAPE = {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "rope_theta": 1000.0, "norm_eps": 1e-6, "tied": True}
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folders):
-    return Text.load(folders / "base")
+    return Tokenizer.load(folders / "base")
 
 
 @pytest.fixture(scope="module")

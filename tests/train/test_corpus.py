@@ -15,10 +15,10 @@ from thinkmid.data import store
 from thinkmid.data.sequences import read_sequences
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.run.config import RunConfig
+from thinkmid.run.ranks import Ranks
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train import corpus
-from thinkmid.train.config import RunConfig
-from thinkmid.train.shard import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 TEXTS = [f"{n} apples.<think> {n} - 5 = {n - 5}</think> So {n - 5} remain." for n in range(6, 30)]
@@ -36,7 +36,7 @@ def write(home, texts):
 
 
 def sequences(home, ranks=ALONE, folder="run", fresh=False, interrupt=None):
-    paths, text = [str(home / "corpus.jsonl")], Text.load(home / "tokenizer")
+    paths, text = [str(home / "corpus.jsonl")], Tokenizer.load(home / "tokenizer")
     run = RunConfig(folder=str(home / folder), steps=1, fresh=fresh)
     interrupt = interrupt or SimpleNamespace(requested=False)
     found, digest = corpus.stored_sequences(paths, text, 16, run, ranks, interrupt)
@@ -44,7 +44,7 @@ def sequences(home, ranks=ALONE, folder="run", fresh=False, interrupt=None):
 
 
 def in_memory(home):
-    text = Text.load(home / "tokenizer")
+    text = Tokenizer.load(home / "tokenizer")
     return [tokens.tolist() for tokens, _ in read_sequences([home / "corpus.jsonl"], text, 16)]
 
 

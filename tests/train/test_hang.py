@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from world import rlmt_flags, sft_flags
 
-from thinkmid.log import read_rows
+from thinkmid.files import read_rows
 
-PROGRAM = Path(__file__).with_name("hang.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "hang.py"
 TIMEOUT_S = 8
 STEPS = 4
 

@@ -7,14 +7,15 @@ import torch
 from conftest import TINY, join_ranks, random_model, spawn
 from world import TEXTS
 
-from thinkmid.text import Text, train_tokenizer
-from thinkmid.train import shard
+from thinkmid.run.ranks import Ranks
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
+from thinkmid.train import fsdp
 from thinkmid.train.config import RewardConfig
 from thinkmid.train.likelihood import Layout, Scores
-from thinkmid.train.truth import truths
+from thinkmid.train.references import truths
 from thinkmid.types import Group, Prompt, Sample
 
-ALONE = shard.Ranks(0, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
 MAX_SUFFIX = 5
 # prefix, reference, what the samples wrote; the second document begins with a thought, the last suffix is one token
 WORLD = [
@@ -25,9 +26,9 @@ WORLD = [
 ]  # fmt: skip
 
 
-def make_text(folder, tags) -> Text:
+def make_text(folder, tags) -> Tokenizer:
     train_tokenizer(TEXTS, 300, folder, tags)
-    return Text.load(folder)
+    return Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module", params=["added", "plain"])
@@ -158,8 +159,8 @@ def test_a_score_that_is_not_finite_is_no_reward_and_no_floor_for_others(text):
 
 def two_ranks_worker(rank, folder):
     ranks = join_ranks(rank, 2, folder)
-    text = Text.load(folder)
-    model = shard.shard(model_of(text), ranks, compute_dtype=torch.float64)
+    text = Tokenizer.load(folder)
+    model = fsdp.shard(model_of(text), ranks, compute_dtype=torch.float64)
     for pack_tokens in (10_000, 60):  # with the larger one a rank has an empty pack
         options = {"judge": 0.0, "gain": 1.0, "pack_tokens": pack_tokens}
         found = scored(text, {"policy": model}, groups_of(text), ranks, **options)[0]

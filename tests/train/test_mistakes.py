@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import drill
 import pytest
 
-from thinkmid import checkpoint, config
+from thinkmid import config
 from thinkmid.data import store
 from thinkmid.errors import UserError
-from thinkmid.log import read_rows
+from thinkmid.files import read_rows
 from thinkmid.model import weights
+from thinkmid.run import checkpoint
+from thinkmid.run.folder import LOCK
+from thinkmid.run.ranks import Ranks
 from thinkmid.train import corpus, job, rlmt, sft
-from thinkmid.train.folder import LOCK
-from thinkmid.train.shard import Ranks
 
 RLMT, BASE = (rlmt, "rlmt.toml"), (sft, "base.toml")
 DOCUMENT = '{"text": "Is it? <think>a</think>Yes."}\n'

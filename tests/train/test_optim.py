@@ -2,8 +2,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from thinkmid import checkpoint
-from thinkmid.train import optim, shard
+from thinkmid.run import checkpoint
+from thinkmid.run.ranks import start_ranks
+from thinkmid.train import fsdp, optim
 
 
 def step(model, optimizer, seed):
@@ -22,7 +23,7 @@ def test_moments_that_were_away_are_the_same_bit_for_bit(sharded, tmp_path):
     for away in (False, True):
         model = random_model()
         if sharded:
-            shard.shard(model, shard.start(), compute_dtype=torch.float32)
+            fsdp.shard(model, start_ranks(), compute_dtype=torch.float32)
         optimizer = optim.adamw(model, optim.OptimConfig(lr=0.1))
         moments = optim.Offload(optimizer)
         for seed in range(3):

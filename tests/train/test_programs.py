@@ -8,7 +8,7 @@ from conftest import exit_code
 from world import rlmt_flags, sft_flags
 
 from thinkmid.data.sequences import read_sequences
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import rlmt, sft
 
 
@@ -63,7 +63,7 @@ def test_an_epoch_sees_every_token_once_and_a_token_budget_is_met(home):
     twice = sum(row["tokens"] for row in sft_for(home, "two", "--data.epochs=2"))
     once = sum(row["tokens"] for row in sft_for(home, "one", "--data.epochs=1"))
     lengths = [
-        len(tokens) for tokens, _ in read_sequences([f"{home}/corpus.jsonl"], Text.load(home / "one/export"), 64)
+        len(tokens) for tokens, _ in read_sequences([f"{home}/corpus.jsonl"], Tokenizer.load(home / "one/export"), 64)
     ]
     targets = sum(lengths) - len(lengths)
     # the last step takes a full batch, which reaches into the next epoch

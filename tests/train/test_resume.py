@@ -10,7 +10,7 @@ import pytest
 def drill(tmp_path_factory):
     """What drill.py found; in a process of its own, whose forks inherit no threads of torch's."""
     folder = tmp_path_factory.mktemp("drill")
-    program = Path(__file__).with_name("drill.py")
+    program = Path(__file__).parents[1] / "helpers" / "drill.py"
     done = subprocess.run([sys.executable, program, "--folder", folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr + (folder / "out.txt").read_text()
     return json.loads((folder / "results.json").read_text())

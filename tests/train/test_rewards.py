@@ -13,11 +13,11 @@ from world import rlmt_flags, sft_flags
 from thinkmid.data.prompts import at_thoughts
 from thinkmid.data.source import read_documents
 from thinkmid.model.weights import load_model, read_config
-from thinkmid.text import Text
+from thinkmid.run.ranks import Ranks
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import rlmt, rlpt, sft
 from thinkmid.train.config import RewardConfig
 from thinkmid.train.likelihood import Scores
-from thinkmid.train.shard import Ranks
 from thinkmid.types import Group, Sample
 
 
@@ -73,7 +73,7 @@ def test_the_judges_verdict_alone_runs_no_scoring(home, monkeypatch):
 
 
 def test_a_thought_that_holds_the_answer_gains_more_than_a_blank_one(home):
-    text, model = Text.load(home / "sft/export"), load_model(home / "sft/export")
+    text, model = Tokenizer.load(home / "sft/export"), load_model(home / "sft/export")
     groups = []
     for prompt in at_thoughts(read_documents([home / "corpus.jsonl"]), text, max_prefix=100):
         total = re.search(r"are (\d+) coins", prompt.meta["reference"])[1]

@@ -6,7 +6,7 @@ import pytest
 from conftest import exit_code
 from world import sft_flags
 
-from thinkmid.log import read_rows
+from thinkmid.files import read_rows
 from thinkmid.train import rlpt, sft
 
 QUESTIONS = [

@@ -14,13 +14,14 @@ from thinkmid.data.pack import Reply, Unit, make_pack, plan
 from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import Transformer
-from thinkmid.train import advantage, exchange, job, optim, shard
+from thinkmid.run.ranks import Ranks
+from thinkmid.train import advantage, exchange, fsdp, job, optim
 from thinkmid.train.config import LossConfig, ModelSection
 from thinkmid.train.loss import logprobs, policy_loss, text_loss
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
 
-ALONE = shard.Ranks(0, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
 LOSS = LossConfig(denom=3.0)
 GROUPS = random_groups([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0, 1]], seed=4)
 
@@ -44,7 +45,7 @@ def snapshot(model, optimizer):
 
 def broken_worker(rank, folder):
     ranks = join_ranks(rank, 2, folder)
-    model = shard.shard(random_model(), ranks, compute_dtype=torch.float32)
+    model = fsdp.shard(random_model(), ranks, compute_dtype=torch.float32)
     optimizer = optim.adamw(model, optim.OptimConfig(lr=0.01))
     step(model, optimizer, planned(GROUPS, ranks), ranks)
     before = snapshot(model, optimizer)
@@ -105,7 +106,7 @@ def test_sums_add_over_packs_and_maxima_stay_maxima():
 
 
 @dataclass(frozen=True)
-class Unread(shard.Ranks):
+class Unread(Ranks):
     """A rank whose device stands for a GPU that nothing may be read from, but for the sums of a step."""
 
     reads: list = field(default_factory=list)
@@ -219,7 +220,7 @@ def test_what_attention_is_asked_for_is_what_the_config_says(deterministic, monk
 
     monkeypatch.setattr(launch, "attention_path", lambda q: "torch-varlen")
     monkeypatch.setitem(attention.LIBRARIES, "torch-varlen", library)
-    monkeypatch.setattr(shard, "shard", lambda model, ranks, compute_dtype: model)
+    monkeypatch.setattr(fsdp, "shard", lambda model, ranks, compute_dtype: model)
     model = job.empty_model(TINY, ModelSection(deterministic=deterministic), ALONE)
     logprobs(model, make_pack(planned(GROUPS, ALONE)[0]))
     assert asked == [deterministic] * TINY.layers
@@ -231,7 +232,7 @@ def embedding_worker(rank, folder):
     batches = planned(GROUPS, ranks, capacity=24)
     grads, gathers = [], []
     for again in (True, False):
-        model = shard.shard(random_model(), ranks, compute_dtype=torch.bfloat16)
+        model = fsdp.shard(random_model(), ranks, compute_dtype=torch.bfloat16)
         if again:
             model.embed_tokens.set_unshard_in_backward(True)
         with torch.profiler.profile() as profile:
@@ -257,7 +258,7 @@ def sum_worker(rank, folder):
         for who in (ranks, ALONE):
             model = random_model(replace(TINY, tied=tied))
             if who is ranks:
-                shard.shard(model, ranks, compute_dtype=torch.float32)
+                fsdp.shard(model, ranks, compute_dtype=torch.float32)
             optimizer = optim.adamw(model, optim.OptimConfig(lr=0.01))
             norms.append(step(model, optimizer, planned(GROUPS, who, capacity=30), who).grad_norm)
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -270,7 +271,7 @@ def test_gradients_of_ranks_are_summed_in_fp32(tmp_path):
 
 def stale_worker(rank, world, folder, tied):
     ranks = join_ranks(rank, world, folder)
-    model = shard.shard(random_model(replace(TINY, tied=tied)), ranks, compute_dtype=torch.float32)
+    model = fsdp.shard(random_model(replace(TINY, tied=tied)), ranks, compute_dtype=torch.float32)
     optimizer = optim.adamw(model, optim.OptimConfig(lr=0.1))
     step(model, optimizer, planned(GROUPS, ranks), ranks, lr=0.1)
     pack = make_pack(planned(GROUPS, ALONE)[0])

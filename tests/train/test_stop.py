@@ -14,12 +14,13 @@ from world import rlmt_flags, sft_flags
 
 from thinkmid.errors import UserError
 from thinkmid.model import weights
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import make_engine
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.train import loss, rl, rlmt, sft, shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import make_engine
+from thinkmid.run.interrupt import Interrupt
+from thinkmid.run.ranks import start_ranks
+from thinkmid.train import loss, rl, rlmt, sft
 from thinkmid.train.draw import STEPS_BETWEEN_POLLS, rollouts
-from thinkmid.train.interrupt import Interrupt
 from thinkmid.train.optim import Offload
 from thinkmid.types import Prompt
 
@@ -67,7 +68,7 @@ def refuses(monkeypatch):
 
 
 def disagrees(monkeypatch):
-    monkeypatch.setattr(sync, "difference", lambda *_: "spoilt")
+    monkeypatch.setattr(weight_sync, "difference", lambda *_: "spoilt")
     return 2
 
 
@@ -340,7 +341,7 @@ class Steps:
 
 def draws(rank, world, folder):
     join_ranks(rank, world, folder)
-    ranks, interrupt = shard.start(2), SimpleNamespace(requested=False)
+    ranks, interrupt = start_ranks(2), SimpleNamespace(requested=False)
     # the engine of ranks 0 and 1 takes more steps than that of ranks 2 and 3; rank 1 gets the signal in the 20th
     engine = Steps(100 if rank < 2 else 37, 20 if rank == 1 else -1, interrupt)
     quiet = SimpleNamespace(beat=lambda: None, progress=lambda *_: None)

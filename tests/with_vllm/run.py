@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from thinkmid import config
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import Sampling, collect
-from thinkmid.rollout.guard import Verdict
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.rollout.vllm import VllmEngine
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.vllm import VllmEngine
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.train import rl, rlmt
 
 SPOILT = 2  # first version whose sync goes wrong
@@ -118,8 +118,8 @@ def compared(train):
         native = NativeEngine(job.model.cfg, job.text)
         engine.wake_weights()
         for e in (engine, native):
-            sums = sync.push(job.model, e, cfg.run.steps, torch.float32)
-            assert sync.difference(e, sums, {}) == ""
+            sums = weight_sync.push(job.model, e, cfg.run.steps, torch.float32)
+            assert weight_sync.difference(e, sums, {}) == ""
         engine.wake_cache()
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
         # ranks that share an engine ask for the same

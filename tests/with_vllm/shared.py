@@ -12,11 +12,11 @@ import torch
 
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import EngineConfig
-from thinkmid.rollout.vllm import VllmEngine
-from thinkmid.text import Text
-from thinkmid.train import shard
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.protocol import EngineConfig
+from thinkmid.rollout.engine.vllm import VllmEngine
+from thinkmid.run.ranks import start_ranks
+from thinkmid.tokenizer import Tokenizer
 
 BASE = ModelConfig(
     kind="llama", vocab=641, width=32, layers=2, heads=4, kv_heads=1, head_dim=32, ffn=48, rope_theta=1000.0,
@@ -32,17 +32,19 @@ FAMILIES = [
 
 
 def main():
-    ranks, folder = shard.start(), Path(sys.argv[1])
+    ranks, folder = start_ranks(), Path(sys.argv[1])
     for cfg in FAMILIES:
         model = weights.build(cfg)
         with torch.no_grad():
             for i, p in enumerate(model.parameters()):
                 p.normal_(generator=torch.Generator().manual_seed(i))
         weights.save(folder / cfg.kind, cfg, weights.stream(model), dtype=torch.float32)
-        text = Text(tokenizer=None, pieces=[b"."] * cfg.vocab, eos_ids=(0,), bos_id=None, open_ids=[1], close_ids=[2])
+        text = Tokenizer(
+            tokenizer=None, pieces=[b"."] * cfg.vocab, eos_ids=(0,), bos_id=None, open_ids=[1], close_ids=[2]
+        )
         config = EngineConfig(kind="vllm", compile=False, kv_gb=0.02, tensor_parallel=ranks.world)
         engine = VllmEngine(folder / cfg.kind, cfg, text, config, max_len=64, rows=2)
-        wrong = sync.difference(engine, sync.push(model, engine, 0, torch.float32), {})
+        wrong = weight_sync.difference(engine, weight_sync.push(model, engine, 0, torch.float32), {})
         row = {"rank": ranks.rank, "family": cfg.kind, "wrong": wrong, "names": sorted(dict(engine.named_weights()))}
         print(json.dumps(row), flush=True)
 

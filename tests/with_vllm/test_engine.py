@@ -14,11 +14,11 @@ from conftest import TINY, random_model
 from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.model.transformer import RopeScaling
-from thinkmid.rollout import sync, vllm
-from thinkmid.rollout.engine import EngineConfig, Sampling, check_vllm, collect
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.text import Text, train_tokenizer
-from thinkmid.train import shard
+from thinkmid.rollout.engine import vllm, weight_sync
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect
+from thinkmid.run.ranks import start_ranks
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt
 
 MAX_LEN = 320
@@ -37,14 +37,14 @@ FAMILIES = {
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(SENTENCES, 290, folder, "plain")
-    return Text.load(folder)
+    return Tokenizer.load(folder)
 
 
 class World:
     """A model, the two engines that hold its weights, and prompts."""
 
     def __init__(self, cfg, text, folder):
-        shard.start()
+        start_ranks()
         self.cfg = replace(cfg, vocab=text.vocab_size, eos_ids=text.eos_ids)
         self.model = random_model(self.cfg)
         weights.save(folder, self.cfg, weights.stream(self.model), dtype=torch.float32)
@@ -60,8 +60,8 @@ class World:
 
     def push(self, model, version):
         for engine in (self.vllm, self.native):
-            sums = sync.push(model, engine, version, torch.float32)
-            assert sync.difference(engine, sums, {}) == ""
+            sums = weight_sync.push(model, engine, version, torch.float32)
+            assert weight_sync.difference(engine, sums, {}) == ""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -182,7 +182,7 @@ def test_a_generation_that_is_stopped_leaves_nothing_running(one):
     stop = lambda: len(calls) > 3 or calls.append(0)  # noqa: E731
     drawn = collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=30), stop)
     assert drawn is None
-    sync.push(one.model, one.vllm, 9, torch.float32)  # which empties the cache, and that needs an idle engine
+    weight_sync.push(one.model, one.vllm, 9, torch.float32)  # which empties the cache, and that needs an idle engine
     assert len(samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=4)))) == 2 * len(one.prompts)
 
 
@@ -197,11 +197,11 @@ def test_an_engine_that_sleeps_or_holds_nothing_refuses(one):
     with pytest.raises(RuntimeError, match="generate while asleep"):
         one.vllm.generate(one.prompts, seeds(one), Sampling())
     with pytest.raises(RuntimeError, match="load_weights while asleep"):
-        sync.push(one.model, one.vllm, 10, torch.float32)
+        weight_sync.push(one.model, one.vllm, 10, torch.float32)
     one.vllm.wake_weights()
     with pytest.raises(RuntimeError, match="wake_cache before load_weights"):
         one.vllm.wake_cache()
-    sync.push(one.model, one.vllm, 10, torch.float32)
+    weight_sync.push(one.model, one.vllm, 10, torch.float32)
     one.vllm.wake_cache()
     assert samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=2)))[0].version == 10
 
@@ -245,13 +245,13 @@ def test_two_engines_of_one_rope_share_no_tensor_and_each_draws_with_its_own_wei
     second = vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.text, config, max_len=MAX_LEN, rows=16)
     models = {second: other, one.vllm: one.model}
     for version, (engine, model) in enumerate(models.items()):
-        sync.push(model, engine, 11 + version, torch.float32)
+        weight_sync.push(model, engine, 11 + version, torch.float32)
     ours, theirs = (tensors(engine) for engine in models)
     assert sum("cos_sin_cache" in path for path in ours.values()) == 1
     assert [ours[at] for at in ours.keys() & theirs.keys()] == []
     for engine, model in models.items():
-        assert sync.difference(engine, sync.checksums(model, engine, torch.float32), {}) == ""
-        sync.push(model, one.native, 11, torch.float32)
+        assert weight_sync.difference(engine, weight_sync.checksums(model, engine, torch.float32), {}) == ""
+        weight_sync.push(model, one.native, 11, torch.float32)
         a, b = (collect(e, one.prompts, seeds(one), GREEDY[0]) for e in (engine, one.native))
         assert [s.tokens.tolist() for s in samples(a)] == [s.tokens.tolist() for s in samples(b)]
 

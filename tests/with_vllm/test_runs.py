@@ -9,12 +9,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 from safetensors import safe_open
 from world import rlmt_flags, sft_flags
 
-from thinkmid.log import read_rows
+from thinkmid.files import read_rows
 
 PROGRAM = Path(__file__).with_name("run.py")
 ENGINE = """

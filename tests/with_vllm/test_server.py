@@ -17,11 +17,11 @@ pytest.importorskip("openai")
 from conftest import TINY, random_model
 
 from thinkmid.model import weights
-from thinkmid.rollout.ask import EngineAsk, choices
-from thinkmid.rollout.judge import ModelJudge
-from thinkmid.rollout.native import NativeEngine
-from thinkmid.rollout.remote import RemoteAsk
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.judge.ask import EngineAsk, choices
+from thinkmid.rollout.judge.endpoint import RemoteAsk
+from thinkmid.rollout.judge.model import ModelJudge
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = ["reference: candidate: same? remain." + " yes no" * 9]
 PAIRS = [(f"{n} remain.", f"{k} remain.") for n in (1, 5, 7) for k in (7, 12)]
@@ -32,7 +32,7 @@ def judge(tmp_path_factory):
     """A model that says yes or no and nothing else, and its tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("judge")
     train_tokenizer(WORDS, 320, folder / "tokenizer")
-    text = Text.load(folder / "tokenizer")
+    text = Tokenizer.load(folder / "tokenizer")
     cfg = replace(TINY, head_dim=32, width=32, ffn=48, max_positions=512, vocab=text.vocab_size, eos_ids=text.eos_ids)
     model = random_model(cfg)
     shared, yes, no = choices(text)

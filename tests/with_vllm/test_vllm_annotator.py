@@ -10,15 +10,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
 
 pytest.importorskip("vllm")
 
 from conftest import TINY, exit_code, random_model
 
-from thinkmid.augment import annotate, weave
+from thinkmid import thoughts
+from thinkmid.augment import annotate
 from thinkmid.model import weights
-from thinkmid.text import Text, train_tokenizer
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
 
 TEMPLATE = "{{ bos_token }}<|end|>{% for m in messages %}{{ m.content | trim }}<|end|>{% endfor %}"
 BASE = replace(TINY, head_dim=32, width=96, ffn=48, max_positions=4096)
@@ -39,12 +41,12 @@ def world(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train_tokenizer([*TEXTS, THOUGHT, REFUSAL] * 2, 400, folder / "tokenizer")
     path = folder / "tokenizer" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = RawTokenizer.from_file(str(path))
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     tokenizer.save(str(path))
     path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    text = Text.load(folder / "tokenizer")
+    text = Tokenizer.load(folder / "tokenizer")
     shape = replace(BASE, vocab=text.vocab_size, eos_ids=text.eos_ids)
     noise = random_model(shape)
     with torch.no_grad():
@@ -133,7 +135,7 @@ def check_accounts(folder):
         assert told[name] == sum(row[name] for row in found) > 0
     think, raw = (rows(folder, f"*-{kind}/part-*.jsonl") for kind in ("think", "raw"))
     assert Counter(row["text"] for row in think) == Counter(row["text"] for row in accepted)
-    assert [weave.strip(row["text"]) for row in think] == [row["text"] for row in raw]
+    assert [thoughts.strip(row["text"]) for row in think] == [row["text"] for row in raw]
     assert {row["text"] for row in raw} <= set(TEXTS)
     return told
 

@@ -19,19 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from thinkmid import config
-from thinkmid.augment import annotators, chat, endpoint, shards, split, weave, writer
+from thinkmid import config, thoughts
+from thinkmid.augment import annotators, endpoint, shards, split, writer
 from thinkmid.augment.annotators import Outcome
 from thinkmid.augment.config import AnnotateConfig, decisive, settings, share
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.progress import Progress
+from thinkmid.data import chat
 from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
-from thinkmid.files import locked, read_json
-from thinkmid.log import write_whole
+from thinkmid.files import locked, read_json, write_whole
 from thinkmid.model import identity
-from thinkmid.text import Text
-from thinkmid.train.interrupt import EXIT, Interrupt
+from thinkmid.run.interrupt import EXIT, Interrupt
+from thinkmid.tokenizer import Tokenizer
 
 RULES_BATCH = 64
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(AnnotateConfig, argv, prog=prog, description=__doc__)
     if dry_run:
         return plan(cfg)
-    text = Text.load(cfg.chunks.tokenizer)
+    text = Tokenizer.load(cfg.chunks.tokenizer)
     if not share(cfg.shard)[0]:
         for line in left_out([*cfg.data.paths, *cfg.split.evals]):
             print(line, flush=True)
@@ -62,7 +62,7 @@ def plan(cfg: AnnotateConfig) -> int:
         print(config.to_toml(cfg), end="")
         return 0
     from thinkmid.model import weights
-    from thinkmid.train import memory
+    from thinkmid.plan import memory
 
     shape = weights.read_config(cfg.writer.folder)
     longest_prompt = longest(cfg, shape.max_positions) - cfg.writer.max_tokens
@@ -77,14 +77,14 @@ def longest(cfg: AnnotateConfig, max_positions: int) -> int:
     return found
 
 
-def with_rules(cfg: AnnotateConfig, text: Text) -> int:
+def with_rules(cfg: AnnotateConfig, text: Tokenizer) -> int:
     interrupt, annotate = Interrupt(), partial(annotators.by_rules, cfg=cfg.annotator)
     stopped = lambda: interrupt.requested  # noqa: E731
     pool = {"batch": RULES_BATCH, "workers": 1, "stopped": stopped, "abort": lambda: None}
     return work(cfg, text, partial(through_pool, annotate=annotate, **pool), stopped=stopped)
 
 
-def with_endpoint(cfg: AnnotateConfig, text: Text) -> int:
+def with_endpoint(cfg: AnnotateConfig, text: Tokenizer) -> int:
     interrupt, workers = Interrupt(), cfg.endpoint.workers
     stopped = lambda: interrupt.requested  # noqa: E731
     write = endpoint.Endpoint(cfg.endpoint, os.environ.get(cfg.endpoint.key_env, ""))
@@ -99,19 +99,19 @@ def with_endpoint(cfg: AnnotateConfig, text: Text) -> int:
         write.close()
 
 
-def with_engine(cfg: AnnotateConfig, text: Text) -> int:
+def with_engine(cfg: AnnotateConfig, text: Tokenizer) -> int:
     """Each rank its own engine, on its own accelerator."""
     from thinkmid.model import weights
-    from thinkmid.rollout.engine import check_vllm, make_engine
-    from thinkmid.train import shard
+    from thinkmid.rollout.engine.protocol import check_vllm, make_engine
+    from thinkmid.run.ranks import start_ranks
 
     folder, rows = Path(cfg.writer.folder), cfg.writer.max_batch
     if cfg.engine.kind == "vllm":
         check_vllm()
-    shape, theirs = weights.read_config(folder), Text.load(folder)
+    shape, theirs = weights.read_config(folder), Tokenizer.load(folder)
     ask = chat.Chat(folder, theirs, thinking=cfg.writer.thinking)
     max_len = longest(cfg, shape.max_positions)
-    interrupt, ranks = Interrupt(), shard.start()
+    interrupt, ranks = Interrupt(), start_ranks()
     known = identity.verified(folder, ranks)
     model = identity.of_model(folder, theirs, known) | {"chat template": ask.digest}
     begin(cfg, text, model)  # what is wrong with the data shows before an engine is made
@@ -124,7 +124,7 @@ def with_engine(cfg: AnnotateConfig, text: Text) -> int:
     return work(cfg, text, through, stopped=stopped, model=model)
 
 
-def begin(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> split.Split:
+def begin(cfg: AnnotateConfig, text: Tokenizer, model: dict[str, str]) -> split.Split:
     """The folder is this run's and its documents are split. UserError names what is wrong with either."""
     claim(cfg, text, model)
     return split.ensure(Path(cfg.run.folder), cfg.data.paths, cfg.split)
@@ -132,7 +132,7 @@ def begin(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> split.Split
 
 def work(
     cfg: AnnotateConfig,
-    text: Text,
+    text: Tokenizer,
     through: Callable[[Iterator[Piece]], Iterable[tuple[Piece, Outcome]]],
     *,
     stopped: Callable[[], bool] = lambda: False,
@@ -218,7 +218,7 @@ def settled(
         yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
 
 
-def claim(cfg: AnnotateConfig, text: Text, model: dict[str, str]) -> None:
+def claim(cfg: AnnotateConfig, text: Tokenizer, model: dict[str, str]) -> None:
     """The folder is this run's. UserError: another program's; the first setting in which it is another run's; what of
     the annotator's model or of the tokenizer of chunks has another content."""
     folder = Path(cfg.run.folder)
@@ -266,7 +266,7 @@ def todo(cfg, text, parted: split.Split, journals, placed, progress: Progress) -
                 continue
             if home != "control":
                 yield Piece(part, place, chunk)
-            elif chunk.strip() and not weave.TAG.search(chunk):  # SFT would take a tag for a thought
+            elif chunk.strip() and not thoughts.TAG.search(chunk):  # SFT would take a tag for a thought
                 journals[part].add({"key": key, "chunk": number, "raw": chunk})
 
 
@@ -285,7 +285,7 @@ def as_row(place: shards.Chunk, outcome: Outcome) -> dict | None:
     return row | {name: n for name, n in costs.items() if n} | ({"retried": outcome.retried} if outcome.retried else {})
 
 
-def finish(cfg: AnnotateConfig, journals, placed, text: Text, complete: bool) -> None:
+def finish(cfg: AnnotateConfig, journals, placed, text: Tokenizer, complete: bool) -> None:
     """Publish the parts, or write down how far they are."""
     folder, with_control = Path(cfg.run.folder), cfg.split.control > 0
     for part, journal in journals.items():

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from thinkmid.augment import insert, prompts, rewrite, weave
+from thinkmid import thoughts
+from thinkmid.augment import insert, prompts, rewrite
 from thinkmid.augment.check import ACTION, Refused, accept
 from thinkmid.mini import annotator as mini
 
@@ -129,7 +130,7 @@ def unfit(chunk: str, cfg: AnnotatorConfig) -> str:
     """Why a chunk is not even asked about, or ""."""
     if not chunk.strip():
         return "blank"
-    tags = ACTION if cfg.kind != "rules" and cfg.strategy == "rewrite" else weave.TAG
+    tags = ACTION if cfg.kind != "rules" and cfg.strategy == "rewrite" else thoughts.TAG
     return "tags in the text" if tags.search(chunk) else ""
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from thinkmid.augment import weave
-from thinkmid.errors import UserError
-from thinkmid.log import UNPRINTABLE
+from thinkmid import thoughts
+from thinkmid.errors import UNPRINTABLE, UserError
 
 BEGIN, END = "=== answer ===", "=== end ==="  # lines around an answer: what a model says before and after is not used
 COPIED = 60  # characters: a thought that holds so many of those that follow it gives them away
@@ -37,8 +36,8 @@ def answer(reply: str) -> str:
     reply = reply.replace("\r\n", "\n")
     if not reply.strip():
         raise Refused("empty answer")
-    if reply.lstrip().startswith(weave.OPEN):
-        reply = reply.partition(weave.CLOSE)[2]
+    if reply.lstrip().startswith(thoughts.OPEN):
+        reply = reply.partition(thoughts.CLOSE)[2]
     lines = reply.split("\n")
     at = {mark: [i for i, line in enumerate(lines) if line.strip() == mark] for mark in (BEGIN, END)}
     if not at[BEGIN]:
@@ -68,7 +67,7 @@ def normalise(written: str) -> str:
         opened = None if slash else name
     if opened:
         raise Refused("unbalanced tags")
-    return ACTION.sub(lambda match: weave.CLOSE if tag_parts(match)[0] else weave.OPEN, written)
+    return ACTION.sub(lambda match: thoughts.CLOSE if tag_parts(match)[0] else thoughts.OPEN, written)
 
 
 def tag_parts(match: re.Match) -> tuple[str, str]:
@@ -83,17 +82,17 @@ def accept(chunk: str, woven: str, *, min_thoughts: int = 1, max_thought: int = 
     max_thought: characters of the longest thought. Refused by reason otherwise.
     """
     try:
-        pieces = weave.split(woven)
+        pieces = thoughts.split(woven)
     except UserError:
         raise Refused("unbalanced tags") from None
     if "".join(piece for is_thought, piece in pieces if not is_thought) != chunk:
         raise Refused("altered text")
-    thoughts = [i for i, (is_thought, _) in enumerate(pieces) if is_thought]
-    if len(thoughts) < min_thoughts:
+    places = [i for i, (is_thought, _) in enumerate(pieces) if is_thought]
+    if len(places) < min_thoughts:
         raise Refused("too few thoughts")
-    if any(b - a == 1 for a, b in pairwise(thoughts)):
+    if any(b - a == 1 for a, b in pairwise(places)):
         raise Refused("two thoughts at one place")
-    for i in thoughts:
+    for i in places:
         following = pieces[i + 1][1] if i + 1 < len(pieces) else ""
         check_thought(pieces[i][1], following, max_thought)
     return woven

@@ -9,7 +9,7 @@ from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.endpoint import EndpointConfig
 from thinkmid.augment.split import SplitConfig
 from thinkmid.augment.writer import WriterConfig
-from thinkmid.rollout.engine import EngineConfig
+from thinkmid.rollout.engine.protocol import EngineConfig
 
 # what the output depends on beside data, chunks, annotator and split; and settings in there that it does not depend on:
 # of folders of models the content counts

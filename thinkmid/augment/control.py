@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 
 Rows = list[tuple[str, str]]  # (id, text)
 
 
-def fill(raw: Rows, reserve: Iterable[tuple[str, str]], think_tokens: int, text: Text) -> tuple[Rows, dict[str, int]]:
+def fill(
+    raw: Rows, reserve: Iterable[tuple[str, str]], think_tokens: int, text: Tokenizer
+) -> tuple[Rows, dict[str, int]]:
     """Rows of the control, and its sizes: those of raw, then of the reserve in order, the last one cut to fit.
 
     think_tokens: of as many annotated rows as raw has. Tokens are counted as SFT reads a row: with the begin and end

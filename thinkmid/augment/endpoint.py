@@ -12,8 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from thinkmid.augment.annotators import Reply, Unanswered
-from thinkmid.errors import UserError
-from thinkmid.log import plain
+from thinkmid.errors import UserError, plain
 
 LONGEST_PAUSE = 60.0  # seconds, also where the endpoint asks for more
 PASSING = {408, 409, 425, 429}  # and every 5xx

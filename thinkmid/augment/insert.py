@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-from thinkmid.augment import prompts, weave
+from thinkmid import thoughts
+from thinkmid.augment import prompts
 from thinkmid.augment.check import Refused, answer, normalise
-from thinkmid.text import SENTENCE
+from thinkmid.tokenizer import SENTENCE
 
 ENTRY = re.compile(r"^@(\d{1,9})[ \t:]*(.*)$")
 
@@ -38,7 +39,7 @@ def read(chunk: str, reply: str) -> str:
             raise Refused("two thoughts at one place")
         seen.add(number)
         found.append((at[number - 1], bare(thought)))
-    return weave.insert(chunk, found)
+    return thoughts.insert(chunk, found)
 
 
 def entries(body: str) -> list[tuple[int, str]]:
@@ -56,7 +57,7 @@ def entries(body: str) -> list[tuple[int, str]]:
 
 def bare(thought: str) -> str:
     """A thought without the pair of tags that the model may have put around it."""
-    match weave.split(normalise(thought)):
+    match thoughts.split(normalise(thought)):
         case [(True, inner)]:
             return inner.strip()
         case [(False, inner)]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from thinkmid.augment.annotators import Outcome
-from thinkmid.log import plain
+from thinkmid.errors import plain
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from thinkmid.augment import prompts, weave
+from thinkmid import thoughts
+from thinkmid.augment import prompts
 from thinkmid.augment.check import Refused, answer, normalise
 
 SPACELESS = "\u2e80"  # from here on, scripts that put no spaces between words
@@ -20,21 +21,21 @@ def read(chunk: str, reply: str) -> str:
     Models lose and add white space around tags, so that is not compared; it comes from the chunk like all the rest.
     The chunk must hold no action tags. Refused by reason: any other difference is "altered text".
     """
-    pieces = weave.split(normalise(answer(reply)))
+    pieces = thoughts.split(normalise(answer(reply)))
     if visible("".join(piece for is_thought, piece in pieces if not is_thought)) != visible(chunk):
         raise Refused("altered text")
     ends = [0, *(i + 1 for i, letter in enumerate(chunk) if not letter.isspace())]
-    thoughts, passed = [], 0
+    placed, passed = [], 0
     for is_thought, piece in pieces:
         if is_thought:
-            thoughts.append((ends[passed], piece.strip()))
+            placed.append((ends[passed], piece.strip()))
         else:
             passed += len(visible(piece))
-    if any(a == b for (a, _), (b, _) in pairwise(thoughts)):
+    if any(a == b for (a, _), (b, _) in pairwise(placed)):
         raise Refused("two thoughts at one place")
-    if any(inside_word(chunk, at) for at, _ in thoughts):
+    if any(inside_word(chunk, at) for at, _ in placed):
         raise Refused("inside a word")
-    return weave.insert(chunk, thoughts)
+    return thoughts.insert(chunk, placed)
 
 
 def visible(text: str) -> str:

@@ -21,12 +21,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from thinkmid.augment import control, weave
+from thinkmid import thoughts
+from thinkmid.augment import control
 from thinkmid.augment.split import ANNOTATED
 from thinkmid.errors import UserError
-from thinkmid.files import check_row, is_count, is_text, read_json
-from thinkmid.log import write_whole
-from thinkmid.text import Text
+from thinkmid.files import check_row, is_count, is_text, read_json, write_whole
+from thinkmid.tokenizer import Tokenizer
 
 # fields of a journal's rows
 PLACE = {"key": is_text, "chunk": is_count}
@@ -147,7 +147,9 @@ def tally(rows: Iterable[dict]) -> dict:
     return {**counts, "refused_by": dict(sorted(refused.items())), "retried_by": dict(sorted(retried.items()))}
 
 
-def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text: Text, *, with_control: bool) -> dict:
+def publish(
+    folder: Path, part: int, order: list[Placed], journal: Journal, text: Tokenizer, *, with_control: bool
+) -> dict:
     """The files of a part whose chunks are all finished, its status last. Returns the status."""
     rows = journal.rows()
     accepted = {place(row): row["text"] for row in rows if "text" in row}
@@ -167,7 +169,7 @@ def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text
         # by place: two documents may have the same id
         ids = {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
         woven = {at: accepted[at] for at in ids if at in accepted}
-        pieces = {at: weave.split(chunk) for at, chunk in woven.items()}
+        pieces = {at: thoughts.split(chunk) for at, chunk in woven.items()}
         raw = {at: "".join(piece for is_thought, piece in found if not is_thought) for at, found in pieces.items()}
         splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), text)
         for kind, chunks in (("think", woven), ("raw", raw)):
@@ -182,7 +184,7 @@ def publish(folder: Path, part: int, order: list[Placed], journal: Journal, text
     return status
 
 
-def sizes(documents: list[Placed], pieces: list, bare: list[str], text: Text) -> dict[str, int]:
+def sizes(documents: list[Placed], pieces: list, bare: list[str], text: Tokenizer) -> dict[str, int]:
     """Rows and tokens of a split: with thoughts as SFT reads them, and of the raw control."""
     woven = text.encode_woven_many(pieces)
     return {

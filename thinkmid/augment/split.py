@@ -20,8 +20,7 @@ import numpy as np
 
 from thinkmid.data.source import Document, data_files, left_out, read_documents, read_rows
 from thinkmid.errors import UserError
-from thinkmid.files import is_count, locked
-from thinkmid.log import write_whole
+from thinkmid.files import is_count, locked, write_whole
 
 SPLITS = ("heldout", "rl", "sft", "control")  # of two near-duplicates that are apart, the one named earlier stays
 ANNOTATED = SPLITS[:3]

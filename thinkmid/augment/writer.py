@@ -9,8 +9,8 @@ from typing import Protocol
 from thinkmid.augment import annotators
 from thinkmid.augment.annotators import AnnotatorConfig, Asking, Outcome, Reply
 from thinkmid.augment.shards import Chunk
-from thinkmid.rollout.engine import Engine, Sampling, seed
-from thinkmid.text import Text
+from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 QUEUE = 2  # times max_batch: questions in the engine's hands, so that for each that ends another one waits
@@ -52,7 +52,7 @@ class Item(Protocol):
     chunk: str
 
 
-def blind(text: Text) -> Text:
+def blind(text: Tokenizer) -> Tokenizer:
     """For engines that write answers: closing tags end nothing, for rewritten text holds many."""
     return replace(text, pieces=[b""] * text.vocab_size)
 
@@ -67,7 +67,7 @@ def through_engine(
     cfg: AnnotatorConfig,
     writer: WriterConfig,
     engine: Engine,
-    text: Text,
+    text: Tokenizer,
     chat: Callable[[str], list[int]],
     *,
     max_len: int,

@@ -10,17 +10,17 @@ from itertools import chain
 
 import numpy as np
 
-from thinkmid.augment import weave
+from thinkmid import thoughts
 from thinkmid.data.source import Document
 from thinkmid.data.store import Store
 from thinkmid.errors import UserError
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n")
 
 
-def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -> Iterator[Prompt]:
+def at_thoughts(documents: Iterable[Document], text: Tokenizer, *, max_prefix: int) -> Iterator[Prompt]:
     """One prompt per thought that text follows: what stands before it, earlier thoughts included.
 
     The reference is the text after it without thoughts. UserError names a document whose prefix is too long.
@@ -35,7 +35,7 @@ def at_thoughts(documents: Iterable[Document], text: Text, *, max_prefix: int) -
 
 
 def in_raw_text(
-    documents: Iterable[Document], text: Text, *, where: str, max_prefix: int, length: int, seed: int
+    documents: Iterable[Document], text: Tokenizer, *, where: str, max_prefix: int, length: int, seed: int
 ) -> Iterator[Prompt]:
     """Raw text: one prompt per chunk, cut at a place decided by (seed, id); the rest of the chunk is the reference.
 
@@ -47,7 +47,7 @@ def in_raw_text(
     if room < max(1, length):
         raise UserError(f"a prefix of {max_prefix} tokens has no room for text beside the opened tag")
     for doc in documents:
-        if tag := weave.TAG.search(doc.text):
+        if tag := thoughts.TAG.search(doc.text):
             raise UserError(f"{doc.where}: raw text contains {tag[0]} at character {tag.start()}")
         for k, chunk in enumerate(text.chunks(doc.text, 2 * length if where == "fixed" else room)):
             cut = _cut(chunk, where, text, length, f"{seed}/{doc.id}#{k}")
@@ -57,7 +57,7 @@ def in_raw_text(
                 yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], text, max_prefix)
 
 
-def _cut(chunk: str, where: str, text: Text, length: int, key: str) -> int:
+def _cut(chunk: str, where: str, text: Tokenizer, length: int, key: str) -> int:
     """A place with text on both sides, decided by the key; 0 if there is none."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
     draw = int.from_bytes(digest, "little")
@@ -73,7 +73,7 @@ def _cut(chunk: str, where: str, text: Text, length: int, key: str) -> int:
 def split(doc: Document) -> list[tuple[bool, str]]:
     """(is thought, text) pieces of an annotated document. UserError names its file and line for a stray tag."""
     try:
-        return weave.split(doc.text)
+        return thoughts.split(doc.text)
     except UserError as error:
         raise UserError(f"{doc.where}: {error}") from None
 

@@ -11,10 +11,10 @@ from thinkmid.data.prompts import split
 from thinkmid.data.source import Document, read_documents
 from thinkmid.data.store import Store, blocks
 from thinkmid.errors import UserError
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 
 
-def tokens_of(documents: Sequence[Document], text: Text) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def tokens_of(documents: Sequence[Document], text: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens int32, is thought) of every document, begin and end tokens added."""
     begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
     for tokens, thought in text.encode_woven_many([split(doc) for doc in documents]):
@@ -27,7 +27,7 @@ def num_pieces(num_tokens, max_len: int):
     return np.maximum(num_tokens + max_len - 3, 0) // (max_len - 1)
 
 
-def read_sequences(paths, text: Text, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_sequences(paths, text: Tokenizer, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len."""
     out = []
     for tokens, thought in chain.from_iterable(tokens_of(block, text) for block in blocks(read_documents(paths))):
@@ -38,7 +38,7 @@ def read_sequences(paths, text: Text, max_len: int) -> list[tuple[np.ndarray, np
     return out
 
 
-def records(documents: Sequence[Document], text: Text) -> Iterator[tuple[bytes, tuple[()]]]:
+def records(documents: Sequence[Document], text: Tokenizer) -> Iterator[tuple[bytes, tuple[()]]]:
     """What a store keeps of each document that has a target: its tokens."""
     return ((tokens.tobytes(), ()) for tokens, _ in tokens_of(documents, text) if len(tokens) > 1)
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from thinkmid.errors import UserError
-from thinkmid.log import plain
+from thinkmid.errors import UserError, plain
 
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (*ROWS, ".txt", ".md")

@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save
 
 from thinkmid.data.source import Document
 from thinkmid.errors import UserError
-from thinkmid.files import read_json, regular
-from thinkmid.log import write_whole
+from thinkmid.files import read_json, regular, write_whole
 
 FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
 BLOCK_DOCUMENTS = 4096

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from thinkmid import config
+from thinkmid.data.questions import NAME
 from thinkmid.errors import UserError
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
-from thinkmid.eval.tasks import NAME
-from thinkmid.files import check_row, is_count, is_text, read_json
-from thinkmid.log import read_rows, write_whole
+from thinkmid.files import check_row, is_count, is_text, read_json, read_rows, write_whole
 
 ALIKE = ("template", "samples", "temperature", "top_p", "max_new", "max_direct")  # should be the same in both
 FIELDS = {f.name for f in fields(Graded)}

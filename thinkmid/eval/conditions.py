@@ -8,7 +8,8 @@ from typing import NamedTuple
 from thinkmid.errors import UserError
 from thinkmid.eval.swap import Key
 from thinkmid.files import Kinds, is_count, is_text
-from thinkmid.text import CLOSE, OPEN, Text
+from thinkmid.thoughts import CLOSE, OPEN
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 CONDITIONS = ("own", "blank", "generic", "swapped")
@@ -25,7 +26,7 @@ class Thought(NamedTuple):
     exact: bool  # the ids are those that were sampled
 
 
-def thought_of(row: dict, text: Text, opened: bool) -> Thought | None:
+def thought_of(row: dict, text: Tokenizer, opened: bool) -> Thought | None:
     """The thought of a stored row; None where it does not open or close. opened: its prompt has the opening tag.
 
     Encoded again where the row holds no ids, or a tag shares a token with its neighbours.
@@ -48,7 +49,12 @@ def find(ids: Sequence[int], part: Sequence[int]) -> int:
 
 
 def prompts_of(
-    asked: dict[Key, Prompt], thoughts: dict[Key, Thought], donors: dict[Key, Key], text: Text, opened: bool, room: int
+    asked: dict[Key, Prompt],
+    thoughts: dict[Key, Thought],
+    donors: dict[Key, Key],
+    text: Tokenizer,
+    opened: bool,
+    room: int,
 ) -> list[Prompt]:
     """A prompt for every thought and condition; without donors none is swapped.
 
@@ -72,7 +78,7 @@ def prompts_of(
     return out
 
 
-def replaced(own: list[int], text: Text, opened: bool) -> dict[str, list[int]]:
+def replaced(own: list[int], text: Tokenizer, opened: bool) -> dict[str, list[int]]:
     """Ids of the thoughts by condition, tags included; the idle one is as long as one's own."""
     start = [] if opened else text.open_ids
     num_inner = max(0, len(own) - len(start) - len(text.close_ids))

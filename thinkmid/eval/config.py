@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from thinkmid.eval import tasks
-from thinkmid.eval.prompts import find
-from thinkmid.rollout.checking import VerifyConfig
-from thinkmid.rollout.engine import EngineConfig, Sampling
+from thinkmid.data import questions
+from thinkmid.data.templates import find
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
+from thinkmid.rollout.grade.config import VerifyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SetsConfig:
         for entry in self.sets:
             if not entry.partition("=")[2]:
                 raise ValueError(f"sets: {entry!r} must be LAYOUT=PATH or NAME:LAYOUT=PATH")
-            if not tasks.NAME.fullmatch(name_of(entry)):
+            if not questions.NAME.fullmatch(name_of(entry)):
                 raise ValueError(f"sets: {entry!r}: a name is 1 to 60 letters, digits, blanks, . + - _, no sign first")
         if len(names := [name_of(entry) for entry in self.sets]) != len(set(names)) or not names:
             raise ValueError(f"sets needs different names, got {', '.join(names) or 'none'}")
@@ -82,13 +82,13 @@ def name_of(entry: str) -> str:
     return entry.partition("=")[0].partition(":")[0]
 
 
-def sets_of(cfg: EvalConfig) -> dict[str, tasks.Loaded]:
+def sets_of(cfg: EvalConfig) -> dict[str, questions.Loaded]:
     """Questions by the set's name, with a line for each set. UserError: the template or a set cannot be used."""
     find(cfg.data.template)
     sets = {}
     for entry in cfg.data.sets:
         head, _, path = entry.partition("=")
-        found = sets[name_of(entry)] = tasks.load(head.rpartition(":")[2], path, strict=cfg.data.strict)
+        found = sets[name_of(entry)] = questions.load(head.rpartition(":")[2], path, strict=cfg.data.strict)
         if not int(os.environ.get("RANK", 0)):
             print(f"{name_of(entry)}: {len(found.questions)} questions" + "".join(f"; {n}" for n in found.notes))
     return sets

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from thinkmid.data.questions import Question, posed
+from thinkmid.data.templates import render, tokens
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
-from thinkmid.eval.prompts import render, tokens
-from thinkmid.eval.tasks import Question, posed
-from thinkmid.files import Kinds, check_row, is_count, is_text, locked, read_json
-from thinkmid.log import read_rows, reopen, write_whole
+from thinkmid.files import Kinds, check_row, is_count, is_text, locked, read_json, read_rows, reopen, write_whole
 from thinkmid.model import identity, weights
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine import Sampling, make_engine, seed
-from thinkmid.text import Text
+from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 MARK = "drawn-by.json"
@@ -95,8 +94,8 @@ def alone(folder: Path, ranks):
     return locked(folder / f".lock-{ranks.rank:03d}", wait=False)
 
 
-def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Text]:
-    return weights.read_config(Path(cfg.model.folder)), Text.load(cfg.model.folder)
+def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Tokenizer]:
+    return weights.read_config(Path(cfg.model.folder)), Tokenizer.load(cfg.model.folder)
 
 
 def draw(
@@ -163,7 +162,7 @@ def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
     return list(groups.values())
 
 
-def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Text, shape: ModelConfig) -> list[Prompt]:
+def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Tokenizer, shape: ModelConfig) -> list[Prompt]:
     """One prompt per question and sample: a choice's options turn from sample to sample."""
     room, out = shape.max_positions - cfg.sampling.max_new, []
     for q in questions:
@@ -177,7 +176,7 @@ def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Text, shape
     return out
 
 
-def row_of(prompt: Prompt, sample, text: Text) -> dict:
+def row_of(prompt: Prompt, sample, text: Tokenizer) -> dict:
     return prompt.meta | {
         "asked": asked_of(prompt),
         "text": text.decode(sample.tokens),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thinkmid.data.questions import Question, base_answer, posed
 from thinkmid.eval.summary import Graded
-from thinkmid.eval.tasks import Question, base_answer, posed
-from thinkmid.text import CLOSE, OPEN
+from thinkmid.thoughts import CLOSE, OPEN
 
 
 def grade(template: str, rows: Sequence[dict], questions: Sequence[Question], grader) -> list[Graded]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from thinkmid import config
 from thinkmid.eval.config import EvalConfig, sets_of
-from thinkmid.rollout.checking import make_grader
+from thinkmid.rollout.grade.config import make_grader
 
 
 def main(argv: list[str]) -> int:
@@ -41,11 +41,11 @@ def plan(cfg: EvalConfig, sets: dict) -> int:
     """What --dry-run prints: the configuration, memory and an estimate of time."""
     from thinkmid.eval.generate import prompts_of
     from thinkmid.model import weights
-    from thinkmid.text import Text
-    from thinkmid.train import memory
+    from thinkmid.plan import memory
+    from thinkmid.tokenizer import Tokenizer
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Text.load(source)
+    shape, text = weights.read_config(source), Tokenizer.load(source)
     asked = [p for found in sets.values() for p in prompts_of(cfg, found.questions, text, shape)]
     print(f"# {len(asked):,} samples of {sum(len(found.questions) for found in sets.values()):,} questions")
     return memory.dry_run_engine(cfg, shape, cfg.sampling, max(len(p.tokens) for p in asked))
@@ -54,9 +54,9 @@ def plan(cfg: EvalConfig, sets: dict) -> int:
 def draw(cfg: EvalConfig, sets: dict, folder: Path):
     """Every rank its share of the questions, each sample written as it ends: (rank, what to call in the end)."""
     from thinkmid.eval.generate import generate
-    from thinkmid.train import shard
+    from thinkmid.run.ranks import start_ranks
 
-    ranks = shard.start(cfg.engine.tensor_parallel)
+    ranks = start_ranks(cfg.engine.tensor_parallel)
     generate(cfg, sets, folder / "generations", ranks)
     ranks.barrier()
     return ranks.rank, ranks.barrier
@@ -80,7 +80,7 @@ def report(folder: Path, cfg: EvalConfig, sets: dict, graded: dict) -> None:
 
     from thinkmid.eval.generate import PATH_ALONE, read_mark
     from thinkmid.eval.summary import summarise
-    from thinkmid.log import write_whole
+    from thinkmid.files import write_whole
 
     results = {name: summarise(rows, ks=cfg.run.ks, seed=cfg.run.seed) for name, rows in graded.items()}
     mean = sum(r["mean"] for r in results.values()) / len(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from thinkmid.rollout.engine import seed
+from thinkmid.rollout.engine.protocol import seed
 
 Key = tuple[str, int]  # question, sample
 

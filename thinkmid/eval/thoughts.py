@@ -15,7 +15,7 @@ from pathlib import Path
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig, sets_of
-from thinkmid.rollout.checking import make_grader
+from thinkmid.rollout.grade.config import make_grader
 from thinkmid.types import Prompt
 
 
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> int:
 
 def probes_of(cfg: EvalConfig, sets: dict, folder: Path) -> dict[str, Probe]:
     """By set. UserError: samples are missing, the context is too short."""
+    from thinkmid.data.questions import posed
     from thinkmid.eval import conditions, generate
     from thinkmid.eval.swap import swap
-    from thinkmid.eval.tasks import posed
-    from thinkmid.rollout.answers import squeezed
+    from thinkmid.rollout.grade.answers import squeezed
 
     (shape, text), probes, opened = generate.model_of(cfg), {}, cfg.data.template.endswith("-think")
     for name, found in sets.items():
@@ -86,9 +86,9 @@ def probes_of(cfg: EvalConfig, sets: dict, folder: Path) -> dict[str, Probe]:
 def draw(cfg: EvalConfig, probes: dict[str, Probe], folder: Path):
     """Every rank its share of the prompts, each answer written as it ends: (rank, what to call in the end)."""
     from thinkmid.eval import conditions, generate
-    from thinkmid.train import shard
+    from thinkmid.run.ranks import start_ranks
 
-    ranks = shard.start(cfg.engine.tensor_parallel)
+    ranks = start_ranks(cfg.engine.tensor_parallel)
     # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
     sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
     asked = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
@@ -103,7 +103,7 @@ def graded(cfg: EvalConfig, sets: dict, probes: dict[str, Probe], folder: Path, 
     """Set -> condition -> graded samples."""
     from thinkmid.eval import conditions, generate
     from thinkmid.eval.grade import grade
-    from thinkmid.text import CLOSE
+    from thinkmid.thoughts import CLOSE
 
     out = {}
     for name, probe in probes.items():
@@ -127,7 +127,7 @@ def graded(cfg: EvalConfig, sets: dict, probes: dict[str, Probe], folder: Path, 
 def report(folder: Path, cfg: EvalConfig, probes: dict[str, Probe], graded: dict[str, dict]) -> None:
     """thoughts.json, graded-thoughts/*.jsonl and a table on the console."""
     from thinkmid.eval.generate import read_mark
-    from thinkmid.log import write_whole
+    from thinkmid.files import write_whole
 
     for name, by_condition in graded.items():
         rows = [asdict(r) | {"condition": condition} for condition, found in by_condition.items() for r in found]

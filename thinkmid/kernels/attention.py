@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from thinkmid.kernels import launch
-from thinkmid.types import Pack
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,13 +50,6 @@ def varlen_attention(q, k, v, cu_q, cu_k, kv_rows=None, *, impl: str = "auto", d
     """
     _check(q, k, v, cu_q, cu_k, kv_rows)
     return attend_segments(cu_q, cu_k, kv_rows, impl=impl, deterministic=deterministic)(0, q, k, v)
-
-
-def attend_pack(pack: Pack, *, impl: str = "auto", deterministic: bool = True) -> Attend:
-    """The attention of one pack as the model wants it. Nothing waits for the device, but for sdpa on a GPU."""
-    shared = None if pack.kv_rows is None else _Shared(pack.kv_rows, pack.kv_order, pack.kv_readers)
-    known = {"longest": (pack.max_q, pack.max_k), "shared": shared}
-    return attend_segments(pack.cu_q, pack.cu_k, pack.kv_rows, impl=impl, deterministic=deterministic, **known)
 
 
 def attend_segments(
@@ -106,7 +98,7 @@ def _varlen(call, q, k, v, shared, cu_q, cu_k, max_q, max_k, deterministic):
         return call(q, all_k, all_v, cu_q, cu_k, max_q, max_k, deterministic)
 
 
-class _Shared(NamedTuple):
+class SharedKeys(NamedTuple):
     """Which rows of the keys stand where, and who reads each of them."""
 
     rows: torch.Tensor  # (Tk',)
@@ -114,10 +106,10 @@ class _Shared(NamedTuple):
     num_readers: torch.Tensor  # (Tk,)
 
 
-def _shared(kv_rows, num_rows) -> _Shared | None:
+def _shared(kv_rows, num_rows) -> SharedKeys | None:
     if kv_rows is None:
         return None
-    return _Shared(kv_rows, kv_rows.argsort(stable=True), kv_rows.bincount(minlength=num_rows))
+    return SharedKeys(kv_rows, kv_rows.argsort(stable=True), kv_rows.bincount(minlength=num_rows))
 
 
 class _Gather(torch.autograd.Function):

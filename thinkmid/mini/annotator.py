@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 
-from thinkmid.augment import weave
+from thinkmid import thoughts
 from thinkmid.errors import UserError
 from thinkmid.mini.sentences import after, read
 
@@ -149,4 +149,4 @@ def annotate(text: str, mix: tuple[float, float, float] = MIX) -> str:
     except Unreadable:
         return text
     think = {"hunch": hunch, "merge": merge, "full": full}[style_of(text, mix)]
-    return weave.insert(text, [(site.at, think(site.chain)) for site in found])
+    return thoughts.insert(text, [(site.at, think(site.chain)) for site in found])

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from thinkmid.curves import COLOURS, GREY, STYLE, columns, smooth
 from thinkmid.errors import UserError
+from thinkmid.run.curves import COLOURS, GREY, STYLE, columns, smooth
 
 BEFORE, AFTER = COLOURS[0], COLOURS[1]
 

@@ -22,9 +22,9 @@ from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.mini.sentences import BOXES, DAYS, HOURS, LETTERS, NAMES, THINGS, WORDINGS, read, say
 from thinkmid.mini.world import LARGEST
-from thinkmid.rollout.match import NUMBER, first_sentence, match
-from thinkmid.rollout.templates import ANSWERS, render
-from thinkmid.text import Text
+from thinkmid.rollout.judge.rule import NUMBER, first_sentence, match
+from thinkmid.rollout.judge.templates import ANSWERS, render
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train.optim import OptimConfig
 
 PROGRAM = "thinkmid.mini.judge"
@@ -119,7 +119,7 @@ def number(rng: random.Random, how: str, n: int) -> int:
     return rng.randint(1, LARGEST) if how == "any" else n
 
 
-def pairs(references: Sequence[str], text: Text, n: int, seed: int | str) -> list[Pair]:
+def pairs(references: Sequence[str], text: Tokenizer, n: int, seed: int | str) -> list[Pair]:
     """n pairs with references from these, about half of them labelled 1. The same for a seed."""
     rng = random.Random(f"pairs {seed}")
     drawn = []
@@ -136,7 +136,7 @@ def pairs(references: Sequence[str], text: Text, n: int, seed: int | str) -> lis
     ]
 
 
-def read_references(data: Path, text: Text) -> list[str]:
+def read_references(data: Path, text: Tokenizer) -> list[str]:
     """What follows the thoughts of the documents, cut to MAX_SUFFIX tokens, each once. UserError if there is none."""
     from thinkmid.data.prompts import split
     from thinkmid.data.source import read_documents
@@ -157,7 +157,7 @@ def read_references(data: Path, text: Text) -> list[str]:
 class Asker:
     """Pairs as token ids: questions with nonces drawn from a seed, and what is to be predicted after them."""
 
-    def __init__(self, text: Text, seed: int | str):
+    def __init__(self, text: Tokenizer, seed: int | str):
         self._text, self._rng = text, random.Random(f"nonces {seed}")
         self._begin = [] if text.bos_id is None else [text.bos_id]
         self.yes, self.no = (text.encode(answer)[0] for answer in ANSWERS)
@@ -181,9 +181,9 @@ class Asker:
 
 def train(model, asker: Asker, shown: Sequence[Pair], steps: int) -> list[float]:
     """One step for each of `steps` equal parts of what is shown; the losses. Prints progress."""
+    from thinkmid.run.ranks import Ranks
     from thinkmid.train.loss import text_loss
     from thinkmid.train.optim import adamw
-    from thinkmid.train.shard import Ranks
     from thinkmid.train.step import train_step
 
     optimizer, began, losses = adamw(model, OPTIM), time.perf_counter(), []
@@ -205,7 +205,7 @@ def answers(model, asker: Asker, asked: Sequence[Pair]) -> list[float]:
     import torch
 
     from thinkmid.data.pack import make_pack
-    from thinkmid.kernels.attention import attend_pack
+    from thinkmid.model.attention import attend_pack
 
     out = []
     with torch.no_grad():
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> None:
     if os.path.realpath(args.out) == os.path.realpath(args.base):
         raise UserError(f"--out {args.out} is the model to start from")
     weights.replaceable(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after training
-    text = Text.load(args.base)
+    text = Tokenizer.load(args.base)
     references = read_references(args.data, text)
     random.Random(f"held out {args.seed}").shuffle(references)
     num_held_out = max(1, int(HELD_OUT * len(references)))

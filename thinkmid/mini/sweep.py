@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.log import read_rows, write_whole
+from thinkmid.files import read_rows, write_whole
 from thinkmid.mini import world
 
 RLMT_STEPS = (100, 200, 400)

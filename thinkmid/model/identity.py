@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from thinkmid.model.hf_config import read_config
-from thinkmid.text import Text
+from thinkmid.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from thinkmid.model.weights import Stamp
 
 
 class Ranks(Protocol):
-    """As of train/shard.py."""
+    """As of run/ranks.py."""
 
     @property
     def rank(self) -> int: ...
@@ -39,7 +39,7 @@ def verified(folder: Path, ranks: Ranks) -> dict[str, Stamp]:
     return {file: weights.Stamp(*stamp) for part in parts for file, stamp in part.items()}
 
 
-def of_model(folder: Path, text: Text, stamps: Mapping[str, Stamp]) -> dict[str, str]:
+def of_model(folder: Path, text: Tokenizer, stamps: Mapping[str, Stamp]) -> dict[str, str]:
     """Hashes of what decides what a model writes. text: the folder's, whose end-of-text ids generation_config.json may
     list; stamps: of its weight files."""
     hashed = "".join(f"{file} {stamp.sha256}\n" for file, stamp in sorted(stamps.items()))

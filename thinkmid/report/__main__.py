@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thinkmid.config import run
 from thinkmid.errors import UserError
-from thinkmid.log import write_whole
+from thinkmid.files import write_whole
 from thinkmid.report import browse, page, pictures, runs, sweep, tables
 
 RUNS = "a run's folder: of training (metrics.jsonl) or evaluation (results.json), or a folder of such folders"

@@ -7,16 +7,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from thinkmid.eval import tasks
+from thinkmid.data import questions
 from thinkmid.eval.generate import stored
-from thinkmid.log import read_rows
+from thinkmid.files import read_rows
 from thinkmid.report.runs import Evaluation, Run, Training, number, section
 from thinkmid.report.tables import as_list, plain_name
 from thinkmid.report.text import cut, visible
-from thinkmid.text import CLOSE
+from thinkmid.thoughts import CLOSE
 
 PER_STEP = 4  # groups of a step, where a run has more than are shown
-HIDDEN = tasks.WITHHELD
+HIDDEN = questions.WITHHELD
 
 
 def gather(runs: Sequence[Run], limit: int, show_gpqa: bool) -> tuple[list[dict[str, Any]], list[str]]:
@@ -141,12 +141,12 @@ def where_from(run: Evaluation, name: str) -> tuple[str, str]:
     return "", ""
 
 
-def asked(layout: str, path: str) -> tuple[dict[str, tasks.Question], str]:
+def asked(layout: str, path: str) -> tuple[dict[str, questions.Question], str]:
     """Questions by id, and what to say if there are none."""
     if not layout:
         return {}, ", their text not shown: the run has no config.toml that names their file"
     try:
-        return {q.id: q for q in tasks.load(layout, path).questions}, ""
+        return {q.id: q for q in questions.load(layout, path).questions}, ""
     except ValueError as error:
         return {}, f", their text not shown: {error}"
 
@@ -157,10 +157,10 @@ def verdicts(path: Path) -> dict[tuple[str, str], dict]:
 
 
 def generation_group(
-    rows: Sequence[dict], where: str, question: tasks.Question | None, graded: dict, hide: bool
+    rows: Sequence[dict], where: str, question: questions.Question | None, graded: dict, hide: bool
 ) -> dict[str, Any]:
     out = {"where": where, "id": visible(rows[0]["id"])[:200], "reference": None}
-    out["prompt"] = HIDDEN if hide else cut(tasks.posed(question).text) if question else ""
+    out["prompt"] = HIDDEN if hide else cut(questions.posed(question).text) if question else ""
     out["gold"] = cut(question.gold) if question and not hide else None
     out["samples"] = [generation(row, graded.get((row["id"], str(row["sample"])), {}), hide) for row in rows]
     return out

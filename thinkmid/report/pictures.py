@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from thinkmid import curves
-from thinkmid.errors import UserError
-from thinkmid.log import plain
+from thinkmid.errors import UserError, plain
 from thinkmid.report.chain import Cost, Unknown, chain, cost
 from thinkmid.report.runs import Evaluation, Run, Training
 from thinkmid.report.tables import estimate_of
+from thinkmid.run import curves
 
 
 class Picture(NamedTuple):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
-from thinkmid.files import is_number, read_json
-from thinkmid.log import read_rows
+from thinkmid.files import is_number, read_json, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from thinkmid.log import UNPRINTABLE
+from thinkmid.errors import UNPRINTABLE
 
 # beside the console's list: line separators, direction marks, what has no width, tag characters
 UNSEEN = re.compile(

@@ -9,7 +9,8 @@ import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack, plan
 from thinkmid.errors import UserError
-from thinkmid.train import exchange, memory
+from thinkmid.plan import memory
+from thinkmid.train import exchange
 from thinkmid.train.loss import logprobs
 from thinkmid.types import Group
 
@@ -18,7 +19,7 @@ class Agreement:
     """Checks every engine.check_every steps. Every method is collective, a disagreement a UserError on every rank."""
 
     def __init__(self, run, cfg, engine, sync):
-        """sync: thinkmid.rollout.sync."""
+        """sync: thinkmid.rollout.engine.weight_sync."""
         self._run, self._cfg, self._engine, self._sync = run, cfg, engine, sync
         self._dtype = getattr(torch, cfg.engine.dtype)
         # checksums of the last version that was read back, and of the one before it

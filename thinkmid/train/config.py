@@ -5,31 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from thinkmid.rollout.engine import EngineConfig, Sampling
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
+from thinkmid.run.config import RunConfig
 from thinkmid.train.optim import OptimConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run lives and how long it is."""
-
-    folder: str  # everything the run writes; the same command resumes what is there
-    steps: int  # optimiser steps for SFT, rollout batches for RL
-    seed: int = 0
-    save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
-    keep: int = 2  # checkpoints kept
-    fresh: bool = False  # start over: forget what the folder holds
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # who else is told the metrics
-    rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
-    max_failed: float = 0.5  # RL: share of a step's samples without a verdict above which the run stops
-    timeout_s: float = 1800.0  # a rank without progress for so long leaves its stack in watch/ and ends; 0: never
-
-    def __post_init__(self):
-        if not self.folder:
-            raise ValueError("folder is empty; --run.folder FOLDER")
-        for name in ("steps", "seed", "save_every", "keep", "rollouts_every", "max_failed", "timeout_s"):
-            if getattr(self, name) < (low := int(name == "keep")):
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

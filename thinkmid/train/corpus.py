@@ -16,11 +16,11 @@ from typing import Any
 from thinkmid.data import prompts, sequences, store
 from thinkmid.data.source import Document, data_files, left_out, read_documents
 from thinkmid.errors import UserError
-from thinkmid.text import Text
-from thinkmid.train.config import RunConfig
-from thinkmid.train.folder import LOCK, STORE, begun, hold, same_data
-from thinkmid.train.interrupt import EXIT, Interrupt
-from thinkmid.train.shard import Ranks
+from thinkmid.run.config import RunConfig
+from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
+from thinkmid.run.interrupt import EXIT, Interrupt
+from thinkmid.run.ranks import Ranks
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 TELL_S = 10  # between lines of progress
@@ -33,7 +33,7 @@ def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
 
 
 def stored_sequences(
-    paths, text: Text, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
+    paths, text: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
 ) -> tuple[sequences.Sequences, str]:
     """Token sequences of all documents, and a digest of them. Collective."""
     encode = lambda documents: sequences.records(documents, text)  # noqa: E731

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from thinkmid.errors import UserError
-from thinkmid.rollout.engine import collect, seed
-from thinkmid.rollout.judge import Pending
+from thinkmid.rollout.engine.protocol import collect, seed
+from thinkmid.rollout.judge.model import Pending
 from thinkmid.train import exchange
 from thinkmid.train.config import RLConfig
 from thinkmid.types import Group, Prompt, Sample, Tally

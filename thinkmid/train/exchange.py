@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from thinkmid.train.shard import Ranks
+from thinkmid.run.ranks import Ranks
 from thinkmid.types import Group, Prompt, Sample, Tally
 
 _STREAMS = (("tokens", np.int32), ("logp", np.float32), ("drawn", np.bool_))

@@ -18,17 +18,19 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from thinkmid import checkpoint
 from thinkmid.errors import UserError
-from thinkmid.log import Log
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.text import Text
-from thinkmid.train import optim, shard
-from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
-from thinkmid.train.interrupt import Interrupt
-from thinkmid.train.watch import Watch
+from thinkmid.run import checkpoint
+from thinkmid.run.config import RunConfig
+from thinkmid.run.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
+from thinkmid.run.interrupt import Interrupt
+from thinkmid.run.log import Log
+from thinkmid.run.ranks import Ranks
+from thinkmid.run.watch import Watch
+from thinkmid.tokenizer import Tokenizer
+from thinkmid.train import fsdp, optim
+from thinkmid.train.config import ModelSection
 from thinkmid.types import Prompt
 
 State = dict[str, Any]  # of a checkpoint, beside its tensors
@@ -41,9 +43,9 @@ class Job:
     run: RunConfig
     source: Path  # the HF folder the run started from: tokenizer files come from here
     model: Transformer
-    text: Text
+    text: Tokenizer
     optimizer: torch.optim.Optimizer
-    ranks: shard.Ranks
+    ranks: Ranks
     interrupt: Interrupt
     log: Log
     watch: Watch
@@ -118,10 +120,10 @@ def open_job(
     cfg,
     source: Path,
     shape: ModelConfig,
-    text: Text,
+    text: Tokenizer,
     *,
     data: str,
-    ranks: shard.Ranks,
+    ranks: Ranks,
     interrupt: Interrupt,
     num_steps: int,
     held_out: str = "",
@@ -206,22 +208,22 @@ def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
+def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
     """The model in an HF folder, of which each rank reads its own rows."""
     model = empty_model(shape, section, ranks)
     ranks.agree(lambda: weights.load_into(model, source))
     return model
 
 
-def empty_model(shape: ModelConfig, section: ModelSection, ranks: shard.Ranks) -> Transformer:
+def empty_model(shape: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
     """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
         model = Transformer(shape, checkpointing=section.checkpointing, deterministic=section.deterministic)
-    shard.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
+    fsdp.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 
 
-def check_source(source: Path, shape: ModelConfig, text: Text, run: RunConfig, ranks: shard.Ranks) -> None:
+def check_source(source: Path, shape: ModelConfig, text: Tokenizer, run: RunConfig, ranks: Ranks) -> None:
     """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run that goes on
     does not need the weights. Collective."""
     ranks.agree(lambda: _check_vocabulary(source, shape, text))
@@ -231,14 +233,14 @@ def check_source(source: Path, shape: ModelConfig, text: Text, run: RunConfig, r
         ranks.agree(lambda: weights.matched(model, source))
 
 
-def _check_vocabulary(source: Path, shape: ModelConfig, text: Text) -> None:
+def _check_vocabulary(source: Path, shape: ModelConfig, text: Tokenizer) -> None:
     if text.vocab_size > shape.vocab:
         raise UserError(
             f"{source}/tokenizer.json: {text.vocab_size} tokens, but config.json has vocab_size {shape.vocab}"
         )
 
 
-def weights_digest(folder: Path, ranks: shard.Ranks) -> str:
+def weights_digest(folder: Path, ranks: Ranks) -> str:
     """Of all weights in an HF folder, each file hashed by one rank where no seal does. Collective."""
     mine = ranks.agree(lambda: weights.hashes(folder, ranks.rank, ranks.world))
     shares = ranks.gather_bytes(json.dumps(mine).encode())
@@ -273,7 +275,7 @@ def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int
 def draw_curves(job: Job) -> None:
     """curves.png in the run folder; without matplotlib a line says what is missing."""
     if job.ranks.rank == 0:
-        from thinkmid.curves import draw
+        from thinkmid.run.curves import draw
 
         try:
             draw(job.folder, job.folder / "curves.png")

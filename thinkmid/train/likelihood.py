@@ -9,12 +9,12 @@ import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack, plan
 from thinkmid.model import weights
-from thinkmid.text import Text
-from thinkmid.train import memory
+from thinkmid.plan import memory
+from thinkmid.run.ranks import Ranks
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train.config import RewardConfig
 from thinkmid.train.loss import logprobs
-from thinkmid.train.shard import Ranks
-from thinkmid.train.truth import Truth, begins_true, truths
+from thinkmid.train.references import Truth, begins_true, truths
 from thinkmid.types import Group, Sample
 
 Terms = dict[str, np.ndarray]  # name of a reward -> (samples of all groups,) fp64, NaN: none
@@ -28,7 +28,7 @@ class Scores:
         self,
         cfg: RewardConfig,
         models: dict[str, torch.nn.Module],
-        text: Text,
+        text: Tokenizer,
         ranks: Ranks,
         *,
         max_suffix: int,
@@ -108,7 +108,7 @@ class Layout:
     """A step's thoughts and bare prompts, numbered, as units to score: a group's equal thoughts are scored once, so
     that they get the same reward to the last bit."""
 
-    def __init__(self, groups: list[Group], suffixes: list[Truth], text: Text):
+    def __init__(self, groups: list[Group], suffixes: list[Truth], text: Tokenizer):
         self._suffixes = suffixes
         self.num = 0  # numbers given: one for each distinct thought and one for each bare prompt
         self._thoughts_P: list[dict[bytes, tuple[int, np.ndarray]]] = []
@@ -168,7 +168,7 @@ class Layout:
         return self.num - 1
 
 
-def closed(sample: Sample, text: Text) -> np.ndarray | None:
+def closed(sample: Sample, text: Tokenizer) -> np.ndarray | None:
     """The tokens of a thought, its first closing tag included; None without one. What the last of them holds beyond
     the tag stays: tokens as drawn."""
     num = text.split_at_close(sample.tokens).num_think

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from thinkmid.kernels import fused_linear_dr_grpo, linear_cross_entropy, linear_logprob
-from thinkmid.kernels.attention import attend_pack
+from thinkmid.model.attention import attend_pack
 from thinkmid.train.config import LossConfig
 from thinkmid.types import Pack
 

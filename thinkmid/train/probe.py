@@ -11,7 +11,7 @@ import torch
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.data.prompts import split
 from thinkmid.data.source import read_documents
-from thinkmid.kernels.attention import attend_pack
+from thinkmid.model.attention import attend_pack
 from thinkmid.train.loss import logprobs
 
 # what a worked-out thought consists of, and what must be predicted well before RL can sharpen it

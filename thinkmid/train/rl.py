@@ -12,11 +12,20 @@ import torch
 from thinkmid.data.pack import duplicated, plan
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError
-from thinkmid.log import finite
-from thinkmid.rollout import sync
-from thinkmid.rollout.engine import Engine, check_vllm, make_engine
-from thinkmid.train import advantage, exchange, job, memory, shard
-from thinkmid.train.account import (
+from thinkmid.plan import memory
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.protocol import Engine, check_vllm, make_engine
+from thinkmid.run.folder import claim_folder
+from thinkmid.run.interrupt import EXIT, Interrupt, Stopped
+from thinkmid.run.log import finite
+from thinkmid.run.ranks import Ranks, start_ranks
+from thinkmid.train import advantage, exchange, job
+from thinkmid.train.agreement import Agreement
+from thinkmid.train.config import RLConfig
+from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
+from thinkmid.train.likelihood import Scores
+from thinkmid.train.loss import policy_loss
+from thinkmid.train.metrics import (
     ZEROS,
     Clock,
     Update,
@@ -28,16 +37,9 @@ from thinkmid.train.account import (
     summary,
     zeros_in_a_row,
 )
-from thinkmid.train.agreement import Agreement
-from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
-from thinkmid.train.folder import claim_folder
-from thinkmid.train.interrupt import EXIT, Interrupt, Stopped
-from thinkmid.train.likelihood import Scores
-from thinkmid.train.loss import policy_loss
 from thinkmid.train.optim import Offload
+from thinkmid.train.references import next_token_units
 from thinkmid.train.step import train_step
-from thinkmid.train.truth import next_token_units
 from thinkmid.types import Group, Prompt
 
 
@@ -57,7 +59,7 @@ def run(
     source,
     shape,
     text,
-    read: Callable[[shard.Ranks, Interrupt], PromptSet],
+    read: Callable[[Ranks, Interrupt], PromptSet],
     make_reward,
     *,
     at_least: int = 0,
@@ -74,7 +76,7 @@ def run(
     """
     if cfg.engine.kind == "vllm":
         check_vllm()
-    interrupt, ranks = Interrupt(), shard.start(cfg.engine.tensor_parallel)
+    interrupt, ranks = Interrupt(), start_ranks(cfg.engine.tensor_parallel)
     claim_folder(cfg, ranks)
     job.check_source(source, shape, text, cfg.run, ranks)
     found = read(ranks, interrupt)
@@ -157,7 +159,7 @@ def train(
     """Runs steps `step` to cfg.run.steps. Stopped when that was requested and the run is saved."""
     ranks, log, watch = run.ranks, run.log, run.watch
     order, cursor, skipped = Order(len(prompts), cfg.run.seed), state.get("cursor", 0), state.get("skipped", 0)
-    agreement, moments = Agreement(run, cfg, engine, sync), Offload(run.optimizer)
+    agreement, moments = Agreement(run, cfg, engine, weight_sync), Offload(run.optimizer)
     # row: of the last step, until it is written; a run stopped in the look that belongs into it resumes with the look
     zeros, row = state.get("zeros", -1), state.get("row", {})
     looked = (run, cfg, engine, held_out, reward, scores)
@@ -245,7 +247,7 @@ def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments
     if cfg.optim.offload:
         moments.away()
     engine.wake_weights()
-    sync.push(run.model, engine, step, getattr(torch, cfg.engine.dtype), summed=False)
+    weight_sync.push(run.model, engine, step, getattr(torch, cfg.engine.dtype), summed=False)
     engine.wake_cache()
     mine = places(len(prompts), run.ranks, cfg.engine.tensor_parallel)
     groups, pending_P_G = rollouts(run, engine, [prompts[i] for i in mine], cfg, 0, reward)

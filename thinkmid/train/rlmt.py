@@ -12,9 +12,16 @@ from typing import Literal
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.rollout.engine import check_vllm
-from thinkmid.rollout.guard import Verdict
-from thinkmid.rollout.judging import JudgeConfig, make_ask, make_reward, question_tokens, read_judge, resident_engine
+from thinkmid.rollout.engine.protocol import check_vllm
+from thinkmid.rollout.judge.config import (
+    JudgeConfig,
+    make_ask,
+    make_reward,
+    question_tokens,
+    read_judge,
+    resident_engine,
+)
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.train.config import RewardConfig, RLConfig
 
 
@@ -85,12 +92,13 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
 
     from thinkmid.model import weights
-    from thinkmid.text import Text
-    from thinkmid.train import corpus, memory, rl
+    from thinkmid.plan import memory
+    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.train import corpus, rl
     from thinkmid.train.likelihood import Scores
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Text.load(source)
+    shape, text = weights.read_config(source), Tokenizer.load(source)
     max_prefix = rl.longest_prompt(cfg, shape, cfg.data.max_prefix, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prefix, judge_phase(cfg))
@@ -132,7 +140,7 @@ def main(argv: list[str]) -> int:
 def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
     """Bytes per rank of a resident judge, by owner; {} for others."""
     from thinkmid.model import weights
-    from thinkmid.train import memory
+    from thinkmid.plan import memory
 
     if not cfg.reward.judge or cfg.judge.kind != "resident":
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.rollout.checking import VerifyConfig, make_grader
+from thinkmid.rollout.grade.config import VerifyConfig, make_grader
 from thinkmid.train.config import RLConfig
 
 
@@ -45,12 +45,13 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLPTConfig, argv, prog="torchrun -m thinkmid.train.rlpt", description=__doc__)
 
     from thinkmid.model import weights
-    from thinkmid.rollout.verify import AnswerReward
-    from thinkmid.text import Text
-    from thinkmid.train import job, memory, rl
+    from thinkmid.plan import memory
+    from thinkmid.rollout.grade.grader import AnswerReward
+    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.train import job, rl
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Text.load(source)
+    shape, text = weights.read_config(source), Tokenizer.load(source)
     max_prompt = rl.longest_prompt(cfg, shape, cfg.data.max_prompt, len(text.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, shape, max_prompt)
@@ -68,14 +69,14 @@ def main(argv: list[str]) -> int:
 
 def read_prompts(data: QuestionConfig, text, max_prompt: int) -> tuple[list, list[str]]:
     """One prompt per question that fits, and what to say about the others. UserError if none does."""
-    from thinkmid.eval import prompts, tasks
+    from thinkmid.data import questions, templates
     from thinkmid.types import Prompt
 
-    loaded = tasks.load(data.task, data.path)
+    loaded = questions.load(data.task, data.path)
     found = []
     for q in loaded.questions:
-        posed = tasks.posed(q)
-        tokens = prompts.tokens(text, prompts.render(data.template, posed.text, choice=q.kind == "choice"))
+        posed = questions.posed(q)
+        tokens = templates.tokens(text, templates.render(data.template, posed.text, choice=q.kind == "choice"))
         if len(tokens) <= max_prompt:
             found.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
     if not found:

@@ -13,8 +13,9 @@ import numpy as np
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.train.config import ModelSection, RunConfig
-from thinkmid.train.fresh import FreshConfig
+from thinkmid.run.config import RunConfig
+from thinkmid.train.config import ModelSection
+from thinkmid.train.init import FreshConfig
 from thinkmid.train.optim import OptimConfig
 
 
@@ -71,22 +72,24 @@ def main(argv: list[str]) -> int:
 
     from thinkmid.data.sequences import read_sequences
     from thinkmid.model import weights
-    from thinkmid.text import Text
-    from thinkmid.train import corpus, fresh, job, memory, probe, shard
-    from thinkmid.train.folder import claim_folder
-    from thinkmid.train.interrupt import Interrupt
+    from thinkmid.plan import memory
+    from thinkmid.run.folder import claim_folder
+    from thinkmid.run.interrupt import Interrupt
+    from thinkmid.run.ranks import start_ranks
+    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.train import corpus, init, job, probe
 
     if dry_run:
         at_least = -(-cfg.data.tokens // cfg.data.batch_tokens)  # epochs would need the data
         return memory.dry_run_sft(of_length(cfg, cfg.run.steps or at_least))
-    interrupt, ranks = Interrupt(), shard.start()
+    interrupt, ranks = Interrupt(), start_ranks()
     claim_folder(cfg, ranks)
     read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
     corpus.name_left_out(read if cfg.model.folder else [*read, *cfg.fresh.tokenizer_data], ranks)
     source = Path(cfg.model.folder)
     if not cfg.model.folder:
-        source = fresh.make(cfg.fresh, cfg.data.paths, cfg.run, ranks)
-    shape, text = weights.read_config(source), Text.load(source)
+        source = init.make(cfg.fresh, cfg.data.paths, cfg.run, ranks)
+    shape, text = weights.read_config(source), Tokenizer.load(source)
     if shape.max_positions < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
     job.check_source(source, shape, text, cfg.run, ranks)
@@ -111,8 +114,9 @@ def learn(run, cfg: SFTConfig, sequences, held_out, probed, step: int, state: di
     """Steps `step` to cfg.run.steps, then the export. Returns the exit code."""
     from thinkmid.data.pack import plan
     from thinkmid.data.source import Order
-    from thinkmid.train import job, memory, probe
-    from thinkmid.train.interrupt import EXIT, Stopped
+    from thinkmid.plan import memory
+    from thinkmid.run.interrupt import EXIT, Stopped
+    from thinkmid.train import job, probe
     from thinkmid.train.loss import text_loss
     from thinkmid.train.step import train_step
 

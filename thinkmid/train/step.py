@@ -11,8 +11,8 @@ from torch import nn
 
 from thinkmid.data.pack import Unit, make_pack
 from thinkmid.model import weights
-from thinkmid.train.interrupt import Interrupt, Stopped
-from thinkmid.train.shard import Ranks
+from thinkmid.run.interrupt import Interrupt, Stopped
+from thinkmid.run.ranks import Ranks
 from thinkmid.types import Pack
 
 # a pack in, its share of the loss and sums to log out

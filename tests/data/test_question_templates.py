@@ -1,0 +1,57 @@
+"""thinkmid.data.templates: every id says what its name says, and an opened tag is the tag of SFT and RLMT."""
+
+from __future__ import annotations
+
+import pytest
+
+from thinkmid.data.templates import IDS, TEMPLATES, render, tokens
+from thinkmid.errors import UserError
+from thinkmid.tokenizer import Tokenizer, train_tokenizer
+
+QUESTION = "What is {x} in $\\frac{1}{x}=2$?\n\nA. 1\nB. {question}"
+
+
+@pytest.mark.parametrize("choice", [False, True])
+@pytest.mark.parametrize("id", IDS)
+def test_a_prompt_holds_the_question_as_it_is_and_ends_open_if_the_id_says_so(id, choice):
+    prompt = render(id, QUESTION, choice=choice)
+    assert prompt.count(QUESTION) == 1
+    assert prompt.count("<think>") == prompt.endswith("<think>") == id.endswith("-think")
+    assert prompt.removesuffix("<think>") == render(id.removesuffix("-think"), QUESTION, choice=choice)
+    assert prompt == prompt.rstrip()  # a space at the end would be no token that models have seen there
+    assert ("\\boxed{}" in prompt) == id.startswith("boxed")
+    assert ("letter" in prompt) == (choice and not id.startswith(("as-is", "plain")))
+
+
+def test_nothing_is_added_where_nothing_is_wanted():
+    assert render("as-is", "Question: 1+1? Answer:") == "Question: 1+1? Answer:"
+    assert render("plain-think", "1+1?") == "Question: 1+1?\nAnswer:<think>"
+
+
+def test_examples_stand_before_the_question_in_the_same_words():
+    prompt = render("plain", "3?", shots=[("1?", " One.\n"), ("2?", "Two.")])
+    assert prompt == "Question: 1?\nAnswer: One.\n\nQuestion: 2?\nAnswer: Two.\n\nQuestion: 3?\nAnswer:"
+    prompt = render("plain-think", "3?", shots=[("1?", "Hm.</think> One.")])
+    assert prompt == "Question: 1?\nAnswer:<think>Hm.</think> One.\n\nQuestion: 3?\nAnswer:<think>"
+
+
+def test_an_example_that_leaves_its_thought_open_is_refused():
+    with pytest.raises(UserError, match=r"an example for 'boxed-think' must hold </think> once: 'One\.'"):
+        render("boxed-think", "3?", shots=[("1?", "One.")])
+
+
+def test_an_unknown_id_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"unknown template 'boxed-thnik'; did you mean 'boxed-think'\?"):
+        render("boxed-thnik", "3?")
+    assert len(IDS) == 2 * len(TEMPLATES)
+
+
+@pytest.mark.parametrize("kind", ["added", "plain"])
+def test_an_opened_tag_has_the_ids_it_has_in_training_data(tmp_path, kind):
+    train_tokenizer(["Question: 1+1?\nAnswer:<think>"] * 9, 320, tmp_path, kind)
+    text = Tokenizer.load(tmp_path)
+    woven, _ = text.encode_woven([(False, "Question: 1+1?\nAnswer:"), (True, " two"), (False, " 2")])
+    ids = tokens(text, render("plain-think", "1+1?"))
+    assert woven[: len(ids)] == ids
+    assert text.decode(ids).endswith("Answer:<think>")
+    assert tokens(text, "1+1?") == text.encode("1+1?")

@@ -1,0 +1,187 @@
+"""Before a run: batch arithmetic, a memory plan by phase, how long it may take."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from thinkmid import config
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.plan import time
+from thinkmid.plan.footprint import outside, scoring, training_phase
+from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
+
+H100_BYTES = 84.9e9  # of an 80 GB card, as the driver shows them
+VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
+
+
+def pair_cost(shape: ModelConfig) -> float:
+    """FLOPs of one query-key pair over all layers, in those of one token's trip through the blocks."""
+    return time.pair_flops(shape) / (2 * block_parameters(shape))
+
+
+def device_of(dtype: str, engine=None) -> str:
+    """Which device a plan is for: a configuration for GPUs may be planned on a laptop."""
+    for_gpus = dtype == "bfloat16" or (engine is not None and (engine.kind == "vllm" or engine.dtype == "bfloat16"))
+    return "cuda" if for_gpus or torch.cuda.is_available() else "cpu"
+
+
+def rollout_phase(
+    shape: ModelConfig, sampling, engine, max_prefix: int, rows: int, prompts: int = 0
+) -> dict[str, float]:
+    """Bytes per rank while sampling, by owner. prompts: whose prefixes are stored once each; 0: one for each row."""
+    token = cache_bytes(shape, engine.dtype)
+    weights = BYTES[engine.dtype] * shape.num_parameters / engine.tensor_parallel
+    logits = {"logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8)}
+    if engine.kind == "vllm":
+        held = engine.kv_gb * 1e9 / (token / engine.tensor_parallel)
+        cache = {f"KV cache (engine.kv_gb: {held:,.0f} tokens)": engine.kv_gb * 1e9}
+        graphs = {"CUDA graphs and workspace (estimate)": VLLM_RESIDUE if engine.compile else 0}
+        return {f"engine weights ({engine.dtype})": weights} | cache | logits | graphs
+    return {
+        f"engine weights ({engine.dtype})": weights,
+        "KV cache": (rows * sampling.max_new + min(prompts or rows, rows + 1) * max_prefix) * token,
+        **logits,
+    }
+
+
+def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
+    """judge: bytes per rank of an engine that stays awake beside the policy's, by owner."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    b, s = cfg.batch, cfg.sampling
+    samples = b.prompts * b.siblings
+    device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
+    # of a group's tokens the prefix's need no mask
+    replies = b.siblings * s.max_new
+    span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
+    train = training_phase(shape, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
+    if cfg.loss.next_token:
+        second = BYTES[cfg.model.dtype] * shape.width * (shape.vocab + b.pack_tokens)
+        train["head: gradients of the policy loss beside those of the next-token loss"] = second
+    rows = min(s.max_batch, -(-samples // world))
+    rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
+    resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
+    resident |= outside(device, world)
+    scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
+    check = {"samples scored again (engine.check_every)": scoring(shape, cfg.model, scored, world, device)}
+    if not cfg.engine.check_every:
+        check = {}
+    shared = b.prompts * max_prefix + samples * s.max_new
+    arithmetic = [
+        f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
+        f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
+        f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
+        f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
+        + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
+        f"at most {samples * s.max_new:,} new tokens a step, {-(-samples * s.max_new // world):,} a rank",
+        f"at most {shared:,} tokens through the layers, prefixes once a {'group' if b.share_prefix else 'sample'}; "
+        f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
+    ]
+    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
+    judge, always = judge or {}, ("weights", "graphs", "KV")
+    judge_kept = _kept(judge, always)
+    resident |= judge_kept
+    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
+    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
+    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
+    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
+    _print(cfg, shape, arithmetic + _cache_room(cfg, shape, max_prefix, rows), phases, device)
+    if cfg.model.dtype == "bfloat16":
+        _print_time(time.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
+    return 0
+
+
+def dry_run_sft(cfg) -> int:
+    from thinkmid.model import weights
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.model.folder:
+        shape = weights.read_config(cfg.model.folder)
+    else:
+        from thinkmid.train.init import shape_of
+
+        shape = shape_of(cfg.fresh, cfg.fresh.vocab, ())
+    arithmetic = [
+        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
+        f"packs of {cfg.data.pack_tokens:,}",
+        f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
+    ]
+    device = device_of(cfg.model.dtype)
+    training = training_phase(shape, cfg.model, cfg.data.pack_tokens, world, device=device)
+    _print(cfg, shape, arithmetic, {"training": training}, device)
+    if cfg.model.dtype == "bfloat16":
+        _print_time(time.of_sft(cfg, shape, world), cfg.run.steps, "step")
+    return 0
+
+
+def dry_run_engine(cfg, shape: ModelConfig, sampling, max_prompt: int) -> int:
+    """Of a program that only samples: annotation, evaluation."""
+    rows = sampling.max_batch
+    arithmetic = [
+        f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
+    ]
+    device = device_of(cfg.engine.dtype, cfg.engine)
+    owners = rollout_phase(shape, sampling, cfg.engine, max_prompt, rows) | outside(device, 1)
+    _print(cfg, shape, arithmetic, {"rollout": owners}, device)
+    if cfg.engine.dtype == "bfloat16":
+        plan = time.of_answers(shape, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
+        _print_time(plan, 0, "thousand answers of a rank")
+    return 0
+
+
+def _kept(rollout, words):
+    """What of the engine's memory stays in another phase. The native engine's cache lives for one call."""
+    return {k: v for k, v in rollout.items() if any(word in k for word in words) and not k.endswith("KV cache")}
+
+
+def _cache_room(cfg, shape, max_prefix, rows) -> list[str]:
+    """A line where vLLM's cache does not hold all sequences that run at a time, and what to set if it thrashes."""
+    engine, token = cfg.engine, cache_bytes(shape, cfg.engine.dtype) / cfg.engine.tensor_parallel
+    # a prefix is stored once for its siblings
+    whole, half = (max_prefix / cfg.batch.siblings + share * cfg.sampling.max_new for share in (1, 0.5))
+    held = engine.kv_gb * 1e9 / token
+    if engine.kind != "vllm" or rows * whole <= held:
+        return []
+    room = f"{rows} sequences of full length exceed the KV cache, which holds {int(held / whole)}"
+    if rows * half <= held:
+        return [f"{room}; {int(held / half)} of half that length, so preemption is expected for long ones only"]
+    enough = math.ceil(rows * half * token / 1e9)
+    advice = f"sampling.max_batch {int(held / half)} or engine.kv_gb {enough} holds all at half length"
+    return [f"warning: {room}: vLLM preempts others and reads them again; {advice}"]
+
+
+def _print(cfg, shape, arithmetic, phases, device):
+    print(config.to_toml(cfg))
+    print(
+        f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, "
+        f"vocabulary {shape.vocab:,}"
+    )
+    for line in arithmetic:
+        print(f"# {line}")
+    where = {"cpu": "on the CPU", "cuda": "on a GPU"}[device]
+    print(f"# memory per rank {where}, by formula (thinkmid/train/memory.py, footprint.py)")
+    for phase, owners in phases.items():
+        print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
+        for owner, size in owners.items():
+            print(f"#   {_size(size):>20}  {owner}")
+    if device == "cuda" and (most := max(sum(owners.values()) for owners in phases.values())) > H100_BYTES:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        print(f"# warning: {_size(most)} a GPU ({world} ranks; WORLD_SIZE); an 80 GB H100 has {_size(H100_BYTES)}")
+
+
+def _print_time(phases: dict[str, float], steps: int, unit: str) -> None:
+    print(f"# time on H100s, an estimate and no measurement: {time.ASSUMED} (thinkmid/train/duration.py)")
+    for phase, seconds in phases.items():
+        print(f"#   {seconds:12,.1f} s a {unit}  {phase}")
+    if steps:
+        print(f"#   {steps * sum(phases.values()) / 3600:12,.1f} h for {steps:,} steps")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

