@@ -287,7 +287,7 @@ def test_prompts_of_a_store_are_those_in_memory(tmp_path, small_blocks, text, co
     docs = [*read_documents([corpus]), LONE]
     if where != "thought":
         docs = [replace(doc, text=re.sub("</?think>", "", doc.text)) for doc in docs]
-    make = partial(MAKERS[where], text=text)
+    make = partial(MAKERS[where], tokenizer=text)
     found = StoredPrompts(stored(tmp_path / "s", docs, 2, lambda docs: prompt_records(make(docs))))
     want = list(make(docs))
     assert len(want) >= 8

@@ -115,7 +115,7 @@ def compared(train):
         code = train(job, cfg, engine, prompts, reward, **options)
         if code:
             return code
-        native = NativeEngine(job.model.cfg, job.text)
+        native = NativeEngine(job.model.cfg, job.tokenizer)
         engine.wake_weights()
         for e in (engine, native):
             sums = weight_sync.push(job.model, e, cfg.run.steps, torch.float32)

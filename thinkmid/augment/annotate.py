@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(AnnotateConfig, argv, prog=prog, description=__doc__)
     if dry_run:
         return plan(cfg)
-    text = Tokenizer.load(cfg.chunks.tokenizer)
+    tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
     if not share(cfg.shard)[0]:
         for line in left_out([*cfg.data.paths, *cfg.split.evals]):
             print(line, flush=True)
-    return {"rules": with_rules, "openai": with_endpoint, "engine": with_engine}[cfg.annotator.kind](cfg, text)
+    return {"rules": with_rules, "openai": with_endpoint, "engine": with_engine}[cfg.annotator.kind](cfg, tokenizer)
 
 
 def plan(cfg: AnnotateConfig) -> int:
@@ -64,9 +64,9 @@ def plan(cfg: AnnotateConfig) -> int:
     from thinkmid.model import weights
     from thinkmid.plan import memory
 
-    shape = weights.read_config(cfg.writer.folder)
-    longest_prompt = longest(cfg, shape.max_positions) - cfg.writer.max_tokens
-    return memory.dry_run_engine(cfg, shape, cfg.writer.sampling, longest_prompt)
+    model_cfg = weights.read_config(cfg.writer.folder)
+    longest_prompt = longest(cfg, model_cfg.max_positions) - cfg.writer.max_tokens
+    return memory.dry_run_engine(cfg, model_cfg, cfg.writer.sampling, longest_prompt)
 
 
 def longest(cfg: AnnotateConfig, max_positions: int) -> int:
@@ -77,14 +77,14 @@ def longest(cfg: AnnotateConfig, max_positions: int) -> int:
     return found
 
 
-def with_rules(cfg: AnnotateConfig, text: Tokenizer) -> int:
+def with_rules(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
     interrupt, annotate = Interrupt(), partial(annotators.by_rules, cfg=cfg.annotator)
     stopped = lambda: interrupt.requested  # noqa: E731
     pool = {"batch": RULES_BATCH, "workers": 1, "stopped": stopped, "abort": lambda: None}
-    return work(cfg, text, partial(through_pool, annotate=annotate, **pool), stopped=stopped)
+    return work(cfg, tokenizer, partial(through_pool, annotate=annotate, **pool), stopped=stopped)
 
 
-def with_endpoint(cfg: AnnotateConfig, text: Tokenizer) -> int:
+def with_endpoint(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
     interrupt, workers = Interrupt(), cfg.endpoint.workers
     stopped = lambda: interrupt.requested  # noqa: E731
     write = endpoint.Endpoint(cfg.endpoint, os.environ.get(cfg.endpoint.key_env, ""))
@@ -92,14 +92,14 @@ def with_endpoint(cfg: AnnotateConfig, text: Tokenizer) -> int:
     pool = {"batch": 1, "workers": workers, "stopped": stopped, "abort": write.close}
     try:
         return work(
-            cfg, text, partial(through_pool, annotate=annotate, **pool), stopped=stopped, patience=2 * workers + 8,
+            cfg, tokenizer, partial(through_pool, annotate=annotate, **pool), stopped=stopped, patience=2 * workers + 8,
             more=lambda: {"endpoint_failures": dict(write.failures)},
         )  # fmt: skip
     finally:
         write.close()
 
 
-def with_engine(cfg: AnnotateConfig, text: Tokenizer) -> int:
+def with_engine(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
     """Each rank its own engine, on its own accelerator."""
     from thinkmid.model import weights
     from thinkmid.rollout.engine.protocol import check_vllm, make_engine
@@ -108,31 +108,31 @@ def with_engine(cfg: AnnotateConfig, text: Tokenizer) -> int:
     folder, rows = Path(cfg.writer.folder), cfg.writer.max_batch
     if cfg.engine.kind == "vllm":
         check_vllm()
-    shape, theirs = weights.read_config(folder), Tokenizer.load(folder)
+    model_cfg, theirs = weights.read_config(folder), Tokenizer.load(folder)
     ask = chat.Chat(folder, theirs, thinking=cfg.writer.thinking)
-    max_len = longest(cfg, shape.max_positions)
+    max_len = longest(cfg, model_cfg.max_positions)
     interrupt, ranks = Interrupt(), start_ranks()
     known = identity.verified(folder, ranks)
     model = identity.of_model(folder, theirs, known) | {"chat template": ask.digest}
-    begin(cfg, text, model)  # what is wrong with the data shows before an engine is made
+    begin(cfg, tokenizer, model)  # what is wrong with the data shows before an engine is made
     blind = writer.blind(theirs)
-    engine = make_engine(cfg.engine, folder, shape, blind, device=ranks.device, max_len=max_len, rows=rows)
+    engine = make_engine(cfg.engine, folder, model_cfg, blind, device=ranks.device, max_len=max_len, rows=rows)
     engine.load_weights(weights.stream_folder(folder, cfg.engine.dtype, known), 0)
     stopped = lambda: interrupt.requested  # noqa: E731
     held = {"engine": engine, "text": theirs, "chat": ask, "max_len": max_len, "stopped": stopped}
     through = partial(writer.through_engine, cfg=cfg.annotator, writer=cfg.writer, **held)
-    return work(cfg, text, through, stopped=stopped, model=model)
+    return work(cfg, tokenizer, through, stopped=stopped, model=model)
 
 
-def begin(cfg: AnnotateConfig, text: Tokenizer, model: dict[str, str]) -> split.Split:
+def begin(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> split.Split:
     """The folder is this run's and its documents are split. UserError names what is wrong with either."""
-    claim(cfg, text, model)
+    claim(cfg, tokenizer, model)
     return split.ensure(Path(cfg.run.folder), cfg.data.paths, cfg.split)
 
 
 def work(
     cfg: AnnotateConfig,
-    text: Tokenizer,
+    tokenizer: Tokenizer,
     through: Callable[[Iterator[Piece]], Iterable[tuple[Piece, Outcome]]],
     *,
     stopped: Callable[[], bool] = lambda: False,
@@ -148,7 +148,7 @@ def work(
     UserError if chunks are left because nobody answered, the same command goes on; or if none of the run was accepted.
     """
     folder, (job, jobs) = Path(cfg.run.folder), share(cfg.shard)
-    parted = begin(cfg, text, model or {})
+    parted = begin(cfg, tokenizer, model or {})
     progress = Progress(f"annotate {job}/{jobs}", parted.documents, cfg.run.progress_s)
     with ExitStack() as stack:
         journals, again = {}, fruitless(cfg, shards.merge(folder, cfg.run.parts))
@@ -157,7 +157,7 @@ def work(
                 journals[part] = shards.Journal(folder / "journal" / f"part-{part:04d}.jsonl", again=again)
                 stack.callback(journals[part].close)
         placed: dict[int, list[shards.Placed]] = {part: [] for part in journals}
-        pieces = todo(cfg, text, parted, journals, placed, progress) if journals else iter(())
+        pieces = todo(cfg, tokenizer, parted, journals, placed, progress) if journals else iter(())
         for piece, outcome in settled(through(pieces), folder, patience, stopped):
             progress.count(outcome)
             if row := as_row(piece.place, outcome):
@@ -169,7 +169,7 @@ def work(
             if progress.since_answer > patience:  # the endpoint is gone
                 break
         complete = not stopped() and not progress.unanswered
-        finish(cfg, journals, placed, text, complete)
+        finish(cfg, journals, placed, tokenizer, complete)
     total = report(cfg, progress, more())
     if stopped():
         progress.say("stopped; the same command goes on")
@@ -218,13 +218,13 @@ def settled(
         yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
 
 
-def claim(cfg: AnnotateConfig, text: Tokenizer, model: dict[str, str]) -> None:
+def claim(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> None:
     """The folder is this run's. UserError: another program's; the first setting in which it is another run's; what of
     the annotator's model or of the tokenizer of chunks has another content."""
     folder = Path(cfg.run.folder)
     mine = {
         "run.parts": cfg.run.parts,
-        "chunks.tokenizer": {"tokenizer": text.digest},
+        "chunks.tokenizer": {"tokenizer": tokenizer.digest},
         "writer.model": model,
         **{f"{name}.{key}": value for name in decisive(cfg) for key, value in settings(cfg, name).items()},
     }
@@ -285,13 +285,13 @@ def as_row(place: shards.Chunk, outcome: Outcome) -> dict | None:
     return row | {name: n for name, n in costs.items() if n} | ({"retried": outcome.retried} if outcome.retried else {})
 
 
-def finish(cfg: AnnotateConfig, journals, placed, text: Tokenizer, complete: bool) -> None:
+def finish(cfg: AnnotateConfig, journals, placed, tokenizer: Tokenizer, complete: bool) -> None:
     """Publish the parts, or write down how far they are."""
     folder, with_control = Path(cfg.run.folder), cfg.split.control > 0
     for part, journal in journals.items():
         journal.sync()
         if complete:
-            shards.publish(folder, part, placed[part], journal, text, with_control=with_control)
+            shards.publish(folder, part, placed[part], journal, tokenizer, with_control=with_control)
         else:
             shards.write_status(folder, part, {"finished": False, "counts": shards.tally(journal.rows())})
 

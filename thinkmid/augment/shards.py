@@ -148,7 +148,7 @@ def tally(rows: Iterable[dict]) -> dict:
 
 
 def publish(
-    folder: Path, part: int, order: list[Placed], journal: Journal, text: Tokenizer, *, with_control: bool
+    folder: Path, part: int, order: list[Placed], journal: Journal, tokenizer: Tokenizer, *, with_control: bool
 ) -> dict:
     """The files of a part whose chunks are all finished, its status last. Returns the status."""
     rows = journal.rows()
@@ -171,12 +171,12 @@ def publish(
         woven = {at: accepted[at] for at in ids if at in accepted}
         pieces = {at: thoughts.split(chunk) for at, chunk in woven.items()}
         raw = {at: "".join(piece for is_thought, piece in found if not is_thought) for at, found in pieces.items()}
-        splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), text)
+        splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), tokenizer)
         for kind, chunks in (("think", woven), ("raw", raw)):
             write(f"{name}-{kind}", [(ids[at], chunk) for at, chunk in chunks.items()])
         if name == "sft":
             plain = [(ids[at], chunk) for at, chunk in raw.items()]
-            filled, filling = control.fill(plain, reserve, splits[name]["think_tokens"], text)
+            filled, filling = control.fill(plain, reserve, splits[name]["think_tokens"], tokenizer)
             if with_control:
                 write("sft-control", filled)
     status = {"finished": True, "counts": tally(rows), "splits": splits, "control": filling, "files": files}
@@ -184,14 +184,14 @@ def publish(
     return status
 
 
-def sizes(documents: list[Placed], pieces: list, bare: list[str], text: Tokenizer) -> dict[str, int]:
+def sizes(documents: list[Placed], pieces: list, bare: list[str], tokenizer: Tokenizer) -> dict[str, int]:
     """Rows and tokens of a split: with thoughts as SFT reads them, and of the raw control."""
-    woven = text.encode_woven_many(pieces)
+    woven = tokenizer.encode_woven_many(pieces)
     return {
         "documents": len(documents),
         "rows": len(bare),
         "thoughts": sum(is_thought for found in pieces for is_thought, _ in found),
-        "raw_tokens": sum(map(len, text.encode_many(bare))),
+        "raw_tokens": sum(map(len, tokenizer.encode_many(bare))),
         "think_tokens": sum(len(tokens) for tokens, _ in woven),
         "thought_tokens": sum(sum(mask) for _, mask in woven),
     }

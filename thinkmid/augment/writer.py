@@ -52,9 +52,9 @@ class Item(Protocol):
     chunk: str
 
 
-def blind(text: Tokenizer) -> Tokenizer:
+def blind(tokenizer: Tokenizer) -> Tokenizer:
     """For engines that write answers: closing tags end nothing, for rewritten text holds many."""
-    return replace(text, pieces=[b""] * text.vocab_size)
+    return replace(tokenizer, pieces=[b""] * tokenizer.vocab_size)
 
 
 def room(chunk_tokens: int, cfg: WriterConfig) -> int:
@@ -67,7 +67,7 @@ def through_engine(
     cfg: AnnotatorConfig,
     writer: WriterConfig,
     engine: Engine,
-    text: Tokenizer,
+    tokenizer: Tokenizer,
     chat: Callable[[str], list[int]],
     *,
     max_len: int,
@@ -105,7 +105,7 @@ def through_engine(
         item, asking = asked.pop(p)
         cost = {"prompt_tokens": len(prompts[p].tokens), "written_tokens": len(sample.tokens)}
         prompts[p].tokens.clear()  # the list grows by every question of a run
-        reply = Reply(text.decode(sample.tokens), **cost, cut=sample.finish != "eos")
+        reply = Reply(tokenizer.decode(sample.tokens), **cost, cut=sample.finish != "eos")
         annotators.hear(asking, reply, cfg)
         # one place is free: for the same chunk, else for the next one
         if not queue(item, asking):

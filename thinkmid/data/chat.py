@@ -19,14 +19,14 @@ class Chat:
     """Wraps questions. What a template spells as special tokens is special; the same names in a question are letters,
     so that a text cannot end its own message."""
 
-    def __init__(self, folder: str | Path, text: Tokenizer, *, thinking: bool):
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, thinking: bool):
         """thinking: the variable `enable_thinking` of templates that know it. UserError: no template, a broken one."""
         source, names = read_template(Path(folder))
         rendered = render(folder, source, names | {"enable_thinking": thinking})
         if rendered.count(SLOT) != 1:
             raise UserError(f"{folder}: its chat template holds a question {rendered.count(SLOT)} times, not once")
-        self._text = text
-        self._before, self._after = (with_specials(part, text) for part in rendered.split(SLOT))
+        self._text = tokenizer
+        self._before, self._after = (with_specials(part, tokenizer) for part in rendered.split(SLOT))
 
     @property
     def digest(self) -> str:
@@ -70,11 +70,11 @@ def render(folder: str | Path, source: str, variables: dict) -> str:
         raise UserError(f"{folder}: its chat template fails: {told or type(error).__name__}") from None
 
 
-def with_specials(part: str, text: Tokenizer) -> list[int]:
+def with_specials(part: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a part of the template."""
-    special = {t.content: i for i, t in text.tokenizer.get_added_tokens_decoder().items() if t.special}
+    special = {t.content: i for i, t in tokenizer.tokenizer.get_added_tokens_decoder().items() if t.special}
     if not special:
-        return text.encode(part)
+        return tokenizer.encode(part)
     longest_first = sorted(special, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", part)
-    return [i for piece in pieces for i in ([special[piece]] if piece in special else text.encode(piece))]
+    return [i for piece in pieces for i in ([special[piece]] if piece in special else tokenizer.encode(piece))]

@@ -20,22 +20,22 @@ from thinkmid.types import Prompt
 SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n")
 
 
-def at_thoughts(documents: Iterable[Document], text: Tokenizer, *, max_prefix: int) -> Iterator[Prompt]:
+def at_thoughts(documents: Iterable[Document], tokenizer: Tokenizer, *, max_prefix: int) -> Iterator[Prompt]:
     """One prompt per thought that text follows: what stands before it, earlier thoughts included.
 
     The reference is the text after it without thoughts. UserError names a document whose prefix is too long.
     """
     documents = list(documents)
     pieces_of = [split(doc) for doc in documents]
-    for doc, pieces, runs in zip(documents, pieces_of, text.encode_pieces(pieces_of), strict=True):
+    for doc, pieces, runs in zip(documents, pieces_of, tokenizer.encode_pieces(pieces_of), strict=True):
         for k, (is_thought, _) in enumerate(pieces):
             rest = "".join(piece for thought, piece in pieces[k:] if not thought)
             if is_thought and rest.strip():
-                yield _prompt(f"{doc.id}#{k}", doc, chain.from_iterable(runs[:k]), rest, text, max_prefix)
+                yield _prompt(f"{doc.id}#{k}", doc, chain.from_iterable(runs[:k]), rest, tokenizer, max_prefix)
 
 
 def in_raw_text(
-    documents: Iterable[Document], text: Tokenizer, *, where: str, max_prefix: int, length: int, seed: int
+    documents: Iterable[Document], tokenizer: Tokenizer, *, where: str, max_prefix: int, length: int, seed: int
 ) -> Iterator[Prompt]:
     """Raw text: one prompt per chunk, cut at a place decided by (seed, id); the rest of the chunk is the reference.
 
@@ -43,21 +43,21 @@ def in_raw_text(
     `length` tokens, cut after about `length` (a cut is between characters, and the tokens around it change). "random":
     chunks as of "sentence", cut after 1 to all but one of their tokens.
     """
-    room = max_prefix - (text.bos_id is not None) - len(text.open_ids)
+    room = max_prefix - (tokenizer.bos_id is not None) - len(tokenizer.open_ids)
     if room < max(1, length):
         raise UserError(f"a prefix of {max_prefix} tokens has no room for text beside the opened tag")
     for doc in documents:
         if tag := thoughts.TAG.search(doc.text):
             raise UserError(f"{doc.where}: raw text contains {tag[0]} at character {tag.start()}")
-        for k, chunk in enumerate(text.chunks(doc.text, 2 * length if where == "fixed" else room)):
-            cut = _cut(chunk, where, text, length, f"{seed}/{doc.id}#{k}")
-            tokens = text.encode(chunk[:cut])
+        for k, chunk in enumerate(tokenizer.chunks(doc.text, 2 * length if where == "fixed" else room)):
+            cut = _cut(chunk, where, tokenizer, length, f"{seed}/{doc.id}#{k}")
+            tokens = tokenizer.encode(chunk[:cut])
             # a cut inside a run of spaces may cost more tokens than the run had
             if 0 < len(tokens) <= room and chunk[cut:].strip():
-                yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], text, max_prefix)
+                yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], tokenizer, max_prefix)
 
 
-def _cut(chunk: str, where: str, text: Tokenizer, length: int, key: str) -> int:
+def _cut(chunk: str, where: str, tokenizer: Tokenizer, length: int, key: str) -> int:
     """A place with text on both sides, decided by the key; 0 if there is none."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
     draw = int.from_bytes(digest, "little")
@@ -65,7 +65,7 @@ def _cut(chunk: str, where: str, text: Tokenizer, length: int, key: str) -> int:
         first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
         ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
         return ends[draw % len(ends)] if ends else 0
-    ends = text.token_ends(chunk)
+    ends = tokenizer.token_ends(chunk)
     after = length if where == "fixed" else 1 + draw % max(1, len(ends) - 1)
     return ends[after - 1] if after < len(ends) else 0
 
@@ -127,9 +127,9 @@ def _record(row: list[Prompt]) -> tuple[bytes, tuple[int, int]]:
     return tokens + json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass"), (len(row), len(tokens) // 4)
 
 
-def _prompt(id, doc, tokens, reference, text, max_prefix) -> Prompt:
-    begin = [] if text.bos_id is None else [text.bos_id]
-    tokens = [*begin, *tokens, *text.open_ids]
+def _prompt(id, doc, tokens, reference, tokenizer, max_prefix) -> Prompt:
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tokens = [*begin, *tokens, *tokenizer.open_ids]
     if len(tokens) > max_prefix:
         raise UserError(
             f"{doc.where}: prefix of {len(tokens)} tokens; the model's context leaves {max_prefix} for prefixes"

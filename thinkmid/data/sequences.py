@@ -14,10 +14,10 @@ from thinkmid.errors import UserError
 from thinkmid.tokenizer import Tokenizer
 
 
-def tokens_of(documents: Sequence[Document], text: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def tokens_of(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens int32, is thought) of every document, begin and end tokens added."""
-    begin, end = [text.bos_id] if text.bos_id is not None else [], list(text.eos_ids[:1])
-    for tokens, thought in text.encode_woven_many([split(doc) for doc in documents]):
+    begin, end = [tokenizer.bos_id] if tokenizer.bos_id is not None else [], list(tokenizer.eos_ids[:1])
+    for tokens, thought in tokenizer.encode_woven_many([split(doc) for doc in documents]):
         mask = [*[False] * len(begin), *thought, *[False] * len(end)]
         yield np.array([*begin, *tokens, *end], np.int32), np.array(mask, bool)
 
@@ -27,10 +27,10 @@ def num_pieces(num_tokens, max_len: int):
     return np.maximum(num_tokens + max_len - 3, 0) // (max_len - 1)
 
 
-def read_sequences(paths, text: Tokenizer, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def read_sequences(paths, tokenizer: Tokenizer, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len."""
     out = []
-    for tokens, thought in chain.from_iterable(tokens_of(block, text) for block in blocks(read_documents(paths))):
+    for tokens, thought in chain.from_iterable(tokens_of(block, tokenizer) for block in blocks(read_documents(paths))):
         for at in range(0, num_pieces(len(tokens), max_len) * (max_len - 1), max_len - 1):
             out.append((tokens[at : at + max_len], thought[at : at + max_len]))
     if not out:
@@ -38,9 +38,9 @@ def read_sequences(paths, text: Tokenizer, max_len: int) -> list[tuple[np.ndarra
     return out
 
 
-def records(documents: Sequence[Document], text: Tokenizer) -> Iterator[tuple[bytes, tuple[()]]]:
+def records(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[bytes, tuple[()]]]:
     """What a store keeps of each document that has a target: its tokens."""
-    return ((tokens.tobytes(), ()) for tokens, _ in tokens_of(documents, text) if len(tokens) > 1)
+    return ((tokens.tobytes(), ()) for tokens, _ in tokens_of(documents, tokenizer) if len(tokens) > 1)
 
 
 class Sequences:

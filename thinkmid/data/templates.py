@@ -63,9 +63,9 @@ def find(template_id: str) -> str:
     return template_id.removesuffix("-think")
 
 
-def tokens(text: Tokenizer, prompt: str) -> list[int]:
+def tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt. An opened tag at its end is encoded on its own, as in SFT and RLMT."""
-    begin = [] if text.bos_id is None else [text.bos_id]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if prompt.endswith(OPEN):
-        return [*begin, *text.encode(prompt.removesuffix(OPEN)), *text.open_ids]
-    return [*begin, *text.encode(prompt)]
+        return [*begin, *tokenizer.encode(prompt.removesuffix(OPEN)), *tokenizer.open_ids]
+    return [*begin, *tokenizer.encode(prompt)]

@@ -26,7 +26,7 @@ class Thought(NamedTuple):
     exact: bool  # the ids are those that were sampled
 
 
-def thought_of(row: dict, text: Tokenizer, opened: bool) -> Thought | None:
+def thought_of(row: dict, tokenizer: Tokenizer, opened: bool) -> Thought | None:
     """The thought of a stored row; None where it does not open or close. opened: its prompt has the opening tag.
 
     Encoded again where the row holds no ids, or a tag shares a token with its neighbours.
@@ -35,12 +35,12 @@ def thought_of(row: dict, text: Tokenizer, opened: bool) -> Thought | None:
     inner, close, _ = rest.partition(CLOSE)
     if not close or CLOSE in before:
         return None
-    tags = ([] if opened else text.open_ids), text.close_ids
+    tags = ([] if opened else tokenizer.open_ids), tokenizer.close_ids
     ids, end = row.get("ids", []), row["num_think"]
-    start = 0 if opened else find(ids, text.open_ids)
-    if text.decode(ids[:start]) == before and text.decode(ids[start:end]) == tag + inner + close:
+    start = 0 if opened else find(ids, tokenizer.open_ids)
+    if tokenizer.decode(ids[:start]) == before and tokenizer.decode(ids[start:end]) == tag + inner + close:
         return Thought(ids[:start], ids[start:end], True)
-    return Thought(text.encode(before), [*tags[0], *text.encode(inner), *tags[1]], False)
+    return Thought(tokenizer.encode(before), [*tags[0], *tokenizer.encode(inner), *tags[1]], False)
 
 
 def find(ids: Sequence[int], part: Sequence[int]) -> int:
@@ -52,7 +52,7 @@ def prompts_of(
     asked: dict[Key, Prompt],
     thoughts: dict[Key, Thought],
     donors: dict[Key, Key],
-    text: Tokenizer,
+    tokenizer: Tokenizer,
     opened: bool,
     room: int,
 ) -> list[Prompt]:
@@ -63,7 +63,7 @@ def prompts_of(
     """
     out = []
     for sample, own in thoughts.items():
-        ids_of = replaced(own.ids, text, opened)
+        ids_of = replaced(own.ids, tokenizer, opened)
         if donors:
             ids_of["swapped"] = thoughts[donors[sample]].ids
         for condition, ids in ids_of.items():
@@ -71,17 +71,17 @@ def prompts_of(
             id = f"{condition}/{asked[sample].id}"
             if len(tokens) > room:
                 raise UserError(f"prompt {id}: {len(tokens)} tokens; the context leaves {room} beside the new ones")
-            meta = asked[sample].meta | {"condition": condition, "thought": text.decode(ids), "given": len(ids)}
+            meta = asked[sample].meta | {"condition": condition, "thought": tokenizer.decode(ids), "given": len(ids)}
             if condition == "swapped":
                 meta["donor"] = list(donors[sample])
             out.append(Prompt(id=id, tokens=tokens, meta=meta))
     return out
 
 
-def replaced(own: list[int], text: Tokenizer, opened: bool) -> dict[str, list[int]]:
+def replaced(own: list[int], tokenizer: Tokenizer, opened: bool) -> dict[str, list[int]]:
     """Ids of the thoughts by condition, tags included; the idle one is as long as one's own."""
-    start = [] if opened else text.open_ids
-    num_inner = max(0, len(own) - len(start) - len(text.close_ids))
-    sentence = len(text.encode(IDLE))
-    idle = text.encode(IDLE * (num_inner // sentence + 1))[:num_inner]
-    return {"own": own, "blank": [*start, *text.close_ids], "generic": [*start, *idle, *text.close_ids]}
+    start = [] if opened else tokenizer.open_ids
+    num_inner = max(0, len(own) - len(start) - len(tokenizer.close_ids))
+    sentence = len(tokenizer.encode(IDLE))
+    idle = tokenizer.encode(IDLE * (num_inner // sentence + 1))[:num_inner]
+    return {"own": own, "blank": [*start, *tokenizer.close_ids], "generic": [*start, *idle, *tokenizer.close_ids]}

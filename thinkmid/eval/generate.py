@@ -162,24 +162,26 @@ def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
     return list(groups.values())
 
 
-def prompts_of(cfg: EvalConfig, questions: Iterable[Question], text: Tokenizer, shape: ModelConfig) -> list[Prompt]:
+def prompts_of(
+    cfg: EvalConfig, questions: Iterable[Question], tokenizer: Tokenizer, model_cfg: ModelConfig
+) -> list[Prompt]:
     """One prompt per question and sample: a choice's options turn from sample to sample."""
-    room, out = shape.max_positions - cfg.sampling.max_new, []
+    room, out = model_cfg.max_positions - cfg.sampling.max_new, []
     for q in questions:
         encoded: dict[str, list[int]] = {}  # the samples of most questions are asked the same
         for k in range(cfg.run.samples):
             words = render(cfg.data.template, posed(q, k).text, choice=q.kind == "choice")
-            ids = encoded.get(words) or encoded.setdefault(words, tokens(text, words))
+            ids = encoded.get(words) or encoded.setdefault(words, tokens(tokenizer, words))
             if len(ids) > room:
                 raise UserError(f"question {q.id}: {len(ids)} tokens; the context leaves {room} beside the new ones")
             out.append(Prompt(id=f"{q.id}/{k}", tokens=ids, meta={"id": q.id, "sample": k}))
     return out
 
 
-def row_of(prompt: Prompt, sample, text: Tokenizer) -> dict:
+def row_of(prompt: Prompt, sample, tokenizer: Tokenizer) -> dict:
     return prompt.meta | {
         "asked": asked_of(prompt),
-        "text": text.decode(sample.tokens),
+        "text": tokenizer.decode(sample.tokens),
         "finish": sample.finish,
         "tokens": len(sample.tokens),
         "num_think": sample.num_think,

@@ -45,10 +45,10 @@ def plan(cfg: EvalConfig, sets: dict) -> int:
     from thinkmid.tokenizer import Tokenizer
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Tokenizer.load(source)
-    asked = [p for found in sets.values() for p in prompts_of(cfg, found.questions, text, shape)]
+    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
+    asked = [p for found in sets.values() for p in prompts_of(cfg, found.questions, tokenizer, model_cfg)]
     print(f"# {len(asked):,} samples of {sum(len(found.questions) for found in sets.values()):,} questions")
-    return memory.dry_run_engine(cfg, shape, cfg.sampling, max(len(p.tokens) for p in asked))
+    return memory.dry_run_engine(cfg, model_cfg, cfg.sampling, max(len(p.tokens) for p in asked))
 
 
 def draw(cfg: EvalConfig, sets: dict, folder: Path):

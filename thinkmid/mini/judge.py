@@ -119,7 +119,7 @@ def number(rng: random.Random, how: str, n: int) -> int:
     return rng.randint(1, LARGEST) if how == "any" else n
 
 
-def pairs(references: Sequence[str], text: Tokenizer, n: int, seed: int | str) -> list[Pair]:
+def pairs(references: Sequence[str], tokenizer: Tokenizer, n: int, seed: int | str) -> list[Pair]:
     """n pairs with references from these, about half of them labelled 1. The same for a seed."""
     rng = random.Random(f"pairs {seed}")
     drawn = []
@@ -129,14 +129,17 @@ def pairs(references: Sequence[str], text: Tokenizer, n: int, seed: int | str) -
         wanted = number(rng, how, stated(reference)[1]["n"])
         candidate = NUMBER.sub(str(wanted), words(rng, reference, references), count=1)
         drawn.append((f"{words.__name__.replace('_', ' ')}, {how}", candidate, reference))
-    cut = [text.decode(tokens[:MAX_SUFFIX]) for tokens in text.encode_many(candidate for _, candidate, _ in drawn)]
+    cut = [
+        tokenizer.decode(tokens[:MAX_SUFFIX])
+        for tokens in tokenizer.encode_many(candidate for _, candidate, _ in drawn)
+    ]
     return [
         Pair(kind=kind, candidate=c, reference=r, label=int(match(c, r)().reward))
         for (kind, _, r), c in zip(drawn, cut, strict=True)
     ]
 
 
-def read_references(data: Path, text: Tokenizer) -> list[str]:
+def read_references(data: Path, tokenizer: Tokenizer) -> list[str]:
     """What follows the thoughts of the documents, cut to MAX_SUFFIX tokens, each once. UserError if there is none."""
     from thinkmid.data.prompts import split
     from thinkmid.data.source import read_documents
@@ -147,7 +150,7 @@ def read_references(data: Path, text: Tokenizer) -> list[str]:
         for k, (is_thought, _) in enumerate(pieces):
             if is_thought:
                 rests["".join(piece for thought, piece in pieces[k:] if not thought)] = None
-    cut = dict.fromkeys(text.decode(tokens[:MAX_SUFFIX]) for tokens in text.encode_many(rests))
+    cut = dict.fromkeys(tokenizer.decode(tokens[:MAX_SUFFIX]) for tokens in tokenizer.encode_many(rests))
     found = [reference for reference in cut if stated(reference)[0]]
     if len(found) < 2:
         raise UserError(f"{data}: no thought with a result of the miniature world after it")
@@ -157,10 +160,10 @@ def read_references(data: Path, text: Tokenizer) -> list[str]:
 class Asker:
     """Pairs as token ids: questions with nonces drawn from a seed, and what is to be predicted after them."""
 
-    def __init__(self, text: Tokenizer, seed: int | str):
-        self._text, self._rng = text, random.Random(f"nonces {seed}")
-        self._begin = [] if text.bos_id is None else [text.bos_id]
-        self.yes, self.no = (text.encode(answer)[0] for answer in ANSWERS)
+    def __init__(self, tokenizer: Tokenizer, seed: int | str):
+        self._text, self._rng = tokenizer, random.Random(f"nonces {seed}")
+        self._begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.yes, self.no = (tokenizer.encode(answer)[0] for answer in ANSWERS)
         if self.yes == self.no:
             raise UserError(f"the tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token")
 
@@ -249,15 +252,15 @@ def main(argv: list[str]) -> None:
     if os.path.realpath(args.out) == os.path.realpath(args.base):
         raise UserError(f"--out {args.out} is the model to start from")
     weights.replaceable(args.out).parent.mkdir(parents=True, exist_ok=True)  # now, not after training
-    text = Tokenizer.load(args.base)
-    references = read_references(args.data, text)
+    tokenizer = Tokenizer.load(args.base)
+    references = read_references(args.data, tokenizer)
     random.Random(f"held out {args.seed}").shuffle(references)
     num_held_out = max(1, int(HELD_OUT * len(references)))
-    shown = pairs(references[num_held_out:], text, args.steps * BATCH, args.seed)
-    held_out = pairs(references[:num_held_out], text, NUM_HELD_OUT, f"held out {args.seed}")
+    shown = pairs(references[num_held_out:], tokenizer, args.steps * BATCH, args.seed)
+    held_out = pairs(references[:num_held_out], tokenizer, NUM_HELD_OUT, f"held out {args.seed}")
     share = sum(pair.label for pair in shown) / len(shown)
     print(f"{len(references)} references, {num_held_out} held out; {len(shown)} pairs, {share:.0%} of them yes")
-    asker = Asker(text, args.seed)
+    asker = Asker(tokenizer, args.seed)
     torch.manual_seed(args.seed)
     model = weights.load_model(args.base).train()
     train(model, asker, shown, args.steps)

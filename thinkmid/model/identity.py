@@ -39,13 +39,13 @@ def verified(folder: Path, ranks: Ranks) -> dict[str, Stamp]:
     return {file: weights.Stamp(*stamp) for part in parts for file, stamp in part.items()}
 
 
-def of_model(folder: Path, text: Tokenizer, stamps: Mapping[str, Stamp]) -> dict[str, str]:
+def of_model(folder: Path, tokenizer: Tokenizer, stamps: Mapping[str, Stamp]) -> dict[str, str]:
     """Hashes of what decides what a model writes. text: the folder's, whose end-of-text ids generation_config.json may
     list; stamps: of its weight files."""
     hashed = "".join(f"{file} {stamp.sha256}\n" for file, stamp in sorted(stamps.items()))
     return {
         "weights": hashlib.sha256(hashed.encode()).hexdigest(),
-        "tokenizer": text.digest,
+        "tokenizer": tokenizer.digest,
         # as it is read, as training compares it: another version of transformers may have written it anew
         "config": hashlib.sha256(json.dumps(asdict(read_config(folder)), sort_keys=True).encode()).hexdigest(),
     }

@@ -16,22 +16,22 @@ CPU_PROCESS = 20e6
 CPU_HOLES = 0.5
 
 
-def kept_bytes(shape: ModelConfig, dtype: str, span: int = 0, grouped: bool = True) -> int:
+def kept_bytes(model_cfg: ModelConfig, dtype: str, span: int = 0, grouped: bool = True) -> int:
     """What autograd saves of one token in one block.
 
     span: in fp32, keys in a token's row of a mask, which replies that share a prefix have; 0 where none do. grouped:
     the attention reads keys and values once for a group of query heads; torch's own on GPUs, before 2.12, wants them
     repeated.
     """
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    q, kv = model_cfg.heads * model_cfg.head_dim, model_cfg.kv_heads * model_cfg.head_dim
     # inputs of two norms and of what comes after each; rotated q, k, v and the attention's output, which is the output
     # projection's input; gate, up and their product
-    numbers = 4 * shape.width + 2 * q + 2 * (kv if grouped else q) + 3 * shape.ffn
+    numbers = 4 * model_cfg.width + 2 * q + 2 * (kv if grouped else q) + 3 * model_cfg.ffn
     # fp32 whatever the dtype: 1/rms of both norms, the attention's log-sum-exp
-    statistics = 2 + shape.heads
-    if shape.kind == "qwen3":  # norms of the heads of q and k
+    statistics = 2 + model_cfg.heads
+    if model_cfg.kind == "qwen3":  # norms of the heads of q and k
         numbers += q + kv
-        statistics += shape.heads + shape.kv_heads
+        statistics += model_cfg.heads + model_cfg.kv_heads
     if dtype == "float32":
         # sdpa keeps its output bucket by bucket, and a copy in the pack's order follows; masks of replies become fp32
         numbers += q
@@ -39,15 +39,17 @@ def kept_bytes(shape: ModelConfig, dtype: str, span: int = 0, grouped: bool = Tr
     return BYTES[dtype] * numbers + 4 * statistics
 
 
-def activation_bytes(shape: ModelConfig, dtype: str, checkpointing: bool, span: int = 0, grouped: bool = True) -> int:
+def activation_bytes(
+    model_cfg: ModelConfig, dtype: str, checkpointing: bool, span: int = 0, grouped: bool = True
+) -> int:
     """What autograd saves of one token of a pack until the backward; with checkpointing, the inputs of blocks."""
-    block = BYTES[dtype] * shape.width if checkpointing else kept_bytes(shape, dtype, span, grouped)
+    block = BYTES[dtype] * model_cfg.width if checkpointing else kept_bytes(model_cfg, dtype, span, grouped)
     # the final norm's input, its 1/rms, fp32 cosines and sines of the position
-    return shape.layers * block + BYTES[dtype] * shape.width + 4 + 4 * shape.head_dim
+    return model_cfg.layers * block + BYTES[dtype] * model_cfg.width + 4 + 4 * model_cfg.head_dim
 
 
 def training_phase(
-    shape: ModelConfig,
+    model_cfg: ModelConfig,
     section,
     pack_tokens: int,
     world: int,
@@ -59,11 +61,11 @@ def training_phase(
 ) -> dict[str, float]:
     """Bytes per rank while training, by owner. section: ModelSection; copies: of the weights, frozen or averaged; span
     and grouped as in kept_bytes."""
-    n, head = shape.num_parameters, shape.vocab * shape.width
+    n, head = model_cfg.num_parameters, model_cfg.vocab * model_cfg.width
     small, tokens = BYTES[section.dtype], pack_tokens
     # a forward without a backward leaves a copy's head gathered
     kept = {"master weights of copies (fp32 shards), their heads": copies * (4 * n / world + small * head)}
-    activations = tokens * activation_bytes(shape, section.dtype, section.checkpointing, span, grouped)
+    activations = tokens * activation_bytes(model_cfg, section.dtype, section.checkpointing, span, grouped)
     always = {
         "master weights (fp32 shard)": 4 * n / world,
         **(kept if copies else {}),
@@ -73,8 +75,8 @@ def training_phase(
         **({"holes between activations (measured share)": CPU_HOLES * activations} if device == "cpu" else {}),
         **outside(device, world),
     }
-    block = tokens * kept_bytes(shape, section.dtype, span, grouped)
-    moments = _at_head(shape, section, tokens, world, device), _at_block(shape, section, tokens, world, block)
+    block = tokens * kept_bytes(model_cfg, section.dtype, span, grouped)
+    moments = _at_head(model_cfg, section, tokens, world, device), _at_block(model_cfg, section, tokens, world, block)
     return always | max(moments, key=lambda owners: sum(owners.values()))
 
 
@@ -85,53 +87,53 @@ def outside(device: str, world: int) -> dict[str, float]:
     return {"process: threads, Python (measured)": CPU_PROCESS}
 
 
-def scoring(shape: ModelConfig, section, tokens: int, world: int, device: str) -> float:
+def scoring(model_cfg: ModelConfig, section, tokens: int, world: int, device: str) -> float:
     """Bytes that log-probs without gradients take on top: the head, a chunk of scores, hidden rows before and after."""
-    small, head = BYTES[section.dtype], shape.vocab * shape.width
-    chunk = min(SCORING_BYTES[device], 4 * tokens * shape.vocab)
-    return small * head + _head_buffer(shape, small, world) + chunk + 2 * small * tokens * shape.width
+    small, head = BYTES[section.dtype], model_cfg.vocab * model_cfg.width
+    chunk = min(SCORING_BYTES[device], 4 * tokens * model_cfg.vocab)
+    return small * head + _head_buffer(model_cfg, small, world) + chunk + 2 * small * tokens * model_cfg.width
 
 
-def _at_head(shape, section, tokens, world, device):
+def _at_head(model_cfg, section, tokens, world, device):
     """The loss: its last chunk, when the weight's gradient is whole. The embedding was freed after its own forward."""
-    small, head = BYTES[section.dtype], shape.vocab * shape.width
-    chunk = min(CHUNK_BYTES[device], 4 * tokens * shape.vocab)
+    small, head = BYTES[section.dtype], model_cfg.vocab * model_cfg.width
+    chunk = min(CHUNK_BYTES[device], 4 * tokens * model_cfg.vocab)
     # on a GPU the scores are fp32 and their gradient lies apart, in the products' dtype; on the CPU it overwrites them
     scores = chunk * (1 + small / 4) if device == "cuda" and small < 4 else chunk
     # in half precision the fp32 gradient is rounded into another tensor, when the chunk is gone
     rounded = small * head if small < 4 else 0
     return {
-        "gathered weights (head, FSDP's buffer)": small * head + _head_buffer(shape, small, world),
+        "gathered weights (head, FSDP's buffer)": small * head + _head_buffer(model_cfg, small, world),
         "head: a chunk of scores and their gradient": max(scores, rounded),
         "head: fp32 weight gradient": 4 * head,
-        "head: hidden rows and their gradient": 2 * small * tokens * shape.width,
+        "head: hidden rows and their gradient": 2 * small * tokens * model_cfg.width,
     }
 
 
-def _at_block(shape, section, tokens, world, kept):
+def _at_block(model_cfg, section, tokens, world, kept):
     """The backward of a late block, at the gradient of its gated product, which is freed itself by then."""
-    small, head, block = BYTES[section.dtype], shape.vocab * shape.width, _block(shape)
+    small, head, block = BYTES[section.dtype], model_cfg.vocab * model_cfg.width, _block(model_cfg)
     # FSDP2 holds the input of one reduce-scatter until the next one: the head's in the last block; later the block's
     # before, whose activations are gone then
-    freed = small * tokens * shape.width if section.checkpointing else kept
+    freed = small * tokens * model_cfg.width if section.checkpointing else kept
     owners = {
         "gathered weights (a block, the next one's buffer)": small * block * min(2, world),
-        "gradient of the down projection": small * shape.width * shape.ffn,
-        "fp32 gradients being summed over ranks": max(0 if shape.tied else 4 * head, 4 * block - freed),
-        "gradients of activations": small * tokens * (2 * shape.ffn + 2 * shape.width),
+        "gradient of the down projection": small * model_cfg.width * model_cfg.ffn,
+        "fp32 gradients being summed over ranks": max(0 if model_cfg.tied else 4 * head, 4 * block - freed),
+        "gradients of activations": small * tokens * (2 * model_cfg.ffn + 2 * model_cfg.width),
     }
-    if shape.tied:  # waits for the embedding, whole, with its gradient
+    if model_cfg.tied:  # waits for the embedding, whole, with its gradient
         owners["head: gathered, its gradient"] = 2 * small * head
     if section.checkpointing:
         owners["activations of a block, computed again"] = kept
     return owners
 
 
-def _head_buffer(shape, small, world):
+def _head_buffer(model_cfg, small, world):
     """FSDP2 frees the buffer of one all-gather at the next one's copy out. After the last one of a forward that is the
     head's, or the last block's where the head is the embedding. A single rank gathers nothing."""
-    return 0 if world == 1 else small * (_block(shape) if shape.tied else shape.vocab * shape.width)
+    return 0 if world == 1 else small * (_block(model_cfg) if model_cfg.tied else model_cfg.vocab * model_cfg.width)
 
 
-def _block(shape):
-    return block_parameters(shape) // shape.layers
+def _block(model_cfg):
+    return block_parameters(model_cfg) // model_cfg.layers

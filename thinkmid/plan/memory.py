@@ -17,9 +17,9 @@ H100_BYTES = 84.9e9  # of an 80 GB card, as the driver shows them
 VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
 
 
-def pair_cost(shape: ModelConfig) -> float:
+def pair_cost(model_cfg: ModelConfig) -> float:
     """FLOPs of one query-key pair over all layers, in those of one token's trip through the blocks."""
-    return time.pair_flops(shape) / (2 * block_parameters(shape))
+    return time.pair_flops(model_cfg) / (2 * block_parameters(model_cfg))
 
 
 def device_of(dtype: str, engine=None) -> str:
@@ -29,12 +29,12 @@ def device_of(dtype: str, engine=None) -> str:
 
 
 def rollout_phase(
-    shape: ModelConfig, sampling, engine, max_prefix: int, rows: int, prompts: int = 0
+    model_cfg: ModelConfig, sampling, engine, max_prefix: int, rows: int, prompts: int = 0
 ) -> dict[str, float]:
     """Bytes per rank while sampling, by owner. prompts: whose prefixes are stored once each; 0: one for each row."""
-    token = cache_bytes(shape, engine.dtype)
-    weights = BYTES[engine.dtype] * shape.num_parameters / engine.tensor_parallel
-    logits = {"logits and their distribution": rows * shape.vocab * (4 + 4 + 8 + 8)}
+    token = cache_bytes(model_cfg, engine.dtype)
+    weights = BYTES[engine.dtype] * model_cfg.num_parameters / engine.tensor_parallel
+    logits = {"logits and their distribution": rows * model_cfg.vocab * (4 + 4 + 8 + 8)}
     if engine.kind == "vllm":
         held = engine.kv_gb * 1e9 / (token / engine.tensor_parallel)
         cache = {f"KV cache (engine.kv_gb: {held:,.0f} tokens)": engine.kv_gb * 1e9}
@@ -47,7 +47,7 @@ def rollout_phase(
     }
 
 
-def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
+def dry_run_rl(cfg, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
     """judge: bytes per rank of an engine that stays awake beside the policy's, by owner."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     b, s = cfg.batch, cfg.sampling
@@ -56,16 +56,16 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     # of a group's tokens the prefix's need no mask
     replies = b.siblings * s.max_new
     span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
-    train = training_phase(shape, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
+    train = training_phase(model_cfg, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
     if cfg.loss.next_token:
-        second = BYTES[cfg.model.dtype] * shape.width * (shape.vocab + b.pack_tokens)
+        second = BYTES[cfg.model.dtype] * model_cfg.width * (model_cfg.vocab + b.pack_tokens)
         train["head: gradients of the policy loss beside those of the next-token loss"] = second
     rows = min(s.max_batch, -(-samples // world))
-    rollout = rollout_phase(shape, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
+    rollout = rollout_phase(model_cfg, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
     resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
     resident |= outside(device, world)
     scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
-    check = {"samples scored again (engine.check_every)": scoring(shape, cfg.model, scored, world, device)}
+    check = {"samples scored again (engine.check_every)": scoring(model_cfg, cfg.model, scored, world, device)}
     if not cfg.engine.check_every:
         check = {}
     shared = b.prompts * max_prefix + samples * s.max_new
@@ -79,7 +79,7 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
         f"at most {shared:,} tokens through the layers, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
-    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * shape.vocab * shape.width}
+    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
     judge, always = judge or {}, ("weights", "graphs", "KV")
     judge_kept = _kept(judge, always)
     resident |= judge_kept
@@ -87,9 +87,9 @@ def dry_run_rl(cfg, shape: ModelConfig, max_prefix: int, judge: dict[str, float]
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
     training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
     phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
-    _print(cfg, shape, arithmetic + _cache_room(cfg, shape, max_prefix, rows), phases, device)
+    _print(cfg, model_cfg, arithmetic + _cache_room(cfg, model_cfg, max_prefix, rows), phases, device)
     if cfg.model.dtype == "bfloat16":
-        _print_time(time.of_rl(cfg, shape, max_prefix, world), cfg.run.steps, "step")
+        _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
     return 0
 
 
@@ -98,35 +98,35 @@ def dry_run_sft(cfg) -> int:
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.model.folder:
-        shape = weights.read_config(cfg.model.folder)
+        model_cfg = weights.read_config(cfg.model.folder)
     else:
         from thinkmid.train.init import shape_of
 
-        shape = shape_of(cfg.fresh, cfg.fresh.vocab, ())
+        model_cfg = shape_of(cfg.fresh, cfg.fresh.vocab, ())
     arithmetic = [
         f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
         f"packs of {cfg.data.pack_tokens:,}",
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
     device = device_of(cfg.model.dtype)
-    training = training_phase(shape, cfg.model, cfg.data.pack_tokens, world, device=device)
-    _print(cfg, shape, arithmetic, {"training": training}, device)
+    training = training_phase(model_cfg, cfg.model, cfg.data.pack_tokens, world, device=device)
+    _print(cfg, model_cfg, arithmetic, {"training": training}, device)
     if cfg.model.dtype == "bfloat16":
-        _print_time(time.of_sft(cfg, shape, world), cfg.run.steps, "step")
+        _print_time(time.of_sft(cfg, model_cfg, world), cfg.run.steps, "step")
     return 0
 
 
-def dry_run_engine(cfg, shape: ModelConfig, sampling, max_prompt: int) -> int:
+def dry_run_engine(cfg, model_cfg: ModelConfig, sampling, max_prompt: int) -> int:
     """Of a program that only samples: annotation, evaluation."""
     rows = sampling.max_batch
     arithmetic = [
         f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
     ]
     device = device_of(cfg.engine.dtype, cfg.engine)
-    owners = rollout_phase(shape, sampling, cfg.engine, max_prompt, rows) | outside(device, 1)
-    _print(cfg, shape, arithmetic, {"rollout": owners}, device)
+    owners = rollout_phase(model_cfg, sampling, cfg.engine, max_prompt, rows) | outside(device, 1)
+    _print(cfg, model_cfg, arithmetic, {"rollout": owners}, device)
     if cfg.engine.dtype == "bfloat16":
-        plan = time.of_answers(shape, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
+        plan = time.of_answers(model_cfg, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
         _print_time(plan, 0, "thousand answers of a rank")
     return 0
 
@@ -136,9 +136,9 @@ def _kept(rollout, words):
     return {k: v for k, v in rollout.items() if any(word in k for word in words) and not k.endswith("KV cache")}
 
 
-def _cache_room(cfg, shape, max_prefix, rows) -> list[str]:
+def _cache_room(cfg, model_cfg, max_prefix, rows) -> list[str]:
     """A line where vLLM's cache does not hold all sequences that run at a time, and what to set if it thrashes."""
-    engine, token = cfg.engine, cache_bytes(shape, cfg.engine.dtype) / cfg.engine.tensor_parallel
+    engine, token = cfg.engine, cache_bytes(model_cfg, cfg.engine.dtype) / cfg.engine.tensor_parallel
     # a prefix is stored once for its siblings
     whole, half = (max_prefix / cfg.batch.siblings + share * cfg.sampling.max_new for share in (1, 0.5))
     held = engine.kv_gb * 1e9 / token
@@ -152,11 +152,11 @@ def _cache_room(cfg, shape, max_prefix, rows) -> list[str]:
     return [f"warning: {room}: vLLM preempts others and reads them again; {advice}"]
 
 
-def _print(cfg, shape, arithmetic, phases, device):
+def _print(cfg, model_cfg, arithmetic, phases, device):
     print(config.to_toml(cfg))
     print(
-        f"# model: {shape.num_parameters:,} parameters, {shape.layers} layers, width {shape.width}, "
-        f"vocabulary {shape.vocab:,}"
+        f"# model: {model_cfg.num_parameters:,} parameters, {model_cfg.layers} layers, width {model_cfg.width}, "
+        f"vocabulary {model_cfg.vocab:,}"
     )
     for line in arithmetic:
         print(f"# {line}")

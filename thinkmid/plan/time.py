@@ -14,52 +14,57 @@ ASSUMED = (
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def block_parameters(shape: ModelConfig) -> int:
+def block_parameters(model_cfg: ModelConfig) -> int:
     """Of all blocks: what each token is multiplied with, head and embedding aside."""
-    return shape.num_parameters - shape.vocab * shape.width * (1 if shape.tied else 2) - shape.width
+    return model_cfg.num_parameters - model_cfg.vocab * model_cfg.width * (1 if model_cfg.tied else 2) - model_cfg.width
 
 
-def pair_flops(shape: ModelConfig) -> float:
+def pair_flops(model_cfg: ModelConfig) -> float:
     """Of one query-key pair over all layers, forward."""
-    return shape.layers * 4 * shape.heads * shape.head_dim
+    return model_cfg.layers * 4 * model_cfg.heads * model_cfg.head_dim
 
 
-def cache_bytes(shape: ModelConfig, dtype: str) -> int:
+def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
     """Of one token's keys and values."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]
+    return 2 * model_cfg.layers * model_cfg.kv_heads * model_cfg.head_dim * BYTES[dtype]
 
 
-def forward_flops(shape: ModelConfig, tokens: float, span: float, rows: float) -> float:
+def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
     """Of tokens that each see `span` keys; `rows` of them go through the head. 2 a parameter, and attention."""
-    return tokens * (2 * block_parameters(shape) + span * pair_flops(shape)) + rows * 2 * shape.vocab * shape.width
+    return (
+        tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
+        + rows * 2 * model_cfg.vocab * model_cfg.width
+    )
 
 
-def training_seconds(shape: ModelConfig, section, world: int, *, tokens: float, span: float, rows: float) -> float:
+def training_seconds(model_cfg: ModelConfig, section, world: int, *, tokens: float, span: float, rows: float) -> float:
     """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
-    head = forward_flops(shape, 0, 0, rows)
-    blocks = forward_flops(shape, tokens, span, 0)
+    head = forward_flops(model_cfg, 0, 0, rows)
+    blocks = forward_flops(model_cfg, tokens, span, 0)
     return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
 
 
-def of_sft(cfg, shape: ModelConfig, world: int) -> dict[str, float]:
+def of_sft(cfg, model_cfg: ModelConfig, world: int) -> dict[str, float]:
     """Seconds of a step: every sequence has max_len tokens, of which a token sees half."""
     tokens, span = cfg.data.batch_tokens, cfg.data.max_len / 2
-    return {"training": training_seconds(shape, cfg.model, world, tokens=tokens, span=span, rows=tokens)}
+    return {"training": training_seconds(model_cfg, cfg.model, world, tokens=tokens, span=span, rows=tokens)}
 
 
-def of_answers(shape: ModelConfig, engine, sampling, *, prompts: float, siblings: int, prompt: int) -> dict[str, float]:
+def of_answers(
+    model_cfg: ModelConfig, engine, sampling, *, prompts: float, siblings: int, prompt: int
+) -> dict[str, float]:
     """Seconds in which one engine draws siblings of prompts, all of full length.
 
     A prompt is read once. For each token of a batch the weights are read, and keys and values of what stands before:
     bandwidth bounds it. As many sequences run at a time as the cache holds when they are half-way.
     """
-    new, token_bytes = sampling.max_new, cache_bytes(shape, engine.dtype)
+    new, token_bytes = sampling.max_new, cache_bytes(model_cfg, engine.dtype)
     rows = min(sampling.max_batch, prompts * siblings)
     if engine.kind == "vllm":
         rows = min(rows, engine.kv_gb * 1e9 / token_bytes / (prompt / siblings + new / 2))
-    batch_bytes = BYTES[engine.dtype] * shape.num_parameters + rows * (prompt + new / 2) * token_bytes
+    batch_bytes = BYTES[engine.dtype] * model_cfg.num_parameters + rows * (prompt + new / 2) * token_bytes
     return {
-        "prefill": forward_flops(shape, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
+        "prefill": forward_flops(model_cfg, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
         f"decoding, {rows:.0f} sequences at a time": prompts
         * siblings
         * new
@@ -69,14 +74,14 @@ def of_answers(shape: ModelConfig, engine, sampling, *, prompts: float, siblings
     }
 
 
-def of_rl(cfg, shape: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
+def of_rl(cfg, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
     """Seconds of a step at most: longest prefixes, samples of full length, no dead groups. Judge and sync left out."""
     b, new = cfg.batch, cfg.sampling.max_new
     samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
     trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new
     span = max_prefix + new / 2  # of a new token; those of a prefix see less
     out = of_answers(
-        shape, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
+        model_cfg, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
     )
-    train = training_seconds(shape, cfg.model, world, tokens=trunk, span=span, rows=samples * new)
+    train = training_seconds(model_cfg, cfg.model, world, tokens=trunk, span=span, rows=samples * new)
     return out | {"training at most, no group dead": train}

@@ -33,12 +33,12 @@ def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
 
 
 def stored_sequences(
-    paths, text: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
+    paths, tokenizer: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
 ) -> tuple[sequences.Sequences, str]:
     """Token sequences of all documents, and a digest of them. Collective."""
-    encode = lambda documents: sequences.records(documents, text)  # noqa: E731
+    encode = lambda documents: sequences.records(documents, tokenizer)  # noqa: E731
     what = "document of two tokens or more"
-    found = _Writing(paths, encode, {"tokens": text.digest}, run, ranks, interrupt, what).store()
+    found = _Writing(paths, encode, {"tokens": tokenizer.digest}, run, ranks, interrupt, what).store()
     return sequences.Sequences(found, max_len), found.digest
 
 

@@ -49,11 +49,13 @@ def make(cfg: FreshConfig, data: tuple[str, ...], run: RunConfig, ranks: Ranks) 
         return folder / "init"
     shape_of(cfg, cfg.vocab, ())  # numbers that make no model are refused before the tokenizer takes its minutes
     ranks.agree(lambda: _train_tokenizer(cfg, data, folder / "tokenizer") if ranks.rank == 0 else None)
-    text = Tokenizer.load(folder / "tokenizer")
-    shape = shape_of(cfg, text.vocab_size, text.eos_ids)
-    model = weights.build(shape)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    model_cfg = shape_of(cfg, tokenizer.vocab_size, tokenizer.eos_ids)
+    model = weights.build(model_cfg)
     init_weights(model, run.seed)
-    weights.save(folder / "init", shape, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer")
+    weights.save(
+        folder / "init", model_cfg, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer"
+    )
     return folder / "init"
 
 

@@ -43,7 +43,7 @@ class Job:
     run: RunConfig
     source: Path  # the HF folder the run started from: tokenizer files come from here
     model: Transformer
-    text: Tokenizer
+    tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     interrupt: Interrupt
@@ -119,8 +119,8 @@ class Job:
 def open_job(
     cfg,
     source: Path,
-    shape: ModelConfig,
-    text: Tokenizer,
+    model_cfg: ModelConfig,
+    tokenizer: Tokenizer,
     *,
     data: str,
     ranks: Ranks,
@@ -149,11 +149,11 @@ def open_job(
     sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
     frozen = {**frozen, "weights": source} if moved or sealed else frozen
     parts = {part: weights_digest(place, ranks) for part, place in frozen.items()}
-    parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(shape))), "tokenizer": text.digest}
+    parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(model_cfg))), "tokenizer": tokenizer.digest}
 
     def make():
         # a checkpoint holds every weight
-        return empty_model(shape, cfg.model, ranks) if found else sharded_model(source, shape, cfg.model, ranks)
+        return empty_model(model_cfg, cfg.model, ranks) if found else sharded_model(source, model_cfg, cfg.model, ranks)
 
     model = make()
     optimizer = optim.adamw(model, cfg.optim)
@@ -180,7 +180,21 @@ def open_job(
     saved_step = start if found else -1
     watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
     watch.beat("start", start)
-    fields = (cfg.run, source, model, text, optimizer, ranks, interrupt, log, watch, same, saved_step, ema, ema_decay)
+    fields = (
+        cfg.run,
+        source,
+        model,
+        tokenizer,
+        optimizer,
+        ranks,
+        interrupt,
+        log,
+        watch,
+        same,
+        saved_step,
+        ema,
+        ema_decay,
+    )
     return Job(*fields), start, state
 
 
@@ -208,35 +222,35 @@ def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def sharded_model(source: Path, shape: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
+def sharded_model(source: Path, model_cfg: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
     """The model in an HF folder, of which each rank reads its own rows."""
-    model = empty_model(shape, section, ranks)
+    model = empty_model(model_cfg, section, ranks)
     ranks.agree(lambda: weights.load_into(model, source))
     return model
 
 
-def empty_model(shape: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
+def empty_model(model_cfg: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
     """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
     with torch.device("meta"):
-        model = Transformer(shape, checkpointing=section.checkpointing, deterministic=section.deterministic)
+        model = Transformer(model_cfg, checkpointing=section.checkpointing, deterministic=section.deterministic)
     fsdp.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
     return weights.materialise(model, ranks.device)
 
 
-def check_source(source: Path, shape: ModelConfig, text: Tokenizer, run: RunConfig, ranks: Ranks) -> None:
+def check_source(source: Path, model_cfg: ModelConfig, tokenizer: Tokenizer, run: RunConfig, ranks: Ranks) -> None:
     """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run that goes on
     does not need the weights. Collective."""
-    ranks.agree(lambda: _check_vocabulary(source, shape, text))
+    ranks.agree(lambda: _check_vocabulary(source, model_cfg, tokenizer))
     if not ranks.any(begun(run)):
         with torch.device("meta"):
-            model = Transformer(shape)
+            model = Transformer(model_cfg)
         ranks.agree(lambda: weights.matched(model, source))
 
 
-def _check_vocabulary(source: Path, shape: ModelConfig, text: Tokenizer) -> None:
-    if text.vocab_size > shape.vocab:
+def _check_vocabulary(source: Path, model_cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model_cfg.vocab:
         raise UserError(
-            f"{source}/tokenizer.json: {text.vocab_size} tokens, but config.json has vocab_size {shape.vocab}"
+            f"{source}/tokenizer.json: {tokenizer.vocab_size} tokens, but config.json has vocab_size {model_cfg.vocab}"
         )
 
 

@@ -28,14 +28,14 @@ class Scores:
         self,
         cfg: RewardConfig,
         models: dict[str, torch.nn.Module],
-        text: Tokenizer,
+        tokenizer: Tokenizer,
         ranks: Ranks,
         *,
         max_suffix: int,
         pack_tokens: int,
     ):
         """models: whose weights may score, by the names of RewardConfig.scorer."""
-        self._cfg, self._models, self._text, self._ranks = cfg, models, text, ranks
+        self._cfg, self._models, self._text, self._ranks = cfg, models, tokenizer, ranks
         self._max_suffix, self._pack_tokens = max_suffix, pack_tokens
 
     def __call__(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
@@ -108,7 +108,7 @@ class Layout:
     """A step's thoughts and bare prompts, numbered, as units to score: a group's equal thoughts are scored once, so
     that they get the same reward to the last bit."""
 
-    def __init__(self, groups: list[Group], suffixes: list[Truth], text: Tokenizer):
+    def __init__(self, groups: list[Group], suffixes: list[Truth], tokenizer: Tokenizer):
         self._suffixes = suffixes
         self.num = 0  # numbers given: one for each distinct thought and one for each bare prompt
         self._thoughts_P: list[dict[bytes, tuple[int, np.ndarray]]] = []
@@ -116,7 +116,7 @@ class Layout:
         self._bare_P: list[int] = []
         for group in groups:
             thoughts: dict[bytes, tuple[int, np.ndarray]] = {}
-            slots = [self._slot(thoughts, closed(s, text)) for s in group.samples]
+            slots = [self._slot(thoughts, closed(s, tokenizer)) for s in group.samples]
             self._thoughts_P.append(thoughts)
             self._slots_P_G.append(slots)
             self._bare_P.append(self._next())
@@ -168,10 +168,10 @@ class Layout:
         return self.num - 1
 
 
-def closed(sample: Sample, text: Tokenizer) -> np.ndarray | None:
+def closed(sample: Sample, tokenizer: Tokenizer) -> np.ndarray | None:
     """The tokens of a thought, its first closing tag included; None without one. What the last of them holds beyond
     the tag stays: tokens as drawn."""
-    num = text.split_at_close(sample.tokens).num_think
+    num = tokenizer.split_at_close(sample.tokens).num_think
     return None if num is None else sample.tokens[:num].astype(np.int64)
 
 

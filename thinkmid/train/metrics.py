@@ -137,12 +137,12 @@ class Clock:
         return {**self.seconds, "step_s": total, "generated_tokens": generated, "tokens_per_s": generated / total}
 
 
-def rollout_rows(groups: list[Group], text):
+def rollout_rows(groups: list[Group], tokenizer):
     """One row per sample, for people: rollouts/step-*.jsonl."""
     for group in groups:
-        prompt = text.decode(group.prompt.tokens)
+        prompt = tokenizer.decode(group.prompt.tokens)
         for g, sample in enumerate(group.samples):
-            parts = text.split_at_close(sample.tokens)
+            parts = tokenizer.split_at_close(sample.tokens)
             reward = None if np.isnan(group.rewards[g]) else group.rewards[g]
             yield {
                 "prompt_id": group.prompt.id,

@@ -46,9 +46,9 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
     return out
 
 
-def read_thoughts(paths, text, max_len) -> list[Unit]:
+def read_thoughts(paths, tokenizer, max_len) -> list[Unit]:
     """The first max_len tokens of each document, labels, operands and results of its thoughts marked."""
-    return [unit for doc in read_documents(paths) if (unit := _marked(doc, text, max_len)) is not None]
+    return [unit for doc in read_documents(paths) if (unit := _marked(doc, tokenizer, max_len)) is not None]
 
 
 @torch.no_grad()
@@ -80,15 +80,15 @@ def advice(probed: dict[str, float]) -> str:
     return f"{line}. RLMT is worth starting"
 
 
-def _marked(doc, text, max_len) -> Unit | None:
+def _marked(doc, tokenizer, max_len) -> Unit | None:
     """The document with the part of each token in the stream pg_w: 1, 2, 3 for PARTS, 0 elsewhere."""
     tokens, marks = [], []
     for is_thought, piece in split(doc):
-        ids, _ = text.encode_woven([(is_thought, piece)])
+        ids, _ = tokenizer.encode_woven([(is_thought, piece)])
         mark = np.zeros(len(ids), np.float32)
         if is_thought:
-            ends = np.cumsum([len(text.pieces[i]) for i in ids])
-            lead = len(text.decode(text.open_ids).encode())
+            ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
+            lead = len(tokenizer.decode(tokenizer.open_ids).encode())
             for k, pattern in enumerate(PARTS.values(), start=1):
                 for m in pattern.finditer(piece):
                     # the token that holds the last character of the match

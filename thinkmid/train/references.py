@@ -47,14 +47,16 @@ class Truth:
         return [replace(alone, replies=[*(_after(self.tag, r) for r in unit.replies), text])]
 
 
-def truths(prompts: list[Prompt], text: Tokenizer, max_suffix: int) -> list[Truth]:
+def truths(prompts: list[Prompt], tokenizer: Tokenizer, max_suffix: int) -> list[Truth]:
     """Of RLMT prompts; suffixes are cut to max_suffix tokens of their own encoding, as the judge's are."""
-    suffixes = text.encode_many(p.meta["reference"] for p in prompts)
-    return [_truth(p, np.array(ids[:max_suffix], np.int64), text) for p, ids in zip(prompts, suffixes, strict=True)]
+    suffixes = tokenizer.encode_many(p.meta["reference"] for p in prompts)
+    return [
+        _truth(p, np.array(ids[:max_suffix], np.int64), tokenizer) for p, ids in zip(prompts, suffixes, strict=True)
+    ]
 
 
-def _truth(prompt: Prompt, suffix: np.ndarray, text: Tokenizer) -> Truth:
-    tokens, tag = np.array(prompt.tokens, np.int64), np.array(text.open_ids, np.int64)
+def _truth(prompt: Prompt, suffix: np.ndarray, tokenizer: Tokenizer) -> Truth:
+    tokens, tag = np.array(prompt.tokens, np.int64), np.array(tokenizer.open_ids, np.int64)
     before = tokens[: len(tokens) - len(tag)]
     assert np.array_equal(tokens[len(before) :], tag), f"{prompt.id} does not end with the opened tag"
     lead = suffix[: not len(before)]
@@ -68,14 +70,14 @@ def _truth(prompt: Prompt, suffix: np.ndarray, text: Tokenizer) -> Truth:
 
 
 def next_token_units(
-    units: list[Unit], groups: list[Group], text: Tokenizer, max_suffix: int, weight: float
+    units: list[Unit], groups: list[Group], tokenizer: Tokenizer, max_suffix: int, weight: float
 ) -> list[Unit]:
     """An update's units with the true suffix of every group, dead ones included, as raw text.
 
     Its loss is weight times the mean over all suffix tokens of the update. Raw text and not an empty thought: it keeps
     what the model could do before, whereas an empty thought would teach it not to think.
     """
-    suffixes = truths([g.prompt for g in groups], text, max_suffix)
+    suffixes = truths([g.prompt for g in groups], tokenizer, max_suffix)
     num = max(1, sum(len(t.targets) for t in suffixes))
     waiting: dict[str, list[Unit]] = {}
     for unit in units:
@@ -85,15 +87,15 @@ def next_token_units(
     return [part for t, unit in zip(suffixes, mine, strict=True) for part in t.beside(unit, weight / num)]
 
 
-def begins_true(sample: Sample, reference: list[int], text: Tokenizer, num_tokens: int) -> bool:
+def begins_true(sample: Sample, reference: list[int], tokenizer: Tokenizer, num_tokens: int) -> bool:
     """Do continuation and reference agree byte by byte up to a place where a token ends in both, at least num_tokens
     tokens into the reference, or at its end if it is shorter? Not without exactly one closing tag (RPT, 2506.08007)."""
-    pieces = [text.pieces[i] if i < len(text.pieces) else b"" for i in sample.tokens]
+    pieces = [tokenizer.pieces[i] if i < len(tokenizer.pieces) else b"" for i in sample.tokens]
     written, tag = b"".join(pieces), CLOSE.encode()
     if written.count(tag) != 1:
         return False
     start = written.find(tag) + len(tag)
-    ours, true = {end - start for end in _ends(pieces)}, [text.pieces[i] for i in reference]
+    ours, true = {end - start for end in _ends(pieces)}, [tokenizer.pieces[i] for i in reference]
     ends, want = _ends(true), b"".join(true)
     ends = ends[num_tokens - 1 :] or ends[-1:]
     return any(end in ours and written[start : start + end] == want[:end] for end in ends)

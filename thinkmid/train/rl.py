@@ -57,8 +57,8 @@ class PromptSet:
 def run(
     cfg: RLConfig,
     source,
-    shape,
-    text,
+    model_cfg,
+    tokenizer,
     read: Callable[[Ranks, Interrupt], PromptSet],
     make_reward,
     *,
@@ -78,23 +78,23 @@ def run(
         check_vllm()
     interrupt, ranks = Interrupt(), start_ranks(cfg.engine.tensor_parallel)
     claim_folder(cfg, ranks)
-    job.check_source(source, shape, text, cfg.run, ranks)
+    job.check_source(source, model_cfg, tokenizer, cfg.run, ranks)
     found = read(ranks, interrupt)
     prompts, held_out = found.prompts, found.held_out
     longest = max([found.longest, *(len(p.tokens) for p in held_out)])
     check_room(cfg, longest)
-    max_len = min(max(longest + cfg.sampling.max_new, at_least), shape.max_positions)
+    max_len = min(max(longest + cfg.sampling.max_new, at_least), model_cfg.max_positions)
     options = {"data": found.digest, "ranks": ranks, "interrupt": interrupt, "ema_decay": cfg.ema_decay}
     frozen = {"weights": source} if cfg.keeps_frozen else {}
     frozen |= {"judge's weights": Path(judge_folder)} if judge_folder else {}
     options |= {"num_steps": cfg.run.steps, "held_out": job.fingerprint_of(held_out), "frozen": frozen}
-    opened, step, state = job.open_job(cfg, source, shape, text, **options)
+    opened, step, state = job.open_job(cfg, source, model_cfg, tokenizer, **options)
     for note in found.notes:
         opened.log.say(f"note: {note}")
     opened.log.say(f"{len(prompts)} prompts, at most {found.longest} tokens; starts at step {step}")
-    frozen = job.sharded_model(source, shape, cfg.model, ranks) if cfg.keeps_frozen else None
+    frozen = job.sharded_model(source, model_cfg, cfg.model, ranks) if cfg.keeps_frozen else None
     rows = cfg.sampling.max_batch
-    engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=max_len, rows=rows)
+    engine = make_engine(cfg.engine, source, model_cfg, tokenizer, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
     reward, close = make_reward(prompts, engine, cfg.engine.max_len or max_len, ranks.device, opened.log.note)
     looks = {"held_out": held_out, "look_every": look_every}
@@ -118,7 +118,7 @@ def run(
     return code
 
 
-def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
+def longest_prompt(cfg: RLConfig, model_cfg, asked: int, num_close: int) -> int:
     """Tokens a prompt may have; asked: what the configuration says, 0 for nothing.
 
     UserError if the context or a pack does not hold it and the new tokens.
@@ -126,7 +126,7 @@ def longest_prompt(cfg: RLConfig, shape, asked: int, num_close: int) -> int:
     s, least = cfg.sampling, max(asked, 2)
     if s.force_close and s.max_think < num_close:
         raise UserError(f"sampling.force_close: max_think {s.max_think} cannot hold the {num_close} tokens of </think>")
-    rooms = {f"the context of {cfg.model.folder}": shape.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
+    rooms = {f"the context of {cfg.model.folder}": model_cfg.max_positions, "batch.pack_tokens": cfg.batch.pack_tokens}
     for name, room in rooms.items():
         if least + s.max_new > room:
             new = f"sampling.max_think {s.max_think} + sampling.max_suffix {s.max_suffix}"
@@ -237,7 +237,7 @@ def train(
             for line in advice(row):
                 log.say(f"warning: {line}")
         if cfg.run.rollouts_every and step % cfg.run.rollouts_every == 0:
-            log.rollouts(step, rollout_rows(groups, run.text))
+            log.rollouts(step, rollout_rows(groups, run.tokenizer))
 
 
 def look(run, cfg: RLConfig, engine, prompts, reward, scores, step: int, moments: Offload) -> dict[str, float]:
@@ -304,7 +304,7 @@ def update(run: job.Job, cfg: RLConfig, groups: list[Group], lr, first_update, r
         scope=cfg.loss.scope,
     )
     if cfg.loss.next_token:
-        units = next_token_units(units, groups, run.text, cfg.sampling.max_suffix, cfg.loss.next_token)
+        units = next_token_units(units, groups, run.tokenizer, cfg.sampling.max_suffix, cfg.loss.next_token)
     unshared = [part for unit in units for part in duplicated(unit)]
     packs_of_ranks = plan(
         units if cfg.batch.share_prefix else unshared,

@@ -98,20 +98,20 @@ def main(argv: list[str]) -> int:
     from thinkmid.train.likelihood import Scores
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Tokenizer.load(source)
-    max_prefix = rl.longest_prompt(cfg, shape, cfg.data.max_prefix, len(text.close_ids))
+    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
+    max_prefix = rl.longest_prompt(cfg, model_cfg, cfg.data.max_prefix, len(tokenizer.close_ids))
     if dry_run:
-        return memory.dry_run_rl(cfg, shape, max_prefix, judge_phase(cfg))
+        return memory.dry_run_rl(cfg, model_cfg, max_prefix, judge_phase(cfg))
     asks = bool(cfg.reward.judge)
-    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, shape) if asks else None
+    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, model_cfg) if asks else None
     if asks and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
         check_vllm()
-    make = prompt_maker(cfg.data, text, max_prefix, cfg.run.seed)
+    make = prompt_maker(cfg.data, tokenizer, max_prefix, cfg.run.seed)
 
     def read(ranks, interrupt):
         corpus.name_left_out([*cfg.data.paths, *cfg.data.val_paths], ranks)
         held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
-        decides = {"prompts": text.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
+        decides = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
         if cfg.data.prefix != "thought":
             decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
         prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run, ranks, interrupt)
@@ -121,20 +121,20 @@ def main(argv: list[str]) -> int:
     def reward(prompts, engine, max_len, device, note):
         if not asks:
             return NoJudge(), lambda: None
-        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, text, theirs, device, max_len, note)
-        return make_reward(cfg.judge, cfg.sampling, text, ask, prompts, cfg.run.seed), close
+        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, tokenizer, theirs, device, max_len, note)
+        return make_reward(cfg.judge, cfg.sampling, tokenizer, ask, prompts, cfg.run.seed), close
 
     def scores(run, frozen):
         if cfg.reward.is_verdict:
             return None
         models = {"policy": run.model, "frozen": frozen, "ema": run.ema}
         sizes = {"max_suffix": cfg.sampling.max_suffix, "pack_tokens": cfg.batch.pack_tokens}
-        return Scores(cfg.reward, models, text, run.ranks, **sizes)
+        return Scores(cfg.reward, models, tokenizer, run.ranks, **sizes)
 
     at_least = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
     more = {"at_least": at_least, "make_scores": scores, "look_every": cfg.data.val_every}
     more["judge_folder"] = cfg.judge.folder if theirs else ""
-    return rl.run(cfg, source, shape, text, read, reward, **more)
+    return rl.run(cfg, source, model_cfg, tokenizer, read, reward, **more)
 
 
 def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
@@ -144,10 +144,10 @@ def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
 
     if not cfg.reward.judge or cfg.judge.kind != "resident":
         return {}
-    shape = weights.read_config(cfg.judge.folder)
-    engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, shape)
+    model_cfg = weights.read_config(cfg.judge.folder)
+    engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, model_cfg)
     rows, room = cfg.sampling.max_batch, longest - cfg.sampling.max_new
-    owners = memory.rollout_phase(shape, cfg.sampling, engine, room, rows)
+    owners = memory.rollout_phase(model_cfg, cfg.sampling, engine, room, rows)
     return {f"judge's {owner}": size for owner, size in owners.items()}
 
 
@@ -157,13 +157,15 @@ def notes(cfg: RLMTConfig) -> list[str]:
     return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
 
 
-def prompt_maker(data: DataConfig, text, max_prefix: int, seed: int):
+def prompt_maker(data: DataConfig, tokenizer, max_prefix: int, seed: int):
     """documents -> their prompts."""
     from thinkmid.data.prompts import at_thoughts, in_raw_text
 
     if data.prefix == "thought":
-        return partial(at_thoughts, text=text, max_prefix=max_prefix)
-    return partial(in_raw_text, text=text, where=data.prefix, length=data.length, max_prefix=max_prefix, seed=seed)
+        return partial(at_thoughts, tokenizer=tokenizer, max_prefix=max_prefix)
+    return partial(
+        in_raw_text, tokenizer=tokenizer, where=data.prefix, length=data.length, max_prefix=max_prefix, seed=seed
+    )
 
 
 def read_held_out(data: DataConfig, make) -> list:

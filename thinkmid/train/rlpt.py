@@ -51,23 +51,23 @@ def main(argv: list[str]) -> int:
     from thinkmid.train import job, rl
 
     source = Path(cfg.model.folder)
-    shape, text = weights.read_config(source), Tokenizer.load(source)
-    max_prompt = rl.longest_prompt(cfg, shape, cfg.data.max_prompt, len(text.close_ids))
+    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
+    max_prompt = rl.longest_prompt(cfg, model_cfg, cfg.data.max_prompt, len(tokenizer.close_ids))
     if dry_run:
-        return memory.dry_run_rl(cfg, shape, max_prompt)
-    prompts, notes = read_prompts(cfg.data, text, max_prompt)
+        return memory.dry_run_rl(cfg, model_cfg, max_prompt)
+    prompts, notes = read_prompts(cfg.data, tokenizer, max_prompt)
     longest, digest = max(len(p.tokens) for p in prompts), job.fingerprint_of(prompts)
     questions = rl.PromptSet(prompts=prompts, longest=longest, digest=digest, notes=notes)
     grader = make_grader(cfg.verify)
 
     def reward(prompts, engine, max_len, device, note):
-        made = AnswerReward(text, grader, thinks=cfg.data.template.endswith("-think"))
+        made = AnswerReward(tokenizer, grader, thinks=cfg.data.template.endswith("-think"))
         return made, made.close
 
-    return rl.run(cfg, source, shape, text, lambda *_: questions, reward)
+    return rl.run(cfg, source, model_cfg, tokenizer, lambda *_: questions, reward)
 
 
-def read_prompts(data: QuestionConfig, text, max_prompt: int) -> tuple[list, list[str]]:
+def read_prompts(data: QuestionConfig, tokenizer, max_prompt: int) -> tuple[list, list[str]]:
     """One prompt per question that fits, and what to say about the others. UserError if none does."""
     from thinkmid.data import questions, templates
     from thinkmid.types import Prompt
@@ -76,7 +76,7 @@ def read_prompts(data: QuestionConfig, text, max_prompt: int) -> tuple[list, lis
     found = []
     for q in loaded.questions:
         posed = questions.posed(q)
-        tokens = templates.tokens(text, templates.render(data.template, posed.text, choice=q.kind == "choice"))
+        tokens = templates.tokens(tokenizer, templates.render(data.template, posed.text, choice=q.kind == "choice"))
         if len(tokens) <= max_prompt:
             found.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
     if not found:

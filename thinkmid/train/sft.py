@@ -89,17 +89,19 @@ def main(argv: list[str]) -> int:
     source = Path(cfg.model.folder)
     if not cfg.model.folder:
         source = init.make(cfg.fresh, cfg.data.paths, cfg.run, ranks)
-    shape, text = weights.read_config(source), Tokenizer.load(source)
-    if shape.max_positions < cfg.data.max_len:
-        raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {shape.max_positions} tokens")
-    job.check_source(source, shape, text, cfg.run, ranks)
-    held_out = read_sequences(cfg.data.val_paths, text, cfg.data.max_len) if cfg.data.val_paths else []
-    probed = probe.read_thoughts(cfg.data.probe_paths, text, cfg.data.max_len) if cfg.data.probe_paths else []
-    sequences, data = corpus.stored_sequences(cfg.data.paths, text, cfg.data.max_len, cfg.run, ranks, interrupt)
+    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
+    if model_cfg.max_positions < cfg.data.max_len:
+        raise UserError(
+            f"data.max_len {cfg.data.max_len} exceeds the model's context of {model_cfg.max_positions} tokens"
+        )
+    job.check_source(source, model_cfg, tokenizer, cfg.run, ranks)
+    held_out = read_sequences(cfg.data.val_paths, tokenizer, cfg.data.max_len) if cfg.data.val_paths else []
+    probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, cfg.data.max_len) if cfg.data.probe_paths else []
+    sequences, data = corpus.stored_sequences(cfg.data.paths, tokenizer, cfg.data.max_len, cfg.run, ranks, interrupt)
     steps = num_steps(cfg, sequences.lengths)
     options = {"data": data, "ranks": ranks, "interrupt": interrupt, "num_steps": steps}
     options["held_out"] = job.fingerprint(tokens.tolist() for tokens, _ in held_out)
-    run, step, state = job.open_job(cfg, source, shape, text, **options)
+    run, step, state = job.open_job(cfg, source, model_cfg, tokenizer, **options)
     try:
         code = learn(run, of_length(cfg, steps), sequences, held_out, probed, step, state)
     finally:

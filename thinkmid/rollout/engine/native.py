@@ -25,8 +25,8 @@ PREFILL_TOKENS = 8192  # prefix tokens in one forward
 class NativeEngine:
     """Decodes with the trainer's own Transformer, so that its log-probs are the trainer's. CPU or one GPU."""
 
-    def __init__(self, cfg: ModelConfig, text: Tokenizer, *, dtype="float32", device="cpu"):
-        self.text = text
+    def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, *, dtype="float32", device="cpu"):
+        self.tokenizer = tokenizer
         self.version = -1  # no weights yet
         self._model = weights.build(cfg, dtype=dtype, device=device).requires_grad_(False)
         self._params = dict(weights.stream(self._model))
@@ -78,8 +78,8 @@ class NativeEngine:
         # one more prefix than rows: the next sequence may be a sibling of one that has just ended
         like = next(iter(self._params.values()))
         prefixes = Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, like)
-        cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.text.close_ids), like)
-        rows = Rows(max_rows, sampling, self.text)
+        cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.tokenizer.close_ids), like)
+        rows = Rows(max_rows, sampling, self.tokenizer)
         queued = len(prompts)
         while (waiting or rows.num) and not stop():
             # a refill costs a prefill: wait until an eighth of the batch is free

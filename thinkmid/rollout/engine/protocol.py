@@ -140,7 +140,7 @@ def check_vllm() -> None:
         raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
 
 
-def make_engine(config: EngineConfig, folder, shape, text, *, device, max_len: int, rows: int) -> Engine:
+def make_engine(config: EngineConfig, folder, model_cfg, tokenizer, *, device, max_len: int, rows: int) -> Engine:
     """The engine that a configuration names, awake and without weights. Collective for vllm.
 
     folder: Hugging Face folder of the model, for its config.json. rows: sequences decoded at a time.
@@ -148,10 +148,10 @@ def make_engine(config: EngineConfig, folder, shape, text, *, device, max_len: i
     if config.kind == "native":
         from thinkmid.rollout.engine.native import NativeEngine
 
-        return NativeEngine(shape, text, dtype=config.dtype, device=device)
+        return NativeEngine(model_cfg, tokenizer, dtype=config.dtype, device=device)
     from thinkmid.rollout.engine.vllm import VllmEngine
 
-    return VllmEngine(folder, shape, text, config, max_len=config.max_len or max_len, rows=rows)
+    return VllmEngine(folder, model_cfg, tokenizer, config, max_len=config.max_len or max_len, rows=rows)
 
 
 def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:

@@ -16,13 +16,13 @@ class Rows:
     has opened no thought), "eos" or "reclosed" (second tag).
     """
 
-    def __init__(self, size: int, sampling: Sampling, text: Tokenizer):
+    def __init__(self, size: int, sampling: Sampling, tokenizer: Tokenizer):
         self.num = 0
         self.owner: list[tuple[int, int]] = []
-        self._sampling, self._matcher, self._opener = sampling, text.matcher, text.open_matcher
-        self._open = list(text.open_ids)
-        self._eos = np.array(sorted(text.eos_ids), np.int64)
-        self._close = np.array(text.close_ids, np.int64)
+        self._sampling, self._matcher, self._opener = sampling, tokenizer.matcher, tokenizer.open_matcher
+        self._open = list(tokenizer.open_ids)
+        self._eos = np.array(sorted(tokenizer.eos_ids), np.int64)
+        self._close = np.array(tokenizer.close_ids, np.int64)
         max_new = sampling.max_new + len(self._close)
         self._tokens = np.zeros((size, max_new), np.int32)
         self._logp = np.zeros((size, max_new), np.float32)

@@ -42,9 +42,11 @@ class VllmEngine:
     the same.
     """
 
-    def __init__(self, folder, cfg: ModelConfig, text: Tokenizer, config: EngineConfig, *, max_len: int, rows: int):
+    def __init__(
+        self, folder, cfg: ModelConfig, tokenizer: Tokenizer, config: EngineConfig, *, max_len: int, rows: int
+    ):
         """folder: Hugging Face folder whose config.json describes the model. rows: sequences decoded at a time."""
-        self.text, self.version, self.max_len = text, -1, max_len
+        self.tokenizer, self.version, self.max_len = tokenizer, -1, max_len
         self._cfg, self._tp, self._phases = cfg, config.tensor_parallel, Phases()
         cuda = torch.cuda.is_available()
         self._sleeps = config.sleep and cuda
@@ -147,7 +149,7 @@ class VllmEngine:
                 )
 
     def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
-        rows = Rows(sum(map(len, seeds_P_G)), sampling, self.text)
+        rows = Rows(sum(map(len, seeds_P_G)), sampling, self.tokenizer)
         running: dict[str, int] = {}  # request -> row
         queued = 0
         try:
@@ -199,7 +201,7 @@ class VllmEngine:
 
     def _close(self, rows, row) -> str:
         """Write the closing tag whose place has come; its tokens carry no gradient, so no log-prob either."""
-        for token in self.text.close_ids:
+        for token in self.tokenizer.close_ids:
             (why,) = rows.append(np.array([row]), np.array([token]), np.float32(0), False)
         return str(why)
 
@@ -213,7 +215,7 @@ class VllmEngine:
             # a sequence that goes on after a forced tag draws anew: its seed moves with it
             seed=(int(rows.seed[row]) + len(written)) % 2**63,
             max_tokens=sampling.max_new - len(written),
-            stop_token_ids=list(self.text.eos_ids),
+            stop_token_ids=list(self.tokenizer.eos_ids),
             logprobs=0,
         )
 

@@ -192,9 +192,9 @@ class Grader:
 class AnswerReward:
     """The reward of questions with checkable answers: meta["gold"], and meta["question"] where it is known."""
 
-    def __init__(self, text: Tokenizer, grader: Grader, *, thinks: bool = True):
+    def __init__(self, tokenizer: Tokenizer, grader: Grader, *, thinks: bool = True):
         """Not thinks: samples have no closing tag, all of their text is read. close() closes the grader."""
-        self._text, self._grader, self._thinks = text, grader, thinks
+        self._text, self._grader, self._thinks = tokenizer, grader, thinks
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
         """Only what follows the thought is read; not exactly one closing tag is 0. UserError: no gold answer."""

@@ -13,9 +13,9 @@ from thinkmid.tokenizer import Tokenizer
 JUDGE = -2  # version of an engine that holds a judge's weights
 
 
-def choices(text: Tokenizer) -> tuple[list[int], int, int]:
+def choices(tokenizer: Tokenizer) -> tuple[list[int], int, int]:
     """Tokens that " yes" and " no" have in common, which end the question, and the one in which each goes on."""
-    yes, no = (text.encode(answer) for answer in ANSWERS)
+    yes, no = (tokenizer.encode(answer) for answer in ANSWERS)
     first = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
     if first is None:
         raise UserError(f"the judge's tokenizer cannot tell {ANSWERS[0]!r} from {ANSWERS[1]!r}: {yes} and {no}")
@@ -25,11 +25,11 @@ def choices(text: Tokenizer) -> tuple[list[int], int, int]:
 class EngineAsk:
     """P(yes) by the weights that the engine holds. Questions join the running batch, one token each."""
 
-    def __init__(self, engine: Engine, text: Tokenizer, max_len: int):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_len: int):
         """max_len: tokens of the longest question."""
-        self._engine, self._text, self._max_len = engine, text, max_len
-        self._begin = [] if text.bos_id is None else [text.bos_id]
-        self._shared, *self._choices = choices(text)
+        self._engine, self._text, self._max_len = engine, tokenizer, max_len
+        self._begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._shared, *self._choices = choices(tokenizer)
 
     def __call__(self, prompt: str) -> Callable[[], float]:
         tokens = [*self._begin, *self._text.encode(prompt), *self._shared]

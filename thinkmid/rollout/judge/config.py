@@ -68,13 +68,15 @@ def question_tokens(judge: JudgeConfig, max_suffix: int) -> int:
     return QUESTION_TOKENS + 4 * max_suffix if judge.kind in ("policy", "swap") else 0
 
 
-def resident_engine(judge: JudgeConfig, policys: EngineConfig, sampling: Sampling, shape) -> tuple[EngineConfig, int]:
+def resident_engine(
+    judge: JudgeConfig, policys: EngineConfig, sampling: Sampling, model_cfg
+) -> tuple[EngineConfig, int]:
     """A resident judge's engine, and the tokens of its longest question and answer. shape: the judge's."""
-    longest = min(shape.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
+    longest = min(model_cfg.max_positions, QUESTION_TOKENS + 4 * sampling.max_suffix)
     return replace(policys, kind=judge.engine, kv_gb=judge.kv_gb, sleep=False, max_len=0, tensor_parallel=1), longest
 
 
-def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, shape):
+def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, model_cfg):
     """(shape, text) of a judge in a folder, None for others. UserError if it cannot judge beside this policy."""
     from thinkmid.model import weights
     from thinkmid.tokenizer import Tokenizer
@@ -84,19 +86,19 @@ def read_judge(judge: JudgeConfig, engine: EngineConfig, policy: str, shape):
     if judge.kind == "resident" and judge.engine == "vllm" and engine.tensor_parallel > 1:
         raise UserError("judge.engine 'vllm' beside engine.tensor_parallel: a process has one layout of ranks")
     folder = Path(judge.folder)
-    theirs, text = weights.read_config(folder), Tokenizer.load(folder)
-    if judge.kind == "swap" and replace(theirs, eos_ids=shape.eos_ids, bos_id=shape.bos_id) != shape:
+    theirs, tokenizer = weights.read_config(folder), Tokenizer.load(folder)
+    if judge.kind == "swap" and replace(theirs, eos_ids=model_cfg.eos_ids, bos_id=model_cfg.bos_id) != model_cfg:
         raise UserError(f"{folder}: judge.kind 'swap' needs the shape of {policy}; 'resident' does not")
-    return theirs, text
+    return theirs, tokenizer
 
 
-def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, prompts: Sequence[Prompt], seed: int):
+def make_reward(judge: JudgeConfig, sampling: Sampling, tokenizer, ask, prompts: Sequence[Prompt], seed: int):
     """The reward of RLMT. ask: of make_ask, None for judges by rule. prompts: their references examine the judge."""
     from thinkmid.rollout.judge.model import ContinuationReward, ModelJudge
     from thinkmid.rollout.judge.rule import match
 
     if ask is None:
-        return ContinuationReward(text, partial(match, overlap=judge.overlap), max_suffix=sampling.max_suffix)
+        return ContinuationReward(tokenizer, partial(match, overlap=judge.overlap), max_suffix=sampling.max_suffix)
     model = ModelJudge(
         ask,
         template=judge.template,
@@ -107,9 +109,9 @@ def make_reward(judge: JudgeConfig, sampling: Sampling, text, ask, prompts: Sequ
         # weights that change give other verdicts, and a resumed run has no cache
         cache_size=0 if judge.kind == "policy" else 100_000,
     )
-    cut = lambda whole: text.decode(text.encode(whole)[: sampling.max_suffix])  # noqa: E731
+    cut = lambda whole: tokenizer.decode(tokenizer.encode(whole)[: sampling.max_suffix])  # noqa: E731
     look = partial(examine, judge, ask, seed, prompts, cut)
-    return ContinuationReward(text, model, max_suffix=sampling.max_suffix, look=look)
+    return ContinuationReward(tokenizer, model, max_suffix=sampling.max_suffix, look=look)
 
 
 def examine(judge: JudgeConfig, ask, seed: int, prompts: Sequence[Prompt], cut, step: int) -> Tally:
@@ -130,7 +132,7 @@ def examine(judge: JudgeConfig, ask, seed: int, prompts: Sequence[Prompt], cut, 
 
 
 def make_ask(
-    judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, text, theirs, device, max_len: int, note
+    judge: JudgeConfig, config: EngineConfig, sampling: Sampling, engine, tokenizer, theirs, device, max_len: int, note
 ):
     """(who answers the judge's questions, what to call in the end); (None, ...) for judges by rule.
 
@@ -147,14 +149,16 @@ def make_ask(
         remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, note=note, **options)
         return remote, remote.close
     if judge.kind == "policy":
-        return EngineAsk(engine, text, max_len), nothing
-    shape, text = theirs
+        return EngineAsk(engine, tokenizer, max_len), nothing
+    model_cfg, tokenizer = theirs
     if judge.kind == "swap":
-        return SwapAsk(EngineAsk(engine, text, max_len), engine, JudgeWeights(judge.folder, config.dtype)), nothing
-    beside, longest = resident_engine(judge, config, sampling, shape)
-    resident = make_engine(beside, judge.folder, shape, text, device=device, max_len=longest, rows=sampling.max_batch)
+        return SwapAsk(EngineAsk(engine, tokenizer, max_len), engine, JudgeWeights(judge.folder, config.dtype)), nothing
+    beside, longest = resident_engine(judge, config, sampling, model_cfg)
+    resident = make_engine(
+        beside, judge.folder, model_cfg, tokenizer, device=device, max_len=longest, rows=sampling.max_batch
+    )
     resident.load_weights(JudgeWeights(judge.folder, beside.dtype)(), 0)
-    return EngineAsk(resident, text, longest), nothing
+    return EngineAsk(resident, tokenizer, longest), nothing
 
 
 class JudgeWeights:

@@ -41,11 +41,11 @@ def malformed(parts: Split) -> Verdict | None:
 class ContinuationReward:
     """The reward of RLMT: does what follows the thought match what really follows?"""
 
-    def __init__(self, text: Tokenizer, judge: Judge, *, max_suffix: int, look: Look | None = None):
+    def __init__(self, tokenizer: Tokenizer, judge: Judge, *, max_suffix: int, look: Look | None = None):
         """look raises UserError where the judge cannot be trusted."""
-        self._text, self._judge, self._max_suffix, self._look = text, judge, max_suffix, look
+        self._text, self._judge, self._max_suffix, self._look = tokenizer, judge, max_suffix, look
         # siblings share their reference; those of the prompts under way fit
-        self._reference = lru_cache(maxsize=256)(lambda whole: text.decode(text.encode(whole)[:max_suffix]))
+        self._reference = lru_cache(maxsize=256)(lambda whole: tokenizer.decode(tokenizer.encode(whole)[:max_suffix]))
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
         """Both texts are cut to max_suffix tokens; not exactly one closing tag is 0 unasked."""
