@@ -24,6 +24,26 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written:
+    """Tokens of a sample that an earlier step left unfinished."""
+
+    tokens: np.ndarray  # (n,) int32
+    logp: np.ndarray  # (n,) float32
+    drawn: np.ndarray  # (n,) bool, False where the token was forced
+    versions: np.ndarray  # (n,) int32, of the weights that drew each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an engine is given: one sample to draw."""
+
+    prompt: Prompt
+    seed: int  # 64 bits; a draw depends on this and the token's number alone
+    key: tuple[int, ...] = ()  # the caller's own, opaque to engines: prompt and sibling of a group
+    written: Written | None = None  # continued, not drawn again
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """What the policy wrote after a prompt."""
 
