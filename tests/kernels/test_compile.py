@@ -37,7 +37,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def seeded():
-    return report("--modules", "tests.kernels.bad_kernels", "--archs", "90")
+    return report("--modules", "tests.helpers.bad_kernels", "--archs", "90")
 
 
 def test_every_kernel_passes_every_gate_on_sm_90(shipped):
