@@ -42,5 +42,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildOrSaySo},
-    package_data={"thinkmid.report": ["page.css", "page.js", "paper.toml"]},
+    package_data={"thinkmid.report": ["page.css", "page.js", "paper.toml", "templates/*.html"]},
 )

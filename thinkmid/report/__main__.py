@@ -9,7 +9,9 @@ from pathlib import Path
 from thinkmid.config import run
 from thinkmid.errors import UserError
 from thinkmid.files import write_whole
-from thinkmid.report import browse, page, pictures, runs, sweep, tables
+from thinkmid.report import browse, page, pictures, runs, sweep
+from thinkmid.report.paper import PAPER, beside_paper, five_column_means
+from thinkmid.report.runs import Evaluation, Training
 
 RUNS = "a run's folder: of training (metrics.jsonl) or evaluation (results.json), or a folder of such folders"
 
@@ -19,24 +21,24 @@ def main(argv: list[str]) -> None:
     found = runs.find(args.runs)
     if not found and not args.sweep:
         raise UserError("nothing to report: give a run's folder or --sweep TABLE")
-    evaluated = [one for one in found if isinstance(one, runs.Evaluation)]
-    rows = sweep.sweep(args.sweep) if args.sweep else ""
+    evaluated = [run for run in found if isinstance(run, Evaluation)]
+    swept = sweep.read(args.sweep) if args.sweep else None
     groups, notes = browse.gather(found, args.samples, args.show_gpqa)
     drawn = pictures.draw_all(found, folder_for(args.out))
-    sections = [
-        ("sweep", "The sweep", rows),
-        ("curves", "Curves", page.pictures(drawn)),
-        ("runs", "Training runs", tables.trainings(found)),
-        ("evaluations", "Evaluations", tables.evaluations(evaluated)),
-        ("paper", "The paper's tables", tables.paper(evaluated)),
-    ]
-    write(args.out, page.page([section for section in sections if section[2]], groups, notes))
+    parts = {
+        "sweep": swept,
+        "curves": drawn,
+        "runs": [run for run in found if isinstance(run, Training)],
+        "evaluations": evaluated,
+        "paper": {"figures": PAPER, "ours": beside_paper(evaluated), "means": five_column_means()},
+    }
+    write(args.out, page.render(parts, groups, notes))
     for path in (*(picture.path for picture in drawn if picture.path), args.out):
         print(path)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
     parser.add_argument("--sweep", type=Path, help="table.json of thinkmid.mini.sweep")
     parser.add_argument(

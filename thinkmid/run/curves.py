@@ -12,6 +12,7 @@ from thinkmid.files import is_number, read_rows
 from thinkmid.run.log import PHASES
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,): float64, finite, n > 0
+Columns = dict[str, Curve]  # of metrics.jsonl, by name
 
 
 class Panel(NamedTuple):
@@ -109,7 +110,7 @@ def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     return paint(dict(zip(_names(folders), map(columns, folders), strict=True)), out)
 
 
-def paint(runs: dict[str, dict[str, Curve]], out: str | Path, titles: Sequence[str] = ()) -> Path:
+def paint(runs: dict[str, Columns], out: str | Path, titles: Sequence[str] = ()) -> Path:
     """Draw the columns of named runs over one another, with `titles` only these panels. UserError as in draw."""
     panels = [panel for panel in _panels(runs) if not titles or panel.title in titles]
     with figure_for(out) as figure:
@@ -137,7 +138,7 @@ def figure_for(out: str | Path) -> Iterator[Any]:
             raise UserError(f"{out}: cannot write it: {error.strerror}") from None
 
 
-def columns(folder: str | Path) -> dict[str, Curve]:
+def columns(folder: str | Path) -> Columns:
     """Curves of the numbers in a run's metrics.jsonl, and `dead_share`, in per cent. A null is no point."""
     path = Path(folder) / "metrics.jsonl"
     points: dict[str, list[tuple[float, float]]] = {}
@@ -173,7 +174,7 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [plain(str(folder)) for folder in folders]
 
 
-def _panels(runs: dict[str, dict[str, Curve]]) -> list[Panel]:
+def _panels(runs: dict[str, Columns]) -> list[Panel]:
     present = dict.fromkeys(name for run in runs.values() for name in run)
     is_rl, is_sft = "reward" in present, any("reward" not in run for run in runs.values())
     panels = dict.fromkeys([*(RL if is_rl else ()), *(SFT if is_sft else ())])
@@ -194,7 +195,7 @@ def _grid(figure: Any, num: int) -> list[Any]:
     return [figure.add_subplot(place) for place in places]
 
 
-def _draw_panel(axis: Any, panel: Panel, runs: dict[str, dict[str, Curve]]) -> None:
+def _draw_panel(axis: Any, panel: Panel, runs: dict[str, Columns]) -> None:
     alone, ends = len(runs) == 1, []
     for i, run in enumerate(runs.values()):
         phases = [name for name in PHASES if name + "_s" in run]
@@ -231,7 +232,7 @@ def _line(axis: Any, curve: Curve, panel: Panel, colour: str, dash: str) -> tupl
     return steps[-1], bold[-1]
 
 
-def _stack(axis: Any, run: dict[str, Curve], phases: list[str]) -> list[tuple[float, float, str, str]]:
+def _stack(axis: Any, run: Columns, phases: list[str]) -> list[tuple[float, float, str, str]]:
     """Seconds by phase, one upon the other, and above them what no phase accounts for. Returns the labels' places."""
     steps = np.unique(np.concatenate([run[name + "_s"][0] for name in phases]))
     heights = {name: _at(run[name + "_s"], steps) for name in phases}
@@ -288,7 +289,7 @@ def _end_labels(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _head(figure: Any, runs: dict[str, dict[str, Curve]]) -> None:
+def _head(figure: Any, runs: dict[str, Columns]) -> None:
     from matplotlib.lines import Line2D
 
     steps = max((curve[0] for run in runs.values() for curve in run.values()), key=len)
