@@ -46,7 +46,8 @@ SIZES = {
     "questions": (200, "questions in each evaluation set"),
     "train_questions": (2000, "questions for RLPT"),
 }
-DECIDING = ("annotator", "make", "sentences", "world")  # modules: an edit of theirs makes another world
+# an edit of these files makes another world
+DECIDING = ("annotator.py", "make.py", "sentences.py", "wordings.toml", "world.py")
 
 Row = dict[str, Any]  # of a jsonl file
 Result = tuple[tuple[tuple[str, str, int], ...], str | None]  # chain of facts and the thing counted
@@ -181,7 +182,7 @@ def summary(out: Path, manifest: Row) -> list[str]:
 
 def make(out: Path, args: Row) -> Row:
     """The miniature world in folder out, whole or absent. Returns its manifest; an equal one is left as it is."""
-    code = "".join(digest(Path(__file__).with_name(f"{name}.py")) for name in DECIDING)
+    code = "".join(digest(Path(__file__).with_name(name)) for name in DECIDING)
     wanted = {"program": PROGRAM, "arguments": args, "code": sha256(code.encode()).hexdigest()}
     out = Path(os.path.realpath(out))  # where a link leads to
     manifest = found(out)

@@ -29,7 +29,7 @@ class Pair:
     kind: str  # how the candidate came about: its words, its number
     candidate: str
     reference: str
-    label: int  # 1: the judge by rule says that both agree
+    label: int  # 1: they agree by rollout/judge/rule.py
 
 
 # A candidate is drawn twice: its words, its number. One does not tell the other, so that words betray no answer.

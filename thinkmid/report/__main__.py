@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
     evaluated = [run for run in found if isinstance(run, Evaluation)]
     swept = sweep.read(args.sweep) if args.sweep else None
     groups, notes = browse.gather(found, args.samples, args.show_gpqa)
-    drawn = pictures.draw_all(found, folder_for(args.out))
+    folder = args.out.with_name(args.out.stem + "-png")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw_all(found, folder)
     parts = {
         "sweep": swept,
         "curves": drawn,
@@ -41,28 +43,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
     parser.add_argument("--sweep", type=Path, help="table.json of thinkmid.mini.sweep")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report.html"),
-        help="the page (default: %(default)s); "
-        "its pictures go beside it into NAME-png/, a run's own curves into its folder",
-    )
+    out = "the page (default: %(default)s); its pictures go into NAME-png/ beside it, a run's curves into its folder"
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help=out)
     parser.add_argument("--samples", type=int, default=60, help="groups of samples per run (default: %(default)s)")
     parser.add_argument("--show-gpqa", action="store_true", help="show texts of GPQA, whose authors ask not to")
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise UserError(f"--samples: expected 0 or more, got {args.samples}")
     return args
-
-
-def folder_for(out: Path) -> Path:
-    folder = out.with_name(out.stem + "-png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make it: {error.strerror}") from None
-    return folder
 
 
 def write(path: Path, text: str) -> None:

@@ -66,31 +66,7 @@ UNDRAWN = re.compile(
 MAX_PANELS = 18
 COLOURS = ("#2a6f97", "#d1603d", "#4f9d69", "#7b5ea7", "#b8901f", "#5f6b76", "#b5446e", "#2f4858")
 GREY = "#6b7280"
-STYLE: dict[Any, Any] = {
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-    "font.size": 9,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": "#c4c9d0",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#e8eaed",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#c4c9d0",
-    "ytick.color": "#c4c9d0",
-    "xtick.labelcolor": GREY,
-    "ytick.labelcolor": GREY,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "text.parse_math": False,  # names of runs and columns are text, dollar signs too
-}
+STYLE = Path(__file__).with_name("curves.mplstyle")
 
 
 def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -116,7 +92,7 @@ def figure_for(out: str | Path) -> Iterator[Any]:
         import matplotlib.figure
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figure = matplotlib.figure.Figure(layout="constrained", facecolor="white")
         yield figure
         try:
