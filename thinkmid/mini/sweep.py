@@ -56,6 +56,8 @@ def stages(home: Path, seed: int) -> Iterator[Stage]:
 
 @dataclass(frozen=True)
 class Seed:
+    """Stages of one seed, with their files in its folder."""
+
     home: Path
     seed: int
 
@@ -114,7 +116,7 @@ class Seed:
         return Stage(name=f"run {name}", command=command, needs=needs, result=f"eval/{name}/results.json")
 
     def replace_thoughts(self, name: str, data: str) -> Stage:
-        """It reads what an evaluation generated."""
+        """Reads what an evaluation generated."""
         run = self.evaluate(name, data)
         command, needs = ["thinkmid.eval.thoughts", *run.command[1:]], (*run.needs, run.result)
         return Stage(name=f"thoughts {name}", command=command, needs=needs, result=f"eval/{name}/thoughts.json")
