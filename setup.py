@@ -42,5 +42,9 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildOrSaySo},
-    package_data={"thinkmid.report": ["page.css", "page.js", "paper.toml"]},
+    package_data={
+        "thinkmid.mini": ["wordings.toml"],
+        "thinkmid.report": ["page.css", "page.js", "paper.toml", "templates/*.html"],
+        "thinkmid.run": ["curves.mplstyle"],
+    },
 )

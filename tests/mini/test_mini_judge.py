@@ -6,7 +6,8 @@ import torch
 
 from thinkmid import config
 from thinkmid.data.pack import make_pack
-from thinkmid.mini import judge, world
+from thinkmid.mini import judge, pairs, world
+from thinkmid.mini import judge_training as training
 from thinkmid.mini.annotator import annotate
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, init_weights
@@ -23,7 +24,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("judge")
     texts = [row["text"] for row in world.documents(3, 400)]
     (root / "world").mkdir()
-    for name, part in zip(judge.FILES, (texts[:200], texts[200:]), strict=True):
+    for name, part in zip(pairs.FILES, (texts[:200], texts[200:]), strict=True):
         lines = [json.dumps({"id": str(i), "text": annotate(text)}) + "\n" for i, text in enumerate(part)]
         (root / "world" / name).write_text("".join(lines))
     train_tokenizer([row["text"] for row in world.general(3, 1000)], 640, root / "words")
@@ -41,12 +42,12 @@ def text(folders):
 
 @pytest.fixture(scope="module")
 def references(folders, text):
-    return judge.read_references(folders / "world", text)
+    return pairs.read_references(folders / "world", text)
 
 
 @pytest.fixture(scope="module")
 def drawn(references, text):
-    return judge.pairs(references, text, 4000, 0)
+    return pairs.draw_pairs(references, text, 4000, 0)
 
 
 def numbers(sentence):
@@ -54,7 +55,7 @@ def numbers(sentence):
 
 
 def test_references_follow_a_thought_and_are_cut_as_in_rlmt(folders, references, text):
-    rows = [json.loads(line) for name in judge.FILES for line in (folders / "world" / name).read_text().splitlines()]
+    rows = [json.loads(line) for name in pairs.FILES for line in (folders / "world" / name).read_text().splitlines()]
     after = [rest for row in rows for rest in row["text"].split("</think>")[1:]]
     assert {text.decode(text.encode(re.sub("<think>.*", "", rest))[:10]) for rest in after} >= {
         reference for reference in references if len(text.encode(reference)) < 10
@@ -99,14 +100,14 @@ def test_positives_may_differ_in_every_word(drawn):
 
 
 def test_pairs_are_the_same_for_a_seed(references, text, drawn):
-    assert judge.pairs(references, text, 4000, 0) == drawn
-    assert judge.pairs(references, text, 4000, 1) != drawn
+    assert pairs.draw_pairs(references, text, 4000, 0) == drawn
+    assert pairs.draw_pairs(references, text, 4000, 1) != drawn
 
 
 def test_a_hint_asks_for_both_numbers_in_the_place_of_the_answer(text):
-    asker = judge.Asker(text, 0)
-    pair = judge.Pair(kind="", candidate=" Ana has 7 pens. On Monday 9", reference=" So Ana has 12 pens.", label=0)
-    pack = make_pack([asker.unit(pair, 0.5, hint=0.25)])
+    encoder = training.Encoder(text, 0)
+    pair = pairs.Pair(kind="", candidate=" Ana has 7 pens. On Monday 9", reference=" So Ana has 12 pens.", label=0)
+    pack = make_pack([encoder.unit(pair, 0.5, hint=0.25)])
     assert text.decode(pack.tokens.tolist()).endswith("same?")
     assert pack.rows.tolist() == [len(pack.tokens) - 1] * 3
     assert [text.decode([token]) for token in pack.targets.tolist()] == [" n", " 12", " 7"]
@@ -114,22 +115,24 @@ def test_a_hint_asks_for_both_numbers_in_the_place_of_the_answer(text):
 
 
 def test_a_few_steps_lower_the_loss_of_the_answer(folders, references, text, drawn):
-    asker, model = judge.Asker(text, 0), weights.load_model(folders / "base")
-    fixed = make_pack([judge.Asker(text, 1).unit(pair, 1 / 64) for pair in judge.pairs(references, text, 64, "fixed")])
+    encoder, model = training.Encoder(text, 0), weights.load_model(folders / "base")
+    fixed = make_pack(
+        [training.Encoder(text, 1).unit(pair, 1 / 64) for pair in pairs.draw_pairs(references, text, 64, "fixed")]
+    )
 
     def loss():
         with torch.no_grad():
             return text_loss(model, fixed)[0].item()
 
     before = loss()
-    judge.train(model.train(), asker, drawn[: 60 * 32], 60)
+    training.train(model.train(), encoder, drawn[: 60 * 32], 60)
     assert loss() < 0.5 * before
 
 
 def test_accuracy_is_told_by_class_words_and_number():
     kinds = ["as it is, the same", "as it is, off by one", "another, the same", "another, any"]
-    asked = [judge.Pair(kind=k, candidate="", reference="", label=y) for k, y in zip(kinds, (1, 0, 1, 0), strict=True)]
-    assert judge.accuracy(asked, [0.9, 0.2, 0.4, 0.7]) == {
+    asked = [pairs.Pair(kind=k, candidate="", reference="", label=y) for k, y in zip(kinds, (1, 0, 1, 0), strict=True)]
+    assert training.accuracy(asked, [0.9, 0.2, 0.4, 0.7]) == {
         "yes": (0.5, 2), "no": (0.5, 2), "as it is": (1.0, 2), "another": (0.0, 2),
         "the same": (0.5, 2), "off by one": (1.0, 1), "any": (0.0, 1),
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -77,23 +76,29 @@ def test_a_stage_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 8])
 def test_stages_run_beside_one_another_but_never_before_what_they_need(tmp_path, monkeypatch, jobs):
-    homes, lock, now, most, order = {0: tmp_path / "0", 1: tmp_path / "1"}, threading.Lock(), [], [], []
+    homes, turn, now, most, order = {0: tmp_path / "0", 1: tmp_path / "1"}, threading.Condition(), [], [], []
+    stages = [(seed, home, stage) for seed, home in homes.items() for stage in sweep.stages(home, seed)]
+
+    def as_many_as_can():
+        ready = [stage for _, home, stage in stages if all((home / need).exists() for need in stage.needs)]
+        done = [stage for _, home, stage in stages if (home / stage.result).exists()]
+        return len(now) == min(jobs, len(ready) - len(done))
 
     def work(seed, home, stage):
         assert all((home / need).exists() for need in stage.needs)
-        with lock:
+        with turn:
             now.append(stage)
             most.append(len(now))
-        time.sleep(0.005)
-        write(home / stage.result, stage.name)
-        with lock:
+            turn.notify_all()
+            turn.wait_for(as_many_as_can)  # no stage ends before all that may run beside it have begun
+            write(home / stage.result, stage.name)
             now.remove(stage)
             order.append((seed, stage.name))
         return stage.name
 
     monkeypatch.setattr(sweep, "work", work)
     write(homes[0] / "data/manifest.json", "done before")
-    expected = {(seed, stage.name) for seed, home in homes.items() for stage in sweep.stages(home, seed)}
+    expected = {(seed, stage.name) for seed, _, stage in stages}
     sweep.run(homes, jobs)
     assert max(most) == jobs
     assert len(order) == len(set(order))

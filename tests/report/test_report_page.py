@@ -15,11 +15,11 @@ from report_runs import eval_run, jsonl, rl_run
 from safetensors.numpy import save_file
 
 from thinkmid.eval.stats import Estimate, average
-from thinkmid.report import browse, tables
+from thinkmid.report import browse
 from thinkmid.report.__main__ import main
 from thinkmid.report.chain import Unknown, chain, cost
 
-PAPER = tomllib.loads((Path(tables.__file__).parent / "paper.toml").read_text())
+PAPER = tomllib.loads((Path(browse.__file__).parent / "paper.toml").read_text())
 # the averages that tables 8 and 9 print
 PRINTED = {
     8: [0.0475, 0.0999, 0.2221, 0.3348, 0.3390],
@@ -157,6 +157,26 @@ def test_cost_adds_the_chain_of_runs_up_to_the_base_model(tmp_path):
     jsonl(tmp_path / "sft" / "metrics.jsonl", [{"step": 1, "loss": 1}])
     with pytest.raises(Unknown, match="steps without tokens"):
         cost_of("rlpt")
+
+
+def test_an_export_away_from_its_run_has_no_known_cost(tmp_path):
+    rl_run(tmp_path / "rl", start=tmp_path / "base")
+    for folder in (tmp_path / "base", tmp_path / "rl" / "export", tmp_path / "moved" / "export"):
+        folder.mkdir(parents=True)
+    for folder in (tmp_path / "rl" / "export", tmp_path / "moved" / "export"):
+        (folder / "thinkmid.json").write_text("{}")
+    assert [run.folder for run in chain(str(tmp_path / "rl" / "export"))] == [tmp_path / "rl"]
+    assert chain(str(tmp_path / "base")) == []
+    with pytest.raises(Unknown, match=f"{tmp_path / 'moved' / 'export'} was written by thinkmid, and the run"):
+        chain(str(tmp_path / "moved" / "export"))
+
+
+def test_hidden_characters_of_names_are_written_out(tmp_path):
+    run = rl_run(tmp_path / "rl\u202e\u200b", start="from\u2066")
+    page, text = report(tmp_path, run, eval_run(tmp_path / "eval", model="model\u202e", sets=("set\u202e",)))
+    assert page.row(f"{tmp_path}/rl⟨U+202E⟩⟨U+200B⟩")[2] == "from⟨U+2066⟩"
+    assert page.row("set⟨U+202E⟩")
+    assert not re.findall("[\u202a-\u202e\u200b\u2066]", text)
 
 
 def test_what_cannot_be_computed_is_said(tmp_path):

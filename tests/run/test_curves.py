@@ -77,6 +77,21 @@ def test_an_rl_page_has_its_six_panels_and_shows_what_was_logged(tmp_path, page)
     assert all((line.get_ydata() > 0).all() for line in gap.lines)  # a gap of exactly 0 has no place on a log axis
 
 
+def test_held_out_prompts_before_the_first_step_are_a_dashed_line(tmp_path, page):
+    rows = [row | {"val_reward": 0.5, "val_thinking_tokens": 90.0} for row in rl_rows(20)]
+    runs = [write_run(tmp_path / name, rows) for name in "ab"]
+    events = [{"kind": "start"}, {"kind": "gate", "reward": 0.25, "thinking_tokens": None, "unclosed": 0.0}]
+    (runs[0] / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+    axes = page(runs[0], tmp_path / "out.png")
+    (dashed,) = [line for line in axes["Reward"].lines if line.get_linestyle() == "--"]
+    (held_out,) = [line for line in axes["Reward"].lines if set(line.get_ydata()) == {0.5}]
+    assert set(dashed.get_ydata()) == {0.25}
+    assert dashed.get_color() == held_out.get_color()
+    assert {text.get_text() for text in axes["Reward"].texts} == {"reward", "held out", "at start"}
+    assert {text.get_text() for text in axes["Thinking length"].texts} == {"thinking", "held out"}
+    assert len(axes["Reward"].lines) == len(page(runs[1], tmp_path / "out.png")["Reward"].lines) + 1
+
+
 def test_the_time_panel_stacks_phases_up_to_the_whole_step(tmp_path, page):
     axis = page(write_run(tmp_path / "run", rl_rows(20)), tmp_path / "out.png")["Time"]
     areas = [area.get_paths()[0].vertices for area in axis.collections]

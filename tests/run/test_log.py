@@ -177,13 +177,12 @@ def test_plain_keeps_what_people_write():
 def test_a_terminal_gets_a_live_table_and_its_cursor_back(tmp_path):
     """In a real pseudo-terminal; the program ends by an error, without closing its log."""
     program = f"""
-import time
 from thinkmid.run.log import Log
 run = Log({str(tmp_path)!r}, num_steps=200)
 run.progress("rollout", 128, 512)
 run.write(40, dict(reward=0.125, thinking_tokens=182.0, rollout_s=18.2))
 run.say({NASTY!r})
-time.sleep(0.7)
+run.screen.live.refresh()
 raise SystemExit(3)
 """
     master, slave = pty.openpty()

@@ -8,21 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from thinkmid.errors import UserError
-from thinkmid.run.curves import COLOURS, GREY, STYLE, columns, smooth
+from thinkmid.mini.results import Table
+from thinkmid.run.curves import COLOURS, GREY, columns, figure_for, smooth
 
 BEFORE, AFTER = COLOURS[0], COLOURS[1]
 
 
-def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tuple[int, ...], out: Path) -> Path:
+def draw(homes: dict[int, Path], found: Table, rows: dict[str, str], lengths: tuple[int, ...], out: Path) -> Path:
     """found: results.collect. rows: folder's name -> label. lengths: steps of the RLMT runs named rlmt-STEPS."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 11), layout="constrained", facecolor="white")
+    path = out / "sweep.png"
+    with figure_for(path) as figure:
+        figure.set_size_inches(13, 11)
         top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))  # the labels of one leave the other its width
         by_row(top.add_subplot(), found["rows"])
         grid = bottom.add_gridspec(2, 4)
@@ -32,12 +28,10 @@ def draw(homes: dict[int, Path], found: dict, rows: dict[str, str], lengths: tup
         over_steps(bottom.add_subplot(grid[0, 3]), longest, "thinking_tokens", "RLMT: thinking length", "tokens")
         starts = {label: [home / f"{name}+rlpt" for home in homes.values()] for name, label in rows.items()}
         by_start(bottom.add_subplot(grid[1, 2:]), starts)
-        path = out / "sweep.png"
-        figure.savefig(path, dpi=130)
     return path
 
 
-def by_row(axis: Any, rows: dict[str, dict]) -> None:
+def by_row(axis: Any, rows: dict[str, Any]) -> None:
     """Every seed a dot, their mean a bar."""
     for at, cells in enumerate(rows.values()):
         shown = []
@@ -57,7 +51,7 @@ def by_row(axis: Any, rows: dict[str, dict]) -> None:
     axis.legend(frameon=False, loc="upper right")
 
 
-def by_length(axis: Any, rows: dict[str, dict], names: dict[str, str], lengths: tuple[int, ...]) -> None:
+def by_length(axis: Any, rows: dict[str, Any], names: dict[str, str], lengths: tuple[int, ...]) -> None:
     steps = (0, *lengths)
     cells = [rows[names[name]] for name in ("think", *(f"rlmt-{n}" for n in lengths))]
     for when, colour in (("before", BEFORE), ("after", AFTER)):

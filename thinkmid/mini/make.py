@@ -22,13 +22,15 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from thinkmid import config
 from thinkmid.errors import UserError
+from thinkmid.files import read_json
 from thinkmid.mini import world
 from thinkmid.mini.annotator import MIX, annotate, sites, style_of
 
@@ -36,20 +38,32 @@ PROGRAM = "thinkmid.mini.make"
 WORD = re.compile(r"</?think>|\w+|[^\w\s]")
 ENDLESS = sys.maxsize
 RL_STEPS = 3
-DECIDING = ("annotator", "make", "sentences", "world")  # modules: an edit of theirs makes another world
+SIZES = {
+    "general": (8000, "texts for the base model"),
+    "documents": (26000, "documents for SFT"),
+    "rl": (3600, "documents for RLMT"),
+    "heldout": (400, "documents for validation"),
+    "questions": (200, "questions in each evaluation set"),
+    "train_questions": (2000, "questions for RLPT"),
+}
+# an edit of these files makes another world
+DECIDING = ("annotator.py", "make.py", "sentences.py", "wordings.toml", "world.py")
+
+Row = dict[str, Any]  # of a jsonl file
+Result = tuple[tuple[tuple[str, str, int], ...], str | None]  # chain of facts and the thing counted
 
 
 class Sieve:
     """Rows that are new: no text twice, and nothing that an evaluation question asks for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: set[str] = set()
-        self.reserved: set[tuple] = set()
+        self.reserved: set[Result] = set()
         self.removed = Counter(duplicates=0, leaks=0)
 
-    def reserve(self, kind: str, seed: str, n: int) -> list[dict]:
+    def reserve(self, kind: str, seed: str, n: int) -> list[Row]:
         """n evaluation questions, no two of which ask for the same. UserError if there are not so many."""
-        rows = []
+        rows: list[Row] = []
         for row in world.questions(kind, seed, 10 * n + 1000):
             if len(rows) == n:
                 break
@@ -60,7 +74,7 @@ class Sieve:
             raise UserError(f"--questions {n} is too many: the set {kind} gave only {len(rows)} different ones")
         return rows
 
-    def new(self, rows: Iterator[dict]) -> Iterator[dict]:
+    def new(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             if content(row) in self.seen:
                 self.removed["duplicates"] += 1
@@ -70,37 +84,37 @@ class Sieve:
                 self.seen.add(content(row))
                 yield row
 
-    def take(self, rows: Iterator[dict], n: int) -> list[dict]:
+    def take(self, rows: Iterable[Row], n: int) -> list[Row]:
         return list(islice(self.new(rows), n))
 
 
-def content(row: dict) -> str:
+def content(row: Row) -> str:
     """The text of a row; a question is followed by its answer, so that it states a result as a document does."""
-    return row["text"] if "text" in row else f"{row['question']} It is {row['answer']}."
+    return str(row["text"]) if "text" in row else f"{row['question']} It is {row['answer']}."
 
 
-def results(row: dict) -> set[tuple]:
+def results(row: Row) -> set[Result]:
     """What the row states or asks for: the facts that lead to each result and the thing counted, in no wording."""
     return {(tuple(site.chain), site.thing) for site in sites(content(row))}
 
 
-def num_words(rows: list[dict]) -> int:
+def num_words(rows: list[Row]) -> int:
     return sum(len(WORD.findall(row.get("text") or row["question"])) for row in rows)
 
 
-def is_hard(row: dict) -> bool:
+def is_hard(row: Row) -> bool:
     """Every result takes RL_STEPS or more: a first guess is seldom right, so that a worked-out thought pays."""
     return all(len(site.chain) > RL_STEPS for site in sites(content(row)))
 
 
-def thinking(rows: list[dict], mix: tuple[float, float, float]) -> list[dict]:
+def thinking(rows: list[Row], mix: tuple[float, float, float]) -> list[Row]:
     """The documents with thoughts, and in which style. The sieve has seen to it that the annotator reads them all."""
     return [{"text": annotate(row["text"], mix), "style": style_of(row["text"], mix)} for row in rows]
 
 
-def tables(args: dict) -> tuple[dict[str, list[dict]], dict[str, int]]:
+def tables(args: Row) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """The rows of every file by its name, and how many were removed for which reason."""
-    seed, mix, sieve = args["seed"], tuple(args["mix"]), Sieve()
+    seed, mix, sieve = args["seed"], args["mix"], Sieve()
     out = {f"questions-{kind}": sieve.reserve(kind, f"{seed} evaluation", args["questions"]) for kind in world.SETS}
     train = world.questions("train", f"{seed} train", ENDLESS)
     out["questions-train"] = sieve.take(train, args["train_questions"])
@@ -119,7 +133,7 @@ def tables(args: dict) -> tuple[dict[str, list[dict]], dict[str, int]]:
     return out, dict(sieve.removed)
 
 
-def write(folder: Path, wanted: dict) -> dict:
+def write(folder: Path, wanted: Row) -> Row:
     """All files, the manifest last. Returns the manifest: what was wanted, and what came of it."""
     out, removed = tables(wanted["arguments"])
     files = {}
@@ -139,21 +153,20 @@ def digest(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
-def found(out: Path) -> dict:
+def found(out: Path) -> Row:
     """The manifest of a folder that this program wrote, {} if there is none. UserError if the folder is another's."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
     try:
-        manifest = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(out / "manifest.json")
+    except UserError:
         manifest = {}
-    ours = isinstance(manifest, dict) and manifest.get("program") == PROGRAM
-    if not ours or not isinstance(manifest.get("files"), dict):
+    if manifest.get("program") != PROGRAM or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{out} exists and was not written by {PROGRAM}; name another folder")
     return manifest
 
 
-def whole(out: Path, manifest: dict) -> bool:
+def is_whole(out: Path, manifest: Row) -> bool:
     """Whether manifest and files are as they were written."""
     try:
         summary(out, manifest)
@@ -162,18 +175,18 @@ def whole(out: Path, manifest: dict) -> bool:
         return False
 
 
-def summary(out: Path, manifest: dict) -> list[str]:
+def summary(out: Path, manifest: Row) -> list[str]:
     lines = [f"{out / name}  {file['rows']} rows, {file['words']} words" for name, file in manifest["files"].items()]
     return [*lines, "removed: " + ", ".join(f"{n} {reason}" for reason, n in manifest["removed"].items())]
 
 
-def make(out: Path, args: dict) -> dict:
+def make(out: Path, args: Row) -> Row:
     """The miniature world in folder out, whole or absent. Returns its manifest; an equal one is left as it is."""
-    code = "".join(digest(Path(__file__).with_name(f"{name}.py")) for name in DECIDING)
+    code = "".join(digest(Path(__file__).with_name(name)) for name in DECIDING)
     wanted = {"program": PROGRAM, "arguments": args, "code": sha256(code.encode()).hexdigest()}
     out = Path(os.path.realpath(out))  # where a link leads to
     manifest = found(out)
-    if manifest and manifest | wanted == manifest and whole(out, manifest):
+    if manifest and manifest | wanted == manifest and is_whole(out, manifest):
         return manifest
     ours = {"manifest.json", *manifest.get("files", ())}
     if foreign := {path.name for path in out.glob("*")} - ours:
@@ -193,27 +206,20 @@ def make(out: Path, args: dict) -> dict:
     return manifest
 
 
-def count(text: str) -> int:
-    if (n := int(text)) < 0:
-        raise ValueError
-    return n
-
-
 def main(argv: list[str]) -> None:
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", formatter_class=show_defaults)
     parser.add_argument("out", type=Path, help="folder to write; one that this program wrote before is replaced")
     parser.add_argument("--seed", type=int, default=0, help="everything is drawn from it")
-    parser.add_argument("--general", type=count, default=8000, help="texts for the base model")
-    parser.add_argument("--documents", type=count, default=26000, help="documents for SFT")
-    parser.add_argument("--rl", type=count, default=3600, help="documents for RLMT")
-    parser.add_argument("--heldout", type=count, default=400, help="documents for validation")
-    parser.add_argument("--questions", type=count, default=200, help="questions in each evaluation set")
-    parser.add_argument("--train-questions", type=count, default=2000, help="questions for RLPT")
+    for name, (size, words) in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help=words)
     shares = "shares of the documents whose thoughts only guess, put all steps in one sum, work through every step"
     names = ("HUNCH", "MERGE", "FULL")
     parser.add_argument("--mix", type=float, nargs=3, default=list(MIX), metavar=names, help=shares)
     args = vars(parser.parse_args(argv))
+    for name in SIZES:
+        if args[name] < 0:
+            raise UserError(f"--{name.replace('_', '-')}: expected 0 or more, got {args[name]}")
     out = args.pop("out")
     print("\n".join(summary(out, make(out, args))))
 

@@ -1,8 +1,8 @@
 """Texts and questions of the miniature world, drawn from a seed.
 
 Quantities are whole numbers 1..36: a start value of 3..33, then k = 1..4 steps that add or take 1..8, double or halve.
-Four families tell such a walk: events by weekday, a chain of comparisons, a box by hour, a derivation. The held-out
-questions join two families in one walk, which no text does: its result is always stated before another family goes on.
+Four families of stories have such steps: events by weekday, a chain of comparisons, a box by hour, a derivation. The
+held-out questions join two families, which no text does: its result is always stated before another family begins.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ CONTINUED = 0.5  # of the other documents about a person: one or two more steps,
 
 @dataclass(kw_only=True)
 class Story:
-    """Facts as told so far, and the quantity that they lead to."""
+    """Facts so far, and the quantity that they lead to."""
 
     kind: str  # "person", "box" or "letter"
     about: dict[str, str]  # the words that name the quantity
     n: int  # its value after all facts
     facts: list[str]
     names: list[str]  # not used yet
-    day: int | None = None  # index of the next weekday, once one was told
+    day: int | None = None  # index of the next weekday, once one was named
 
 
 def start(rng: random.Random, kind: str, about: dict[str, str], before: Story | None = None) -> Story:
     """A quantity with a value of its own, or with the value of the person in the story before."""
     if before:
-        before.facts.append(say(rng, f"{kind} link", **(before.about | about)))
+        before.facts.append(say(rng, f"{kind} link", n=0, **(before.about | about)))
         before.kind, before.about = kind, before.about | about
         return before
     n, names = rng.randint(3, LARGEST - 3), rng.sample(NAMES, len(NAMES))
@@ -112,8 +112,10 @@ HELD_OUT = {
 STEPS = {f"{k}-step": (k,) for k in range(1, MOST_STEPS + 1)}
 SETS = (*STEPS, *HELD_OUT)
 
+Row = dict[str, str]  # of a jsonl file
 
-def told(rng: random.Random, k: int) -> Story:
+
+def of_one_family(rng: random.Random, k: int) -> Story:
     """A story of k steps from one family."""
     family = rng.choice(FAMILIES)
     story = family(rng, k)
@@ -122,7 +124,7 @@ def told(rng: random.Random, k: int) -> Story:
     return distracted(rng, story)
 
 
-def joined(rng: random.Random, kind: str) -> Story:
+def of_two_families(rng: random.Random, kind: str) -> Story:
     """A story whose steps come from the two families of a held-out template."""
     first, second = HELD_OUT[kind]
     k1, k2 = rng.choice(((1, 1), (1, 2), (2, 1)))
@@ -140,7 +142,7 @@ def distracted(rng: random.Random, story: Story) -> Story:
 
 def document(rng: random.Random) -> str:
     """Facts, then a sentence that states the result; perhaps more facts and a second result."""
-    story = told(rng, rng.randint(1, MOST_STEPS))
+    story = of_one_family(rng, rng.randint(1, MOST_STEPS))
     if rng.random() < ASKED:
         return " ".join([asked(rng, story), say(rng, f"{story.kind} answer", n=story.n, **story.about)])
     lines = [*story.facts, say(rng, f"{story.kind} result", n=story.n, **story.about)]
@@ -152,7 +154,7 @@ def document(rng: random.Random) -> str:
 
 
 def asked(rng: random.Random, story: Story) -> str:
-    return " ".join(["Question:", *story.facts, say(rng, f"{story.kind} question", **story.about)])
+    return " ".join(["Question:", *story.facts, say(rng, f"{story.kind} question", n=0, **story.about)])
 
 
 def notes(rng: random.Random) -> str:
@@ -163,20 +165,20 @@ def notes(rng: random.Random) -> str:
     return " ".join(lines)
 
 
-def documents(seed: int | str, n: int) -> Iterator[dict]:
+def documents(seed: int | str, n: int) -> Iterator[Row]:
     """n documents {"text"}; a longer run begins with the shorter one."""
     rng = random.Random(f"documents {seed}")
     return ({"text": document(rng)} for _ in range(n))
 
 
-def general(seed: int | str, n: int) -> Iterator[dict]:
+def general(seed: int | str, n: int) -> Iterator[Row]:
     """n texts {"text"} for the base model: notes and documents in turn."""
     rng = random.Random(f"general {seed}")
     return ({"text": document(rng) if i % 2 else notes(rng)} for i in range(n))
 
 
-def questions(kind: str, seed: int | str, n: int) -> Iterator[dict]:
-    """n questions {"id", "question", "answer", "set"}, ready for the model to go on after "Answer:".
+def questions(kind: str, seed: int | str, n: int) -> Iterator[Row]:
+    """n questions {"id", "question", "answer", "set"}, each ends with "Answer:" for the model to complete.
 
     kind: one of SETS, or "train" for 1..4 steps as the documents have them. UserError for any other.
     """
@@ -185,8 +187,8 @@ def questions(kind: str, seed: int | str, n: int) -> Iterator[dict]:
     rng = random.Random(f"{kind} questions {seed}")
     for i in range(n):
         if kind in HELD_OUT:
-            story = joined(rng, kind)
+            story = of_two_families(rng, kind)
         else:
-            story = told(rng, rng.choice(STEPS.get(kind, range(1, MOST_STEPS + 1))))
+            story = of_one_family(rng, rng.choice(STEPS.get(kind, range(1, MOST_STEPS + 1))))
         question = asked(rng, story) + " Answer:"
         yield {"id": f"{kind}-{i}", "question": question, "answer": str(story.n), "set": kind}

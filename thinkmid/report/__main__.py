@@ -9,7 +9,9 @@ from pathlib import Path
 from thinkmid.config import run
 from thinkmid.errors import UserError
 from thinkmid.files import write_whole
-from thinkmid.report import browse, page, pictures, runs, sweep, tables
+from thinkmid.report import browse, page, pictures, runs, sweep
+from thinkmid.report.paper import PAPER, beside_paper, five_column_means
+from thinkmid.report.runs import Evaluation, Training
 
 RUNS = "a run's folder: of training (metrics.jsonl) or evaluation (results.json), or a folder of such folders"
 
@@ -19,48 +21,36 @@ def main(argv: list[str]) -> None:
     found = runs.find(args.runs)
     if not found and not args.sweep:
         raise UserError("nothing to report: give a run's folder or --sweep TABLE")
-    evaluated = [one for one in found if isinstance(one, runs.Evaluation)]
-    rows = sweep.sweep(args.sweep) if args.sweep else ""
+    evaluated = [run for run in found if isinstance(run, Evaluation)]
+    swept = sweep.read(args.sweep) if args.sweep else None
     groups, notes = browse.gather(found, args.samples, args.show_gpqa)
-    drawn = pictures.draw_all(found, folder_for(args.out))
-    sections = [
-        ("sweep", "The sweep", rows),
-        ("curves", "Curves", page.pictures(drawn)),
-        ("runs", "Training runs", tables.trainings(found)),
-        ("evaluations", "Evaluations", tables.evaluations(evaluated)),
-        ("paper", "The paper's tables", tables.paper(evaluated)),
-    ]
-    write(args.out, page.page([section for section in sections if section[2]], groups, notes))
+    folder = args.out.with_name(args.out.stem + "-png")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw_all(found, folder)
+    parts = {
+        "sweep": swept,
+        "curves": drawn,
+        "runs": [run for run in found if isinstance(run, Training)],
+        "evaluations": evaluated,
+        "paper": {"figures": PAPER, "ours": beside_paper(evaluated), "means": five_column_means()},
+    }
+    write(args.out, page.render(parts, groups, notes))
     for path in (*(picture.path for picture in drawn if picture.path), args.out):
         print(path)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
     parser.add_argument("--sweep", type=Path, help="table.json of thinkmid.mini.sweep")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report.html"),
-        help="the page (default: %(default)s); "
-        "its pictures go beside it into NAME-png/, a run's own curves into its folder",
-    )
+    out = "the page (default: %(default)s); its pictures go into NAME-png/ beside it, a run's curves into its folder"
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help=out)
     parser.add_argument("--samples", type=int, default=60, help="groups of samples per run (default: %(default)s)")
     parser.add_argument("--show-gpqa", action="store_true", help="show texts of GPQA, whose authors ask not to")
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise UserError(f"--samples: expected 0 or more, got {args.samples}")
     return args
-
-
-def folder_for(out: Path) -> Path:
-    folder = out.with_name(out.stem + "-png")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make it: {error.strerror}") from None
-    return folder
 
 
 def write(path: Path, text: str) -> None:

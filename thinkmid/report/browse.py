@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from thinkmid.data import questions
 from thinkmid.eval.generate import stored
 from thinkmid.files import read_rows
-from thinkmid.report.runs import Evaluation, Run, Training, number, section
-from thinkmid.report.tables import as_list, plain_name
+from thinkmid.report.paper import plain_name
+from thinkmid.report.runs import Evaluation, Row, Run, Training, items, number, section
 from thinkmid.report.text import cut, visible
 from thinkmid.thoughts import CLOSE
 
 PER_STEP = 4  # groups of a step, where a run has more than are shown
-HIDDEN = questions.WITHHELD
+
+Group = dict[str, Any]  # what page.js shows: run, where, id, prompt, reference, gold, samples
+T = TypeVar("T")
 
 
-def gather(runs: Sequence[Run], limit: int, show_gpqa: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Groups of at most `limit` per run, ready for JSON, and lines about the runs: what part of each is here, or why
-    nothing is. Texts of GPQA are withheld unless `show_gpqa`."""
-    groups: list[dict[str, Any]] = []
-    notes: dict[str, list[str]] = {}  # what is said of several runs is said once
+def gather(runs: Sequence[Run], limit: int, show_gpqa: bool) -> tuple[list[Group], list[str]]:
+    """Groups of at most `limit` per run, ready for JSON, and notes: which part of each run is here, or why nothing is.
+
+    Texts of GPQA are withheld unless `show_gpqa`.
+    """
+    groups: list[Group] = []
+    notes: dict[str, list[str]] = {}  # a note that several runs share stands once
     for run in runs if limit else ():
-        reader = evaluation if isinstance(run, Evaluation) else rollouts if run.kind != "sft" else None
-        if reader:
-            found, note = reader(run, limit, show_gpqa)
-            groups += [{"run": visible(run.folder), **group} for group in found]
-            notes.setdefault(note, []).append(str(run.folder))
-    return groups, [f"{', '.join(folders)}: {note}" for note, folders in notes.items()]
+        if isinstance(run, Evaluation):
+            found, note = of_evaluation(run, limit, show_gpqa)
+        elif run.kind != "sft":
+            found, note = of_training(run, limit, show_gpqa)
+        else:
+            continue
+        groups += [{"run": visible(run.folder), **group} for group in found]
+        notes.setdefault(note, []).append(str(run.folder))
+    return groups, joined(notes)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
+def joined(notes: dict[str, list[str]]) -> list[str]:
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, the first and the last among them, evenly spaced."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
+def is_gpqa(*names: Any) -> bool:
+    """Whether a set's name, layout, path or a question's id names GPQA."""
+    return any("gpqa" in plain_name(str(name)) for name in names)
+
+
+def text(value: Any, hide: bool) -> str:
+    return questions.WITHHELD if hide else "" if value is None else cut(value)
+
+
 # Rollouts of RL.
 
 
-def rollouts(run: Training, limit: int, show_gpqa: bool) -> tuple[list[dict], str]:
+def of_training(run: Training, limit: int, show_gpqa: bool) -> tuple[list[Group], str]:
     files = sorted((run.folder / "rollouts").glob("step-*.jsonl"))
     if not files:
         return [], "no rollouts kept"
     steps = spread(files, max(1, limit // PER_STEP) if len(files) > 1 else 1)
-    each = max(1, limit // len(steps))
     hide = not show_gpqa and is_gpqa(*section(run.config, "data").values(), *map(first_id, steps))
-    out, whole = [], 0
+    out, total = [], 0
     for path in steps:
-        groups = [list(rows) for _, rows in groupby(read_rows(path), key=lambda row: str(row.get("prompt_id")))]
-        whole += len(groups)
+        rows = [row | {"prompt_id": str(row.get("prompt_id", ""))} for row in read_rows(path)]
+        groups = [list(group) for _, group in groupby(rows, itemgetter("prompt_id"))]
+        total += len(groups)
         step = path.stem.removeprefix("step-").lstrip("0") or "0"
-        out += [rollout_group(rows, f"step {visible(step)}", hide) for rows in spread(groups, each)]
-    note = f"{len(out)} of {whole} groups of {len(steps)} of {len(files)} steps, evenly spaced"
+        chosen = spread(groups, max(1, limit // len(steps)))
+        out += [rollout_group(group, f"step {visible(step)}", hide) for group in chosen]
+    note = f"{len(out)} of {total} groups of {len(steps)} of {len(files)} steps, evenly spaced"
     return out, note + ("; texts withheld" if hide else "")
 
 
@@ -64,77 +86,64 @@ def first_id(path: Path) -> Any:
     return next((row.get("prompt_id") for row in read_rows(path)), None)
 
 
-def rollout_group(rows: Sequence[dict], where: str, hide: bool) -> dict[str, Any]:
-    words: Callable[[Any], str] = (lambda text: HIDDEN) if hide else shown
+def rollout_group(rows: Sequence[Row], where: str, hide: bool) -> Group:
     first = rows[0]
     reference = first.get("reference")
     return {
         "where": where,
-        "id": visible(first.get("prompt_id", ""))[:200],
-        "prompt": words(first.get("prompt")),
-        "reference": None if reference is None else words(reference),
+        "id": visible(first["prompt_id"])[:200],
+        "prompt": text(first.get("prompt"), hide),
+        "reference": None if reference is None else text(reference, hide),
         "gold": None,
-        "samples": [rollout(row, words) for row in rows],
+        "samples": [rollout(row, hide) for row in rows],
     }
 
 
-def rollout(row: dict, words: Callable[[Any], str]) -> dict[str, Any]:
-    why = words(section(row, "verdict").get("why"))
-    return sample(row, words(row.get("thought")), words(row.get("suffix")), row.get("reward"), why)
+def rollout(row: Row, hide: bool) -> Row:
+    thought, suffix, why = row.get("thought"), row.get("suffix"), section(row, "verdict").get("why")
+    texts = {"thought": text(thought, hide), "text": text(suffix, hide), "why": text(why, hide)}
+    return texts | {"reward": number(row.get("reward"))} | about(row)
 
 
-def sample(row: dict, thought: str, text: str, reward: Any, why: str) -> dict[str, Any]:
+def about(row: Row) -> Row:
     return {
-        "thought": thought,
-        "text": text,
-        "reward": number(reward),
-        "why": why,
         "finish": visible(row.get("finish", ""))[:40],
         "tokens": number(row.get("tokens")),
         "thinking": number(row.get("thinking_tokens", row.get("num_think"))),
     }
 
 
-def shown(text: Any) -> str:
-    return "" if text is None else cut(text)
-
-
-def is_gpqa(*names: Any) -> bool:
-    """Whether a set's name, layout, path or a question's id says that it is GPQA."""
-    return any("gpqa" in plain_name(str(name)) for name in names)
-
-
 # Generations of evaluations.
 
 
-def evaluation(run: Evaluation, limit: int, show_gpqa: bool) -> tuple[list[dict], str]:
-    out: list[dict] = []
+def of_evaluation(run: Evaluation, limit: int, show_gpqa: bool) -> tuple[list[Group], str]:
+    out: list[Group] = []
     notes: dict[str, list[str]] = {}
     for name in run.sets:
-        rows = stored(run.folder / "generations", name)
-        found, note = of_set(run, name, rows, max(1, limit // len(run.sets)), show_gpqa)
+        found, note = of_set(run, name, max(1, limit // len(run.sets)), show_gpqa)
         out += found
         notes.setdefault(note, []).append(name)
-    return out, "; ".join(f"{', '.join(names)}: {note}" for note, names in notes.items())
+    return out, "; ".join(joined(notes))
 
 
-def of_set(run: Evaluation, name: str, rows: list[dict], limit: int, show_gpqa: bool) -> tuple[list[dict], str]:
+def of_set(run: Evaluation, name: str, limit: int, show_gpqa: bool) -> tuple[list[Group], str]:
+    rows = stored(run.folder / "generations", name)
     if not rows:
         return [], "no generations kept"
-    groups = [list(each) for _, each in groupby(rows, key=lambda row: row["id"])]
+    groups = [list(each) for _, each in groupby(rows, itemgetter("id"))]
     layout, path = where_from(run, name)
     hide = not show_gpqa and is_gpqa(name, layout, path, rows[0]["id"])
-    questions, note = ({}, "") if hide else asked(layout, path)
+    known, missing = ({}, "") if hide else asked(layout, path)
     graded = verdicts(run.folder / "graded" / f"{name}.jsonl")
     chosen = spread(groups, limit)
-    out = [generation_group(each, visible(name), questions.get(each[0]["id"]), graded, hide) for each in chosen]
-    words = f"{len(chosen)} of {len(groups)} questions each, evenly spaced"
-    return out, words + ("; texts withheld, as the authors of GPQA ask" if hide else note)
+    out = [generation_group(each, visible(name), known.get(each[0]["id"]), graded, hide) for each in chosen]
+    note = f"{len(chosen)} of {len(groups)} questions each, evenly spaced"
+    return out, note + ("; texts withheld, as the authors of GPQA ask" if hide else missing)
 
 
 def where_from(run: Evaluation, name: str) -> tuple[str, str]:
     """Layout and path of a set as the run's config.toml has them, ("", "") if it has not."""
-    for entry in as_list(section(run.config, "data").get("sets")):
+    for entry in items(section(run.config, "data").get("sets")):
         head, _, path = str(entry).partition("=")
         if head.partition(":")[0] == name:
             return head.rpartition(":")[2], path
@@ -142,7 +151,7 @@ def where_from(run: Evaluation, name: str) -> tuple[str, str]:
 
 
 def asked(layout: str, path: str) -> tuple[dict[str, questions.Question], str]:
-    """Questions by id, and what to say if there are none."""
+    """Questions by id, and the end of the note where there are none."""
     if not layout:
         return {}, ", their text not shown: the run has no config.toml that names their file"
     try:
@@ -151,26 +160,33 @@ def asked(layout: str, path: str) -> tuple[dict[str, questions.Question], str]:
         return {}, f", their text not shown: {error}"
 
 
-def verdicts(path: Path) -> dict[tuple[str, str], dict]:
-    rows: Iterator[dict] = iter(read_rows(path) if path.exists() else [])
+def verdicts(path: Path) -> dict[tuple[str, str], Row]:
+    rows = read_rows(path) if path.exists() else []
     return {(str(row.get("question")), str(row.get("sample"))): row for row in rows}
 
 
 def generation_group(
-    rows: Sequence[dict], where: str, question: questions.Question | None, graded: dict, hide: bool
-) -> dict[str, Any]:
-    out = {"where": where, "id": visible(rows[0]["id"])[:200], "reference": None}
-    out["prompt"] = HIDDEN if hide else cut(questions.posed(question).text) if question else ""
-    out["gold"] = cut(question.gold) if question and not hide else None
-    out["samples"] = [generation(row, graded.get((row["id"], str(row["sample"])), {}), hide) for row in rows]
-    return out
+    rows: Sequence[Row],
+    where: str,
+    question: questions.Question | None,
+    graded: dict[tuple[str, str], Row],
+    hide: bool,
+) -> Group:
+    return {
+        "where": where,
+        "id": visible(rows[0]["id"])[:200],
+        "prompt": text(questions.posed(question).text if question else None, hide),
+        "reference": None,
+        "gold": cut(question.gold) if question and not hide else None,
+        "samples": [generation(row, graded.get((row["id"], str(row["sample"])), {}), hide) for row in rows],
+    }
 
 
-def generation(row: dict, verdict: dict, hide: bool) -> dict[str, Any]:
+def generation(row: Row, verdict: Row, hide: bool) -> Row:
     thought, closed, answer = str(row.get("text", "")).rpartition(CLOSE)
     if not closed and verdict.get("unclosed"):
         thought, answer = answer, ""
     found = verdict.get("answer")
     why = "no grade" if not verdict else "no answer found" if found is None else f"answer read: {found}"
-    texts = (HIDDEN, HIDDEN, HIDDEN) if hide else (cut(thought), cut(answer), cut(why))
-    return sample(row, texts[0], texts[1], verdict.get("score"), texts[2])
+    texts = {"thought": text(thought, hide), "text": text(answer, hide), "why": text(why, hide)}
+    return texts | {"reward": number(verdict.get("score"))} | about(row)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from thinkmid.report.runs import Training, number, read
+from thinkmid.report.runs import Training, numbers, read
+
+SEAL = "thinkmid.json"  # in every model folder that thinkmid wrote
 
 
 class Unknown(Exception):
@@ -19,20 +21,26 @@ class Unknown(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of what came after the model that the first run began from, or after a fresh model's own first run."""
+    """What the runs after the base model cost: a model from elsewhere, or what a fresh model's first run made."""
 
     tokens: float  # of mid-training: SFT tokens + tokens generated in RLMT; RLPT not counted, as in the paper
     flop: float  # 2 N per token forward, 6 N per token trained on, N all weights; judge and prefill not counted
 
 
 def chain(model: str) -> list[Training]:
-    """Runs that made a model folder, the newest first; none for a model from elsewhere. Unknown: a folder is gone."""
+    """Runs that made a model folder, the newest first; none for a model from elsewhere.
+
+    Unknown: a folder is gone, or was moved away from the run that made it.
+    """
     runs: list[Training] = []
     while model:
         folder = Path(model).parent
-        if not os.path.isdir(model):  # which no path breaks, however long
+        if not os.path.isdir(model):  # unlike Path.is_dir, for a path of any length
             raise Unknown(f"model folder {model} is not here")
-        if Path(model).name != "export" or not (folder / "metrics.jsonl").exists():
+        is_beside_run = (folder / "metrics.jsonl").exists()
+        if (Path(model) / SEAL).exists() and not is_beside_run:
+            raise Unknown(f"{model} was written by thinkmid, and the run that wrote it is not beside it")
+        if Path(model).name != "export" or not is_beside_run:
             return runs
         if any(folder == run.folder for run in runs):
             raise Unknown(f"{folder} began from itself")
@@ -46,7 +54,7 @@ def chain(model: str) -> list[Training]:
 
 
 def cost(model: str, runs: Sequence[Training]) -> Cost:
-    """Of a model and the chain of runs behind it. Unknown: a run did not log its tokens."""
+    """Cost of a model, given the chain of runs behind it. Unknown: a run did not log its tokens."""
     weights = num_weights(Path(model)) if runs else 0
     tokens = sum(counted(run) for run in runs if run.kind != "rlpt")
     return Cost(tokens=tokens, flop=2 * weights * sum(map(passes, runs)))
@@ -64,14 +72,17 @@ def passes(run: Training) -> float:
 
 
 def total(run: Training, column: str) -> float:
-    values = [number(row.get(column)) for row in run.rows]
-    if not values or None in values:
-        raise Unknown(f"{run.folder}/metrics.jsonl has steps without {column}" if values else f"{run.folder}: no steps")
-    return math.fsum(value for value in values if value is not None)
+    """Sum of a column over all steps."""
+    values = numbers(row.get(column) for row in run.rows)
+    if not run.rows:
+        raise Unknown(f"{run.folder}: no steps")
+    if len(values) < len(run.rows):
+        raise Unknown(f"{run.folder}/metrics.jsonl has steps without {column}")
+    return math.fsum(values)
 
 
 def num_weights(folder: Path) -> int:
-    """From the headers of its safetensors files."""
+    """Number of weights, from the headers of the folder's safetensors files."""
     count = 0
     try:
         for path in sorted(folder.glob("*.safetensors")):

@@ -72,7 +72,7 @@
     const columns = make("div", "columns");
     if (group.reference !== null || group.gold !== null) {
       const own = make("div", "column");
-      own.append(make("div", "head", group.reference !== null ? "what the text said" : "the answer on file"));
+      own.append(make("div", "head", group.reference !== null ? "reference" : "gold answer"));
       own.append(box("", group.reference !== null ? group.reference : group.gold));
       columns.append(own);
     }

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from thinkmid.errors import UserError, plain
+from thinkmid.eval.stats import Estimate
 from thinkmid.report.chain import Cost, Unknown, chain, cost
 from thinkmid.report.runs import Evaluation, Run, Training
-from thinkmid.report.tables import estimate_of
 from thinkmid.run import curves
+
+ACCURACY = (
+    "Mean over the sets with its 95 % interval. Mid-training tokens: those of SFT and those generated in RLMT; "
+    "compute: 2 FLOP per weight and token forward, 6 per token trained on, RLPT's too where there was RLPT; "
+    "prompts' prefill and a judge model are not counted, nor is what made the base model. "
+)
 
 
 class Picture(NamedTuple):
     title: str
     caption: str
-    path: Path | None  # None: it could not be drawn, and the caption says why
+    path: Path | None  # None: it could not be drawn, and the caption gives the reason
     folded: bool = False
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode() if self.path else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,42 +42,39 @@ class Point:
     name: str  # of the run that its RLPT began from, or of its last run
     is_after: bool  # RLPT
     cost: Cost
-    mean: float
-    low: float
-    high: float
+    mean: Estimate
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Picture]:
     """Pictures of all runs, in `folder`; each training run's own curves also go into its folder, as curves.png."""
     trainings = [run for run in runs if isinstance(run, Training)]
-    out = [
-        overlay(
-            *("RL mid-training", [run for run in trainings if run.kind == "rlmt"], folder / "rlmt.png"),
-            *(("Reward", "Thinking length"), "Mean reward and thinking length over RLMT steps."),
-        ),
-        overlay(
-            *("RL post-training by starting point", [run for run in trainings if run.kind == "rlpt"]),
-            *(folder / "rlpt.png", ("Reward",), "Mean reward over RLPT steps, by the run it began from."),
-        ),
+    rlmt, rlpt = ([run for run in trainings if run.kind == kind] for kind in ("rlmt", "rlpt"))
+    over_rlmt = "Mean reward and thinking length over RLMT steps."
+    over_rlpt = "Mean reward over RLPT steps, by the run it began from."
+    return [
+        overlay("RL mid-training", over_rlmt, rlmt, folder / "rlmt.png", ["Reward", "Thinking length"]),
+        overlay("RL post-training by starting point", over_rlpt, rlpt, folder / "rlpt.png", ["Reward"]),
         accuracy([run for run in runs if isinstance(run, Evaluation)], folder / "accuracy.png"),
+        *map(own_curves, trainings),
     ]
-    for run in trainings:
-        own = run.folder / "curves.png"
-        try:
-            out.append(Picture(f"All curves of {run.folder}", str(own), curves.draw(run.folder, own), folded=True))
-        except UserError as error:
-            out.append(Picture(f"All curves of {run.folder}", f"not shown: {error}", None, folded=True))
-    return out
 
 
-def overlay(title: str, runs: Sequence[Training], path: Path, panels: Sequence[str], caption: str) -> Picture:
-    """Runs over one another, runs of one name averaged over the steps that all of them have: seeds of one row."""
-    named: dict[str, list[dict[str, curves.Curve]]] = {}
+def own_curves(run: Training) -> Picture:
+    title, path = f"All curves of {run.folder}", run.folder / "curves.png"
+    try:
+        return Picture(title, str(path), curves.draw(run.folder, path), folded=True)
+    except UserError as error:
+        return Picture(title, f"not shown: {error}", None, folded=True)
+
+
+def overlay(title: str, caption: str, runs: Sequence[Training], path: Path, panels: Sequence[str]) -> Picture:
+    """Runs over one another; runs of one name (seeds of a row) are averaged over the steps that all of them have."""
+    named: dict[str, list[curves.Columns]] = {}
     for run in runs:
         try:
             named.setdefault(called(run), []).append(curves.columns(run.folder))
         except UserError:
-            continue  # no steps yet: the table of runs says so
+            continue  # no steps yet, as the table of runs shows
     many = {f"{name} ({len(each)} runs)" if len(each) > 1 else name: mean(each) for name, each in named.items() if each}
     many = {name: columns for name, columns in many.items() if "reward" in columns}
     if not many:
@@ -74,13 +83,17 @@ def overlay(title: str, runs: Sequence[Training], path: Path, panels: Sequence[s
 
 
 def called(run: Training) -> str:
-    """A run on a picture: its own name, of RLPT its starting point's."""
-    start = Path(run.start)
-    own = (start.parent if start.name == "export" else start) if run.kind == "rlpt" and run.start else run.folder
-    return plain(own.resolve().name)
+    """Name of a run on a picture: its folder's, for RLPT its starting point's."""
+    return model_name(run.start) if run.kind == "rlpt" and run.start else plain(run.folder.resolve().name)
 
 
-def mean(runs: Sequence[dict[str, curves.Curve]]) -> dict[str, curves.Curve]:
+def model_name(model: str) -> str:
+    """Name of the folder of a model, or of the run that exported it."""
+    path = Path(model)
+    return plain((path.parent if path.name == "export" else path).resolve().name)
+
+
+def mean(runs: Sequence[curves.Columns]) -> curves.Columns:
     """Columns that all runs have, at the steps that all have, averaged over runs."""
     out = {}
     for name in runs[0]:
@@ -99,57 +112,45 @@ def accuracy(runs: Sequence[Evaluation], path: Path) -> Picture:
     for run in runs:
         try:
             points.append(point(run))
-        except Unknown as why:
-            missing.append(f"{run.folder} ({why})")
-    words = "not shown: " + "; ".join(missing) if missing else ""
+        except Unknown as reason:
+            missing.append(f"{run.folder} ({reason})")
+    not_shown = "not shown: " + "; ".join(missing) if missing else ""
     if not points:
-        return Picture(title, words or "not shown: no evaluation run given", None)
-    caption = (
-        "Mean over the sets with its 95 % interval. Mid-training tokens: those of SFT and those generated in RLMT; "
-        "compute: 2 FLOP per weight and token forward, 6 per token trained on, RLPT's too where there was RLPT; "
-        "prompts' prefill and a judge model are not counted, nor is what made the base model. "
-    )
-    sets = {tuple(run.sets) for run in runs}
-    caption += "The evaluations are not all on the same sets. " if len(sets) > 1 else ""
+        return Picture(title, not_shown or "not shown: no evaluation run given", None)
+    differ = len({tuple(run.sets) for run in runs}) > 1
     with curves.figure_for(path) as figure:
         figure.set_size_inches(11, 4.2)
-        axes = figure.subplots(1, 2, sharey=True)
-        draw_points(axes[0], points, [p.cost.tokens for p in points], "mid-training tokens")
-        draw_points(axes[1], points, [p.cost.flop for p in points], "compute after the base model, FLOP")
-        axes[0].set_ylabel("mean accuracy")
-        axes[0].legend(frameon=False, loc="best")
-    return Picture(title, caption + words, path)
+        left, right = figure.subplots(1, 2, sharey=True)
+        draw_points(left, points, "cost.tokens", "mid-training tokens")
+        draw_points(right, points, "cost.flop", "compute after the base model, FLOP")
+        left.set_ylabel("mean accuracy")
+        left.legend(frameon=False, loc="best")
+    return Picture(title, ACCURACY + "The evaluations are not all on the same sets. " * differ + not_shown, path)
 
 
 def point(run: Evaluation) -> Point:
-    whole = estimate_of(run.sets.values())
-    if whole is None:
+    if run.mean is None:
         raise Unknown("a set without a mean or an interval")
     runs = chain(run.model)
+    name = called(runs[0]) if runs else model_name(run.model)
     is_after = bool(runs) and runs[0].kind == "rlpt"
-    name = called(runs[0]) if runs else plain(folder_name(run.model))
-    return Point(
-        name=name, is_after=is_after, cost=cost(run.model, runs), mean=whole.mean, low=whole.low, high=whole.high
-    )
+    return Point(name=name, is_after=is_after, cost=cost(run.model, runs), mean=run.mean)
 
 
-def folder_name(model: str) -> str:
-    path = Path(model)
-    return (path.parent if path.name == "export" else path).resolve().name
-
-
-def draw_points(axis: Any, points: Sequence[Point], xs: Sequence[float], label: str) -> None:
+def draw_points(axis: Any, points: Sequence[Point], x: str, label: str) -> None:
+    """x: attribute of a point."""
+    x_of = attrgetter(x)
     for is_after, colour, words in ((False, curves.COLOURS[0], "before RLPT"), (True, curves.COLOURS[1], "after RLPT")):
-        own = [(x, p) for x, p in zip(xs, points, strict=True) if p.is_after == is_after]
+        own = [p for p in points if p.is_after == is_after]
         if own:
-            middle = [p.mean for _, p in own]
-            errors = [[p.mean - p.low for _, p in own], [p.high - p.mean for _, p in own]]
+            errors = [[p.mean.mean - p.mean.low for p in own], [p.mean.high - p.mean.mean for p in own]]
             style = {"fmt": "o", "markersize": 5, "capsize": 2, "linewidth": 1, "color": colour, "label": words}
-            axis.errorbar([x for x, _ in own], middle, errors, **style)
+            axis.errorbar([x_of(p) for p in own], [p.mean.mean for p in own], errors, **style)
     if len(points) <= 24:  # more labels would hide the points
-        highest = {(p.name, x): (x, p.mean) for x, p in sorted(zip(xs, points, strict=True), key=lambda xp: xp[1].mean)}
-        for (name, _), place in highest.items():
-            axis.annotate(name, place, (6, 4), textcoords="offset points", fontsize=7.5, color=curves.GREY)
+        # one label for the runs of one name at one place: it stands at the highest
+        highest = {(p.name, x_of(p)): p.mean.mean for p in sorted(points, key=attrgetter("mean.mean"))}
+        for (name, at), height in highest.items():
+            axis.annotate(name, (at, height), (6, 4), textcoords="offset points", fontsize=7.5, color=curves.GREY)
     axis.set_xlabel(label)
     axis.margins(x=0.12)
     axis.set_ylim(bottom=0)

@@ -1,8 +1,10 @@
-"""The miniature's sweep as HTML tables: rows before and after RLPT, their differences, replaced thoughts."""
+"""The miniature's sweep: rows before and after RLPT, their differences, replaced thoughts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,77 +12,66 @@ import numpy as np
 from thinkmid.errors import UserError
 from thinkmid.eval import stats
 from thinkmid.files import read_json
-from thinkmid.report.runs import number, section
-from thinkmid.report.tables import NONE, PAPER, as_dict, as_list, figure, five_mean, table
-from thinkmid.report.text import escape
+from thinkmid.report.runs import items, number, numbers, section
 
 
-def sweep(path: Path) -> str:
-    """The sweep's rows before and after RLPT, each seed shown, over the paper's five-column means. UserError."""
-    whole = read_json(path)
-    rows = section(whole, "rows") or {label: cells for label, cells in whole.items() if "before" in as_dict(cells)}
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A row before or after RLPT."""
+
+    by_seed: dict[str, float]  # mean over the sets
+    thinking: float | None  # tokens
+
+    @property
+    def mean(self) -> float | None:
+        return fmean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def interval(self) -> stats.Estimate | None:
+        """Over seeds; None for fewer than two."""
+        return stats.clustered(np.array(list(self.by_seed.values()))) if len(self.by_seed) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    path: Path
+    rows: dict[str, tuple[Cell, Cell]]  # before and after RLPT
+    differences: list[dict[str, Any]]  # more, less, when, mean, low, high, each: paired by seed
+    thoughts: dict[str, dict[str, float]]  # row -> what replaced its thoughts -> accuracy, mean over seeds
+
+    @property
+    def num_seeds(self) -> int:
+        return max(len(cell.by_seed) for cells in self.rows.values() for cell in cells)
+
+
+def read(path: Path) -> Sweep:
+    """A table.json of thinkmid.mini.sweep. UserError: it has no rows."""
+    table = read_json(path)
+    rows = section(table, "rows")
+    rows = rows or {label: cells for label, cells in table.items() if isinstance(cells, dict) and "before" in cells}
     if not rows:
         raise UserError(f"{path}: no row with 'before' and 'after'")
-    out = [
-        (escape(label), *sweep_cells(cells, "before"), *sweep_cells(cells, "after")) for label, cells in rows.items()
-    ]
-    head = ["", "before RLPT", "by seed", "thinking", "after RLPT", "by seed", "thinking"]
-    count = max(len(seeds(cells, when)) for cells in rows.values() for when in ("before", "after"))
-    words = (
-        "mean over the sets, its mean over seeds with the 95 % interval over seeds"
-        if count > 1
-        else "mean over the sets; one seed, so no interval over seeds"
+    thoughts = section(table, "thoughts")
+    return Sweep(
+        path=path,
+        rows={label: (cell(section(cells, "before")), cell(section(cells, "after"))) for label, cells in rows.items()},
+        differences=[difference(found) for found in items(table.get("differences")) if isinstance(found, dict)],
+        thoughts={label: means(section(thoughts, label)) for label in thoughts},
     )
-    more = differences(as_list(whole.get("differences"))) + thoughts(section(whole, "thoughts"))
-    return f"<p>{escape(path)}: {words}.</p>" + table(head, out) + more + beside()
 
 
-def sweep_cells(cells: Any, when: str) -> tuple[str, str, str]:
-    means = seeds(cells, when)
-    values = list(means.values())
-    thinking = [v for v in as_list(section(cells, when).get("thinking")) if number(v) is not None]
-    by_seed = " ".join(f'<span title="seed {escape(seed)}">{value:.3f}</span>' for seed, value in means.items())
-    if len(values) > 1:
-        e = stats.clustered(np.array(values))
-        mean = f"<b>{e.mean:.3f}</b> <small>{e.low:.3f} to {e.high:.3f}</small>"
-    else:
-        mean = f"<b>{values[0]:.3f}</b>" if values else NONE
-    return mean, by_seed or NONE, f"{sum(thinking) / len(thinking):.0f}" if thinking else NONE
+def cell(found: dict[str, Any]) -> Cell:
+    by_seed = {seed: value for seed, mean in section(found, "mean").items() if (value := number(mean)) is not None}
+    thinking = numbers(items(found.get("thinking")))
+    return Cell(by_seed=by_seed, thinking=fmean(thinking) if thinking else None)
 
 
-def seeds(cells: Any, when: str) -> dict[str, float]:
-    means = section(section(cells, when), "mean")
-    return {seed: value for seed, mean in means.items() if (value := number(mean)) is not None}
+def difference(found: dict[str, Any]) -> dict[str, Any]:
+    texts = {key: str(found.get(key)) for key in ("more", "less", "when")}
+    values = {key: number(found.get(key)) for key in ("mean", "low", "high")}
+    return texts | values | {"each": numbers(items(found.get("each")))}
 
 
-def differences(found: list[Any]) -> str:
-    """Paired by seed, with their intervals; "" where the table has none."""
-    rows = []
-    for d in map(as_dict, found):
-        mean, low, high = (number(d.get(key)) for key in ("mean", "low", "high"))
-        each = [v for value in as_list(d.get("each")) if (v := number(value)) is not None]
-        interval = "one seed" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
-        above = f"{sum(v > 0 for v in each)} of {len(each)}"
-        names = f"{escape(d.get('more'))} <small>over</small> {escape(d.get('less'))}"
-        rows.append((names, escape(d.get("when")), figure(mean, "{:+.3f}"), interval, above))
-    words = "<p>Differences, paired by seed (a seed is another world: corpus, weights, questions, draws):</p>"
-    return words + table(["", "RLPT", "mean", "95 % interval", "seeds above 0"], rows) if rows else ""
-
-
-def thoughts(found: dict[str, Any]) -> str:
-    """Accuracy where thoughts were replaced, means over seeds."""
-    names = list(dict.fromkeys(name for by_name in found.values() for name in as_dict(by_name)))
-    rows = []
-    for label, by_name in found.items():
-        values = [[v for value in as_list(as_dict(by_name).get(n)) if (v := number(value)) is not None] for n in names]
-        rows.append((escape(label), *(figure(sum(v) / len(v) if v else None, "{:.3f}") for v in values)))
-    words = "<p>Thoughts replaced before RLPT, the answer drawn again:</p>"
-    return words + table(["", *map(escape, names)], rows) if rows else ""
-
-
-def beside() -> str:
-    """The paper's five-column means, in a table of its own: other models, other questions."""
-    after = {row["name"]: five_mean(row["scores"]) for row in PAPER["table"][1]["rows"]}
-    before = {row["name"]: five_mean(row["scores"]) for row in PAPER["table"][0]["rows"]}
-    rows = [(escape(name), figure(before.get(name)), figure(after[name])) for name in after]
-    return "<p>The paper's rows, Llama-3-8B, five-column means:</p>" + table(["", "before RLPT", "after RLPT"], rows)
+def means(by_name: dict[str, Any]) -> dict[str, float]:
+    found = {name: numbers(items(values)) for name, values in by_name.items()}
+    return {name: fmean(values) for name, values in found.items() if values}

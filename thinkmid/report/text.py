@@ -1,7 +1,5 @@
-"""Text of any origin, shown and not obeyed: what cannot be seen becomes a visible escape, the rest HTML-escaped."""
+"""Text of any origin, made visible: what cannot be seen becomes an escape. The templates escape HTML."""
 
-import html
-import json
 import re
 from typing import Any
 
@@ -17,22 +15,15 @@ LONGEST = 20_000  # characters of one text on the page
 
 def visible(value: Any) -> str:
     """The text with every character that hides or reorders others as ⟨U+XXXX⟩; newline and tab stay."""
-    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value))
+    return UNSEEN.sub(_code_point, str(value))
 
 
 def cut(value: Any) -> str:
-    """visible(), its end left out where it is longer than the page takes, which is said."""
+    """visible(), limited to LONGEST characters and a note of how many more there were."""
     text = str(value)
     rest = len(text) - LONGEST
     return visible(text[:LONGEST]) + (f" ⟨{rest:,} more characters⟩" if rest > 0 else "")
 
 
-def escape(value: Any) -> str:
-    """visible(), for HTML text and for attributes in double quotes."""
-    return html.escape(visible(value), quote=True)
-
-
-def json_block(value: Any) -> str:
-    """JSON that can stand in a <script>: pure ASCII, and nothing in it that an HTML parser looks at."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+def _code_point(found: re.Match[str]) -> str:
+    return f"⟨U+{ord(found[0]):04X}⟩"

@@ -1,5 +1,6 @@
 """One page of curves from metrics.jsonl: thin the steps as they were, bold their moving average."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,48 +13,43 @@ from thinkmid.files import is_number, read_rows
 from thinkmid.run.log import PHASES
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,): float64, finite, n > 0
+Columns = dict[str, Curve]  # of metrics.jsonl, by name
 
 
 class Panel(NamedTuple):
     title: str
     unit: str  # of the y axis
-    names: tuple[tuple[str, str], ...]  # (column, what it is called at the end of its line)
+    names: tuple[tuple[str, str], ...]  # (column, label at the end of its line)
     scale: str = "linear"
     noisy: bool = True  # gets a moving average
+    baseline: str = ""  # column whose first value is drawn as a dashed line, where one run is drawn
 
 
+REWARD = (("reward", "reward"), ("verdict", "judge"), ("prefix_match", "prefix"), ("val_reward", "held out"))
+LENGTH = (("thinking_tokens", "thinking"), ("val_thinking_tokens", "held out"))
+JUDGE = (
+    ("judge_asked", "asked"),
+    ("judge_cached", "cached"),
+    ("judge_decided", "by rule"),
+    ("judge_failed", "failed"),
+    ("judge_given_up", "given up"),
+)
+LOSSES = (("loss", "train"), ("val_loss", "validation"), ("val_loss_text", "text"), ("val_loss_thought", "thoughts"))
 ENTROPY = Panel("Entropy", "nats per token", (("entropy", "entropy"),))
 TIME = Panel("Time", "seconds per step", (("step_s", "step"),))
 RL = (
-    Panel(
-        "Reward",
-        "mean per rollout",
-        (("reward", "reward"), ("verdict", "judge"), ("prefix_match", "prefix"), ("val_reward", "held out")),
-    ),
-    Panel(
-        "Thinking length", "tokens per rollout", (("thinking_tokens", "thinking"), ("val_thinking_tokens", "held out"))
-    ),
+    Panel("Reward", "mean per rollout", REWARD, baseline="preflight_reward"),
+    Panel("Thinking length", "tokens per rollout", LENGTH, baseline="preflight_thinking_tokens"),
     Panel("Dead groups", "% of groups", (("dead_share", "dead"),)),
     ENTROPY,
     Panel("Sampler-trainer gap", "|Δ log-prob| per token", (("logp_gap_max", "max"), ("logp_gap_mean", "mean")), "log"),
     TIME,
-    Panel(
-        "Judge",
-        "continuations",
-        (
-            ("judge_asked", "asked"),
-            ("judge_cached", "cached"),
-            ("judge_decided", "by rule"),
-            ("judge_failed", "failed"),
-            ("judge_given_up", "given up"),
-        ),
-    ),
+    Panel("Judge", "continuations", JUDGE),
     Panel("P(yes)", "mean of asked", (("judge_p_yes", "P(yes)"),)),
     Panel("Judge's known answers", "share right, worst kind", (("judge_canary", "right"),), noisy=False),
     Panel("Log-prob of the true suffix", "nats per token", (("likelihood", "after a thought"), ("gain", "gain"))),
     Panel("Next-token loss", "nats per token", (("next_token_loss", "true suffix"),)),
 )
-LOSSES = (("loss", "train"), ("val_loss", "validation"), ("val_loss_text", "text"), ("val_loss_thought", "thoughts"))
 SFT = (
     Panel("Loss", "nats per token", LOSSES),
     Panel("Gradient norm", "before clipping", (("grad_norm", "norm"),), "log"),
@@ -63,44 +59,14 @@ SFT = (
     TIME,
 )
 # logged for readers of metrics.jsonl; any other column that is in no panel gets one of its own if it ever changes
-UNDRAWN = {
-    *("reward_std", "groups", "dead_groups", "unclosed", "suffix_tokens", "ratio_mean", "ratio_capped", "kl"),
-    *("clip_fraction", "grad_norm", "lr", "tokens", "tokens_per_s", "packing_efficiency", "prefix_saving"),
-    *(
-        "sampler_kl",
-        *("probe_" + x for x in ("gap_mean", "gap_max", "kl", "ratio_p01", "ratio_p99", "capped", "tokens")),
-    ),
-    *("judge_wait_s", "verify_wait_s", "reward_failed", "dead_wrong", "dead_right"),
-    *("val_" + x for x in ("reward_failed", "dead_groups", "dead_wrong", "dead_right", "unclosed", "suffix_tokens")),
-    *("val_" + x for x in ("groups", "verdict", "prefix_match", "likelihood", "gain")),
-    *("skipped", "trained_tokens", "trunk_tokens", "generated_tokens", *(phase + "_s" for phase in PHASES)),
-}
+UNDRAWN = re.compile(
+    r"(val|probe|preflight|dead|ratio)_.*|.*_s|reward_(std|failed)|(trained|trunk|generated|suffix)_tokens|tokens|groups|"
+    r"dead_groups|unclosed|kl|sampler_kl|clip_fraction|grad_norm|lr|packing_efficiency|prefix_saving|skipped"
+)
 MAX_PANELS = 18
 COLOURS = ("#2a6f97", "#d1603d", "#4f9d69", "#7b5ea7", "#b8901f", "#5f6b76", "#b5446e", "#2f4858")
 GREY = "#6b7280"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": "#c4c9d0",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#e8eaed",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#c4c9d0",
-    "ytick.color": "#c4c9d0",
-    "xtick.labelcolor": GREY,
-    "ytick.labelcolor": GREY,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "text.parse_math": False,  # names of runs and columns are text, dollar signs too
-}
+STYLE = Path(__file__).with_name("curves.mplstyle")
 
 
 def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -109,7 +75,7 @@ def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     return paint(dict(zip(_names(folders), map(columns, folders), strict=True)), out)
 
 
-def paint(runs: dict[str, dict[str, Curve]], out: str | Path, titles: Sequence[str] = ()) -> Path:
+def paint(runs: dict[str, Columns], out: str | Path, titles: Sequence[str] = ()) -> Path:
     """Draw the columns of named runs over one another, with `titles` only these panels. UserError as in draw."""
     panels = [panel for panel in _panels(runs) if not titles or panel.title in titles]
     with figure_for(out) as figure:
@@ -123,13 +89,11 @@ def paint(runs: dict[str, dict[str, Curve]], out: str | Path, titles: Sequence[s
 def figure_for(out: str | Path) -> Iterator[Any]:
     """An empty figure in our style, in the end written as `out`. UserError: no matplotlib, or it cannot be written."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        import matplotlib.figure
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white")
+    with matplotlib.rc_context(fname=STYLE):
+        figure = matplotlib.figure.Figure(layout="constrained", facecolor="white")
         yield figure
         try:
             figure.savefig(out, dpi=150)
@@ -137,8 +101,12 @@ def figure_for(out: str | Path) -> Iterator[Any]:
             raise UserError(f"{out}: cannot write it: {error.strerror}") from None
 
 
-def columns(folder: str | Path) -> dict[str, Curve]:
-    """Curves of the numbers in a run's metrics.jsonl, and `dead_share`, in per cent. A null is no point."""
+def columns(folder: str | Path) -> Columns:
+    """Curves of the numbers in a run's metrics.jsonl. A null is no point.
+
+    `dead_share` is added, in per cent; from events.jsonl `preflight_reward` and `preflight_thinking_tokens`, at step 0:
+    those of the held-out prompts before the first step.
+    """
     path = Path(folder) / "metrics.jsonl"
     points: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in read_rows(path) if is_number(row.get("step"))]
@@ -152,7 +120,17 @@ def columns(folder: str | Path) -> dict[str, Curve]:
         raise UserError(f"{path}: " + ("no numbers to draw" if rows else "no rows yet"))
     if "reward" in points:
         points.pop("loss", None)  # of a policy: no likelihood, and nothing to compare with one
+    for name, value in _preflight(path.with_name("events.jsonl")).items():
+        points[name] = [(0, value)]
     return {name: tuple(np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
+
+
+def _preflight(events: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for row in read_rows(events) if events.exists() else ():
+        if row.get("kind") == "gate":
+            found |= {f"preflight_{key}": row[key] for key in ("reward", "thinking_tokens") if is_number(row.get(key))}
+    return found
 
 
 def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
@@ -168,20 +146,30 @@ def window_of(num_points: int) -> int:
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
-    """What runs are called on the page: their folder's name, the whole path where names collide."""
+    """Names of the runs: of their folders, whole paths where two would be equal."""
     short = [plain(Path(folder).resolve().name) for folder in folders]
     return short if len(set(short)) == len(short) else [plain(str(folder)) for folder in folders]
 
 
-def _panels(runs: dict[str, dict[str, Curve]]) -> list[Panel]:
+def _panels(runs: dict[str, Columns]) -> list[Panel]:
     present = dict.fromkeys(name for run in runs.values() for name in run)
     is_rl, is_sft = "reward" in present, any("reward" not in run for run in runs.values())
     panels = dict.fromkeys([*(RL if is_rl else ()), *(SFT if is_sft else ())])
-    known = UNDRAWN | {name for panel in panels for name, _ in panel.names}
     found = [panel for panel in panels if present.keys() & dict(panel.names).keys()]
+    known = {name for panel in panels for name, _ in panel.names}
     changes = [name for name in present if len({y for run in runs.values() if name in run for y in run[name][1]}) > 1]
-    own = [name for name in changes if name not in known] or ([] if found else list(present))
+    own = [name for name in changes if name not in known and not UNDRAWN.fullmatch(name)]
+    own = own or ([] if found else list(present))
     return (found + [Panel(plain(name).replace("_", " "), "", ((name, name),)) for name in own])[:MAX_PANELS]
+
+
+class End(NamedTuple):
+    """Where a line ends, in data coordinates, and its name."""
+
+    x: float
+    y: float
+    label: str
+    colour: str
 
 
 def _grid(figure: Any, num: int) -> list[Any]:
@@ -194,8 +182,9 @@ def _grid(figure: Any, num: int) -> list[Any]:
     return [figure.add_subplot(place) for place in places]
 
 
-def _draw_panel(axis: Any, panel: Panel, runs: dict[str, dict[str, Curve]]) -> None:
-    alone, ends = len(runs) == 1, []
+def _draw_panel(axis: Any, panel: Panel, runs: dict[str, Columns]) -> None:
+    alone = len(runs) == 1
+    ends: list[End] = []
     for i, run in enumerate(runs.values()):
         phases = [name for name in PHASES if name + "_s" in run]
         if alone and panel == TIME and phases:
@@ -205,8 +194,12 @@ def _draw_panel(axis: Any, panel: Panel, runs: dict[str, dict[str, Curve]]) -> N
         for j, (name, label) in enumerate(shown):
             colour, dash = (COLOURS[j], "-") if alone else (COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[j])
             end = _line(axis, run[name], panel, colour, dash)
-            if end is not None and len(shown) > 1 and label not in [name for *_, name, _ in ends]:
-                ends.append((*end, label, colour if alone else GREY))
+            if end is not None and len(shown) > 1 and label not in [end.label for end in ends]:
+                ends.append(End(*end, label, colour if alone else GREY))
+        if alone and panel.baseline in run:
+            height, colour = run[panel.baseline][1][0], COLOURS[max(len(shown) - 1, 0)]  # of the held-out curve
+            axis.axhline(height, color=colour, linewidth=1.2, linestyle="--")
+            ends.append(End(1, height, "at start", colour))
     axis.set(title=panel.title, ylabel=panel.unit)
     if axis.get_subplotspec().is_last_row():
         axis.set_xlabel("step")
@@ -231,7 +224,7 @@ def _line(axis: Any, curve: Curve, panel: Panel, colour: str, dash: str) -> tupl
     return steps[-1], bold[-1]
 
 
-def _stack(axis: Any, run: dict[str, Curve], phases: list[str]) -> list[tuple[float, float, str, str]]:
+def _stack(axis: Any, run: Columns, phases: list[str]) -> list[End]:
     """Seconds by phase, one upon the other, and above them what no phase accounts for. Returns the labels' places."""
     steps = np.unique(np.concatenate([run[name + "_s"][0] for name in phases]))
     heights = {name: _at(run[name + "_s"], steps) for name in phases}
@@ -243,8 +236,8 @@ def _stack(axis: Any, run: dict[str, Curve], phases: list[str]) -> list[tuple[fl
     axis.set_ylim(0, 1.05 * bold.sum(0).max() or 1)
     axis.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     middles = np.cumsum(bold[:, -1]) - bold[:, -1] / 2
-    labels = zip(middles, heights, [*colours[:-1], GREY], bold.any(1), strict=False)
-    return [(steps[-1], y, name, colour) for y, name, colour, took_time in labels if took_time]
+    labels = zip(middles, heights, [*colours[: len(phases)], GREY], strict=False)
+    return [End(steps[-1], y, name, colour) for (y, name, colour), row in zip(labels, bold, strict=True) if row.any()]
 
 
 def _at(curve: Curve, steps: np.ndarray) -> np.ndarray:
@@ -255,28 +248,26 @@ def _at(curve: Curve, steps: np.ndarray) -> np.ndarray:
 
 
 def _ticks(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axis.locator_params(axis="x", nbins=6, integer=True, min_n_ticks=1)
     axis.xaxis.set_major_formatter(_tick_text)
     axis.yaxis.set_major_formatter(_tick_text)
     if axis.get_yscale() == "log":
         low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
+        axis.locator_params(axis="y", subs=(1,) if high / low > 50 else (1, 2, 5))
+        axis.minorticks_off()
     else:
-        axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axis.locator_params(axis="y", nbins=5)
 
 
 def _tick_text(value: float, _: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _end_labels(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
+def _end_labels(axis: Any, ends: list[End]) -> None:
     """Name lines where they end, in their colours, pushed apart where they would touch."""
     axis.get_ylim()  # settles the limits, which matplotlib puts off; transData is stale before
     to_axes = axis.transData + axis.transAxes.inverted()
-    places = sorted((to_axes.transform((x, y))[1], text, colour) for x, y, text, colour in ends)
+    places = sorted((to_axes.transform((end.x, end.y))[1], end.label, end.colour) for end in ends)
     at, gap = [y for y, _, _ in places], 0.08  # a line of text is about 0.08 of a panel
     for i in range(1, len(at)):
         at[i] = max(at[i], at[i - 1] + gap)
@@ -288,7 +279,7 @@ def _end_labels(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _head(figure: Any, runs: dict[str, dict[str, Curve]]) -> None:
+def _head(figure: Any, runs: dict[str, Columns]) -> None:
     from matplotlib.lines import Line2D
 
     steps = max((curve[0] for run in runs.values() for curve in run.values()), key=len)
@@ -296,6 +287,9 @@ def _head(figure: Any, runs: dict[str, dict[str, Curve]]) -> None:
     if window_of(len(steps)) > 1:
         about += "    thin: each step, bold: moving average"
         about += f" of {window_of(len(steps))}" if len(runs) == 1 else ""
+    if len(runs) == 1 and "val_reward" in next(iter(runs.values())):
+        about += "    held out: the same prompts each time"
+        about += ", dashed: before the first step" if "preflight_reward" in next(iter(runs.values())) else ""
     figure.supxlabel(about, x=0.995, ha="right", fontsize=8, color=GREY)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), x=0.008, ha="left", fontsize=14, fontweight="bold", color="#1f2937")

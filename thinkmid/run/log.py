@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, events.jsonl, rollouts/, the console, trackers if asked for."""
+"""What a run reports while it runs: metrics.jsonl, events.jsonl, rollouts/, the console, trackers if configured."""
 
 import atexit
 import json
@@ -6,13 +6,19 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from thinkmid.errors import UserError, plain
 from thinkmid.files import reopen, write_whole
@@ -31,13 +37,22 @@ SHOWN = (
 )
 PHASES = ("rollout", "reward", "train", "sync", "save")
 
+Row = dict[str, Any]  # of a jsonl file
+
+
+class Tracker(Protocol):
+    """What wandb.init and trackio.init return."""
+
+    def log(self, row: dict[str, float], step: int) -> object: ...
+    def finish(self) -> object: ...
+
 
 class Log:
     """The record of one run. Ranks other than 0 write and print nothing.
 
-    Steps count from 1: a row is written once its step is done. A log that starts after `start_step` steps forgets the
-    metrics of later ones: they will be made again. `num_steps` is the whole run's, for the time left; `config` is what
-    trackers are shown, a dict.
+    Steps count from 1: a row is written once its step is done. A log that starts after `start_step` steps removes the
+    rows of later ones: they will be written again. `num_steps` is the whole run's, for the time left; `config` is shown
+    by trackers.
     """
 
     def __init__(
@@ -48,7 +63,7 @@ class Log:
         *,
         num_steps: int = 0,
         trackers: Sequence[str] = (),
-        config: dict | None = None,
+        config: Row | None = None,
     ):
         self.folder, self.on = Path(folder), rank == 0
         if not self.on:
@@ -57,18 +72,19 @@ class Log:
         for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("rollouts/.*.tmp")]:
             left.unlink(missing_ok=True)  # of a write_whole that was killed
         self.trackers = [_tracker(name, self.folder, start_step, config or {}) for name in trackers]
-        self.metrics = reopen(self.folder / "metrics.jsonl", self._is_past(start_step))
-        self.events = reopen(self.folder / "events.jsonl", lambda row: True)
+        metrics = self.folder / "metrics.jsonl"
+        self.metrics = reopen(metrics, partial(_is_past, metrics, start_step))
+        self.events = reopen(self.folder / "events.jsonl")
         self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
 
-    def write(self, step: int, row: dict) -> None:
+    def write(self, step: int, row: Row) -> None:
         """Metrics of one step: numbers, or 0-dim arrays and tensors. NaN and infinities are written as null."""
         if self.on:
             row = finite({"step": step, **row})
             self._append(self.metrics, row)
-            for log, _ in self.trackers:
-                log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step)
+            for tracker in self.trackers:
+                tracker.log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step=step)
             self.screen.step(row)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -78,15 +94,16 @@ class Log:
             self._append(self.events, {"time": now, "kind": kind, **fields})
 
     def note(self, text: str) -> None:
-        """Say it, and keep it as an event."""
+        """Print a line, and keep it as an event."""
         self.say(f"note: {text}")
         self.event("note", text=text)
 
-    def rollouts(self, step: int, rows: Iterable[dict]) -> None:
+    def rollouts(self, step: int, rows: Iterable[Row]) -> None:
         """Everything sampled in one step, in rollouts/step-000040.jsonl."""
         if self.on:
             path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
-            self._survive(path, lambda: write_whole(path, "".join(map(_json_line, rows))))
+            with self._survive(path):
+                write_whole(path, "".join(map(_json_line, rows)))
 
     def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
         """What the run is doing now, and how much of it is done where that is known."""
@@ -104,25 +121,21 @@ class Log:
             atexit.unregister(self.close)
             self.screen.close()
             for file in (self.metrics, self.events):
-                self._survive(file.name, file.close)
-            for _, close in self.trackers:
-                close()
+                with self._survive(file.name):
+                    file.close()
+            for tracker in self.trackers:
+                tracker.finish()
 
-    def _is_past(self, start_step: int) -> Callable[[dict], bool]:
-        def is_past(row: dict) -> bool:
-            if not isinstance(step := row.get("step", 0), int | float):
-                raise UserError(f"{self.folder / 'metrics.jsonl'}: step {json.dumps(step)} is no number")
-            return step <= start_step
+    def _append(self, file: Any, row: Row) -> None:
+        with self._survive(file.name):
+            file.write(_json_line(row))
 
-        return is_past
-
-    def _append(self, file: Any, row: dict) -> None:
-        self._survive(file.name, lambda: file.write(_json_line(row)))
-
-    def _survive(self, path: str | Path, write: Callable[[], object]) -> None:
+    @contextmanager
+    def _survive(self, path: str | Path) -> Iterator[None]:
+        """A full disk costs what it cannot hold, not the run; lines wait in their buffer."""
         try:
-            write()
-        except OSError as error:  # a full disk costs what it cannot hold, not the run; lines wait in their buffer
+            yield
+        except OSError as error:
             self.screen.say(plain(f"warning: {path}: cannot write it: {error.strerror}"))
 
     def __enter__(self) -> "Log":
@@ -132,7 +145,13 @@ class Log:
         self.close()
 
 
-def _json_line(row: dict) -> str:
+def _is_past(path: Path, start_step: int, row: Row) -> bool:
+    if not isinstance(step := row.get("step", 0), int | float):
+        raise UserError(f"{path}: step {json.dumps(step)} is no number")
+    return step <= start_step
+
+
+def _json_line(row: Row) -> str:
     # a lone surrogate in a model's text becomes \udXXX on disk, which is also how JSON spells it
     return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -156,7 +175,7 @@ class _Lines:
         self.num_steps, self.pace, self.next_print = num_steps, _Pace(num_steps), 0.0
         self.phase = ""
 
-    def step(self, row: dict) -> None:
+    def step(self, row: Row) -> None:
         total = f"/{self.num_steps}" if self.num_steps else ""
         cells = [f"step {row['step']}{total}"] + [f"{name} {value}" for name, value in _cells(row)]
         self.say("  ".join([*cells, _phase_seconds(row), self.pace.step(row["step"])]).rstrip())
@@ -164,34 +183,32 @@ class _Lines:
     def progress(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
         if phase != self.phase:
-            self.phase, self.next_print = phase, now + 30  # a phase shorter than this goes without saying
+            self.phase, self.next_print = phase, now + 30  # a phase shorter than this prints nothing
         elif now >= self.next_print:
             self.next_print = now + 30
             self.say(f"  {phase}" + (f" {done}/{total}" if total else ""))
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # nobody reads, or a full disk: the run goes on, lines wait in their buffer
+        with suppress(OSError):  # no reader, or a full disk: the run continues, lines wait in their buffer
             print(text, flush=True)
 
     def close(self) -> None:
         try:
             sys.stdout.flush()
-        except OSError:  # what still waits is lost, and the run is whole without it
+        except OSError:  # what still waits in the buffer is lost
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 class _Live:
     def __init__(self, title: str, num_steps: int):
-        from rich.live import Live
-
         self.title, self.num_steps, self.pace = title, num_steps, _Pace(num_steps)
-        self.row: dict[str, Any] = {}
+        self.row: Row = {}
         self.left = ""
         self.phase, self.done, self.total, self.since = "starting", 0, 0, time.monotonic()
         self.live = Live(get_renderable=self._render, refresh_per_second=2)
         self.live.start()
 
-    def step(self, row: dict) -> None:
+    def step(self, row: Row) -> None:
         self.row, self.left = row, self.pace.step(row["step"])
 
     def progress(self, phase: str, done: int, total: int) -> None:
@@ -200,19 +217,13 @@ class _Live:
         self.phase, self.done, self.total = phase, done, total
 
     def say(self, text: str) -> None:
-        from rich.text import Text
-
         self.live.console.print(Text(text))  # a Text is printed as it is, brackets and all
 
     def close(self) -> None:
         self.phase = "done"
         self.live.stop()
 
-    def _render(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
+    def _render(self) -> Group:
         step = f"step {self.row['step']}" if self.row else "step -"
         total = f"/{self.num_steps}" if self.num_steps else ""
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
@@ -240,15 +251,11 @@ class _Pace:
         return f"{_duration(mean_s * left)} left" if left > 0 else ""
 
 
-def _cells(row: dict) -> list[tuple[str, str]]:
-    cells = []
-    for key, name, form in SHOWN:
-        if isinstance(row.get(key), (int, float)):
-            cells.append((name, form.format(row[key])))
-    return cells
+def _cells(row: Row) -> list[tuple[str, str]]:
+    return [(name, form.format(row[key])) for key, name, form in SHOWN if isinstance(row.get(key), (int, float))]
 
 
-def _phase_seconds(row: dict) -> str:
+def _phase_seconds(row: Row) -> str:
     spent = [(name, row.get(name + "_s")) for name in PHASES]
     return ", ".join(f"{name} {s:.1f} s" for name, s in spent if isinstance(s, (int, float)) and s >= 0.05)
 
@@ -260,36 +267,38 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-# Trackers: each is (log(row, step), close()).
+# Trackers.
 
 
-def _tracker(name: str, folder: Path, start_step: int, config: dict) -> tuple[Callable, Callable]:
+def _tracker(name: str, folder: Path, start_step: int, config: Row) -> Tracker:
     if name not in TRACKERS:
         raise UserError(f"unknown tracker '{plain(name)}': expected {', '.join(TRACKERS)}")
     try:
         if name == "tensorboard":
-            return _tensorboard(folder, start_step)
+            return _TensorBoard(folder, start_step)
         module = import_module(name)
     except ImportError:
         raise UserError(f"tracker '{name}' is not installed: pip install 'thinkmid[track]'") from None
     options = {"project": "thinkmid", "name": folder.resolve().name, "config": config}
     if name == "wandb":
         options |= {"dir": str(folder), "id": _run_id(folder / "wandb-id", start_step)}
-    run = module.init(**options, resume="allow" if start_step else "never")
-    return lambda row, step: run.log(row, step=step), run.finish
+    run: Tracker = module.init(**options, resume="allow" if start_step else "never")
+    return run
 
 
-def _tensorboard(folder: Path, start_step: int) -> tuple[Callable, Callable]:
-    from torch.utils.tensorboard import SummaryWriter
+class _TensorBoard:
+    def __init__(self, folder: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
-    def log(row: dict, step: int) -> None:
+    def log(self, row: dict[str, float], step: int) -> None:
         for key, value in row.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
 
-    return log, writer.close
+    def finish(self) -> None:
+        self.writer.close()
 
 
 def _run_id(path: Path, start_step: int) -> str:
