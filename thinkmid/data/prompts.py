@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
 
-from thinkmid import thoughts
+from thinkmid import sentences, thoughts
 from thinkmid.data.source import Document
 from thinkmid.data.store import Store
 from thinkmid.errors import UserError
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
-
-SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n")
 
 
 def at_thoughts(documents: Iterable[Document], tokenizer: Tokenizer, *, max_prefix: int) -> Iterator[Prompt]:
@@ -63,7 +60,7 @@ def _cut(chunk: str, where: str, tokenizer: Tokenizer, length: int, key: str) ->
     draw = int.from_bytes(digest, "little")
     if where == "sentence":
         first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
-        ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
+        ends = [end for end in sentences.ends(chunk, clauses=True) if first < end < last]
         return ends[draw % len(ends)] if ends else 0
     ends = tokenizer.token_ends(chunk)
     after = length if where == "fixed" else 1 + draw % max(1, len(ends) - 1)
