@@ -6,17 +6,18 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
 
+Row = dict[str, Any]  # an object of a JSON or jsonl file
 Kinds = Mapping[str, Callable[[Any], bool]]  # field -> whether a value may stand in it
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Row:
     """The object in a JSON file. UserError: there is none."""
     try:
         value = json.loads(regular(path).read_text(encoding="utf-8"))
@@ -38,7 +39,7 @@ def regular(path: Path) -> Path:
     return path
 
 
-def check_row(where: str, row: dict, must: Kinds, may: Kinds | None = None) -> None:
+def check_row(where: str, row: Row, must: Kinds, may: Kinds | None = None) -> None:
     """UserError names the first field that is not of its kind or, of those in must, is not there."""
     wrong = [name for name, fits in must.items() if not fits(row.get(name))]
     wrong += [name for name, fits in (may or {}).items() if name in row and not fits(row[name])]
@@ -92,12 +93,17 @@ def write_whole(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_rows(path: str | Path) -> list[dict]:
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a jsonl file as write_whole does."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> list[Row]:
     """Rows of a jsonl file. A torn last line is left out; a broken line before it is a UserError with its number."""
     return [row for _, row in _lines(Path(path))]
 
 
-def _lines(path: Path) -> list[tuple[str, dict]]:
+def _lines(path: Path) -> list[tuple[str, Row]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -116,7 +122,7 @@ def _lines(path: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def reopen(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> Any:
+def reopen(path: Path, wanted: Callable[[Row], bool] = lambda row: True) -> Any:
     """A jsonl file, opened for whole lines to be added, with the wanted rows of the past; a torn last one is gone."""
     if path.exists():
         write_whole(path, "".join(line + "\n" for line, row in _lines(path) if wanted(row)))

@@ -55,7 +55,7 @@ TASKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class QuestionSet:
     """A set of questions as it was read."""
 
     task: str
@@ -64,7 +64,7 @@ class Loaded:
     notes: list[str]  # one line each: what is not as in the public copies, files of a folder that are not read
 
 
-def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
+def load(name: str, path: str | Path, *, strict: bool = False) -> QuestionSet:
     """The questions of a file (or a folder of .jsonl or .parquet shards) in any public layout of the task.
 
     Repeated questions are dropped, contradicting ones too. UserError names file and row: a row that cannot be used,
@@ -80,7 +80,7 @@ def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
     notes += compared(name, path, len(questions), sha256)
     if strict and notes:
         raise UserError(notes[0])
-    return Loaded(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
+    return QuestionSet(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
 
 
 def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]], list[str]]:

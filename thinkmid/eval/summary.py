@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ class Graded:
     question: str  # its id
     sample: int
     score: float | None  # 1, 0, or None: the grader failed
-    answer: str | None  # normalised, a choice's letter as for sample 0 (tasks.base_answer); None: none was found
+    answer: str | None  # normalised, a choice's letter as for sample 0 (questions.base_answer); None: none was found
     truncated: bool  # ended by the token limit
     num_think: int  # tokens before the closing tag, it included; all of them if it never came
     unclosed: bool = False  # a thought was opened and never closed
@@ -29,7 +29,7 @@ class Table:
     """Samples by question: rows in order of the ids, so that two runs of one set line up."""
 
     ids: list[str]
-    scores: np.ndarray  # (Q, K), NaN: no verdict, or fewer than K samples
+    scores: stats.Array  # (Q, K), NaN: no verdict, or fewer than K samples
     answers: list[list[str | None]]
 
 
@@ -89,7 +89,7 @@ def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0, level: f
 
 
 def compare_sets(
-    a: dict[str, Sequence[Graded]], b: dict[str, Sequence[Graded]], *, seed: int = 0, level: float = 0.95
+    a: Mapping[str, Sequence[Graded]], b: Mapping[str, Sequence[Graded]], *, seed: int = 0, level: float = 0.95
 ) -> tuple[dict[str, stats.Paired], stats.Paired]:
     """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError as in compare."""
     means = {}
@@ -102,7 +102,7 @@ def compare_sets(
     return by_set, stats.paired_sets(list(means.values()), seed=seed, level=level)
 
 
-def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[np.ndarray, np.ndarray]:
+def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array, stats.Array]:
     """(Q,) means of the questions of both runs, in the same order."""
     table_a, table_b = tabulate(a), tabulate(b)
     if odd := set(table_a.ids) ^ set(table_b.ids):
@@ -122,7 +122,7 @@ def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def in_words(difference: dict[str, float | None]) -> str:
-    """Of as_row: mean, interval and p."""
+def in_words(difference: Mapping[str, float | None]) -> str:
+    """A difference by as_row() for the console: mean, interval and p."""
     mean, low, high = (math.nan if difference[k] is None else difference[k] for k in ("mean", "low", "high"))
     return f"{mean:+10.3f}  {f'{low:+.3f} to {high:+.3f}':<16}  p {difference['p']:.4f}"

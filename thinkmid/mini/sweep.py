@@ -96,7 +96,8 @@ def stages(home: Path, seed: int) -> Iterator[Stage]:
 
 def asked(home: Path, program: str, row: str, data: Path, seed: int) -> Stage:
     sets = ",".join(f"{name}:questions={data}/questions-{name}.jsonl" for name in world.SETS)
-    flags = [f"--model.folder={home / row / 'export'}", f"--data.sets={sets}", f"--run.seed={seed}", "--run.samples=2"]
+    flags = [f"--model.folder={home / row / 'export'}", f"--data.sets={sets}", f"--run.seed={seed}"]
+    flags += ["--run.samples=2", "--run.ks=1"]
     command = [f"thinkmid.eval.{program}", "configs/mini-eval.toml", f"--run.folder={home / 'eval' / row}", *flags]
     results, replaced = f"eval/{row}/results.json", f"eval/{row}/thoughts.json"
     after, result = {"run": ([], results), "thoughts": ([results], replaced)}[program]  # the latter reads generations

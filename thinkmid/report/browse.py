@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkmid.data import questions
-from thinkmid.eval.generate import stored
+from thinkmid.eval.generations import stored
 from thinkmid.files import read_rows
 from thinkmid.report.runs import Evaluation, Run, Training, number, section
 from thinkmid.report.tables import as_list, plain_name
