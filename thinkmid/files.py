@@ -18,9 +18,9 @@ Kinds = Mapping[str, Callable[[Any], bool]]  # field -> whether a value may stan
 
 
 def read_json(path: Path) -> Row:
-    """The object in a JSON file. UserError: there is none."""
+    """The object in a JSON file. UserError: there is none, or a key stands twice: which one would count?"""
     try:
-        value = json.loads(regular(path).read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_bytes(), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -30,6 +30,14 @@ def read_json(path: Path) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {max(names, key=names.count)!r} stands twice")
+    return row
 
 
 def regular(path: Path) -> Path:

@@ -249,6 +249,11 @@ class Tokenizer:
         """One more than the largest id, added tokens included."""
         return len(self.pieces)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What stands in front of every text that the model reads: the begin token, or nothing."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     @cached_property
     def digest(self) -> str:
         """Hash of all that decides the ids of a text."""

@@ -45,8 +45,8 @@ class Task:
 TASKS = {
     "gsm8k": Task(layouts.gsm8k, {1319: "924da90d7f8e3f0d"}),
     "gsm8k-train": Task(layouts.gsm8k, {7473: "1e6fb5b18f98ee26"}),
-    "math500": Task(layouts.math500, {500: "2295afa3b299b1be"}),
-    "amc23": Task(layouts.amc, {40: "06f4a0ca39c607bb"}),
+    "math500": Task(layouts.problem, {500: "2295afa3b299b1be"}),
+    "amc23": Task(layouts.problem, {40: "06f4a0ca39c607bb"}),
     "olympiadbench": Task(layouts.olympiad, {675: "1a2c78906715450e", 674: ""}),
     "gpqa-diamond": Task(layouts.gpqa, {198: ""}, private=True),
     "dapo": Task(layouts.dapo, repeated=True),

@@ -191,7 +191,9 @@ def differences_of(a: Array, b: Array) -> Array:
     """a - b of the questions for which both have a value."""
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two runs must have the same questions, not {a.shape} and {b.shape}")
-    return (a - b)[np.isfinite(a - b)]
+    difference = a - b
+    paired: Array = difference[np.isfinite(difference)]
+    return paired
 
 
 def sign_flip_p(difference: Array, *, seed: int, rounds: int) -> float:
