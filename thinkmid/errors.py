@@ -1,4 +1,4 @@
-"""What the user got wrong, as opposed to what we got wrong."""
+"""Mistakes of the user, as opposed to ours."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The line for a name that is none of the known ones: what was meant, perhaps."""
+    """The error line for an unknown name, with the nearest known one or all of them."""
     near = difflib.get_close_matches(name, known := list(known), 1)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
     return f"unknown {kind} '{name}'; {hint}"

@@ -1,4 +1,4 @@
-"""What a program reads again in a run's folder, and mistrusts: objects, fields of rows, who else is at work there."""
+"""Files of a run's folder: checked as they are read again, written whole, locked."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def is_number(value: Any) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """One process at a time; the others wait, or get a UserError. It makes the folder."""
+    """Lock that one process at a time holds; the others wait, or get a UserError. Makes the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
@@ -81,7 +81,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path.parent}: another process works there") from None
-        except OSError:  # a file system without locks: nobody is kept out
+        except OSError:  # a file system without locks
             pass
         yield
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator
 
 # a stop and the quotes or brackets that it closes, before white space; line breaks; a stop of Chinese or Japanese
-STOPS = r"[.!?]['\")\]’”»]*(?:[^\S\n]*\n+|(?=\s))|\n+|[。！？]+[」』）”’]*"
-END, CLAUSE_END = re.compile(STOPS), re.compile(rf"{STOPS}|[:;](?=\s)")
+BREAK = r"[^\S\n]*\n+"
+STOPS = rf"[.!?]['\")\]’”»]*(?:{BREAK}|(?=\s))|\n+|[。！？]+[」』）”’]*(?:{BREAK})?"
+END, CLAUSE_END = re.compile(STOPS), re.compile(rf"{STOPS}|[:;](?:{BREAK}|(?=\s))")
 # the white space after a stop, the quotes or brackets that open there, and the next word
 NEXT = re.compile(r"\s+['\"(\[‘“«]*(\w*)")
 MOST_WORD = 16  # characters before a stop that are looked at

@@ -13,9 +13,11 @@ import torch
 from conftest import TINY, exchange, exit_code, flip_bit, random_model
 from safetensors.torch import load_file, save_file
 
+from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.eval import generate, generations, run
 from thinkmid.eval.conditions import KEYS
+from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
 from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
@@ -355,3 +357,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(world, capsys, flag, li
     assert err.count("\n") == 1
     assert tree() == before
     assert call() == 0
+
+
+def test_help_is_about_evaluation_and_not_about_training():
+    comments = config._comments(EvalSampling) | config._comments(EvalRun)
+    assert {"temperature", "top_k", "top_p", "force_close", "ks"} <= comments.keys()
+    assert not re.search(r"gradient|\bratio|trainer", " ".join(comments.values()))

@@ -1,4 +1,4 @@
-"""Rows of question files in their public layouts -> what is asked, the gold answer, and of which kind it is."""
+"""Rows of question files in their public layouts -> question, gold answer and its kind."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def problem(where: str, row: dict[str, Any]) -> Fields:
 
 
 def olympiad(where: str, row: dict[str, Any]) -> Fields:
-    """question or problem, final_answer or answer: a list, its members joined by commas; context stands first."""
+    """question or problem, final_answer or answer: a list, its members joined by commas; context comes first."""
     name = "final_answer" if row.get("final_answer") is not None else "answer"
     value = row.get(name)
     golds = value if isinstance(value, list) and value else [value]

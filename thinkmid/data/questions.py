@@ -15,18 +15,18 @@ from thinkmid.data.source import ROWS, left_out
 from thinkmid.errors import UserError, unknown
 from thinkmid.thoughts import CLOSE, OPEN
 
-NAME = re.compile(r"\w[\w.+ -]{0,59}")  # of a set: files are called so
+NAME = re.compile(r"\w[\w.+ -]{0,59}")  # names of sets, which become names of files
 LETTERS = "ABCDEFGHIJ"
 WITHHELD = "(text withheld)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question and its answer. What is asked, options and all, is posed()."""
+    """One question and its answer. posed() gives its text with the options."""
 
     id: str  # the same in every layout, order and run
     question: str  # without options
-    gold: str  # of a choice: the letter of the right option when it is posed for sample 0
+    gold: str  # for a choice, the letter of the right option as posed for sample 0
     kind: Kind
     meta: dict[str, Any] = field(default_factory=dict)  # JSON only; "where" is file and row, "options" in base order
     private: bool = False  # its authors ask not to publish it: reports show shown()
@@ -60,7 +60,7 @@ class QuestionSet:
 
     task: str
     questions: list[Question]
-    sha256: str  # of questions and answers, whatever their layout, order and white space
+    sha256: str  # hash of questions and answers, independent of layout, order and white space
     notes: list[str]  # one line each: what is not as in the public copies, files of a folder that are not read
 
 
@@ -129,15 +129,18 @@ def as_question(name: str, where: str, fields: Fields, private: bool) -> Questio
 
 
 class Posed(NamedTuple):
-    """A question as one sample is asked it."""
+    """A question as it is put for one sample."""
 
     text: str  # a choice's options follow the question, "A. ..." one on each line
     gold: str
 
 
 def posed(question: Question, sample: int = 0) -> Posed:
-    """What the sample-th sample is asked. A choice's options rotate: over n samples, n options, each letter is right
-    equally often for every question, so that a taste for a letter neither helps nor harms."""
+    """The question as put for the sample-th sample.
+
+    A choice's options rotate: over n samples, n options, each letter is right equally often for every question, so that
+    a taste for a letter neither helps nor harms.
+    """
     if question.kind != "choice":
         return Posed(question.question, question.gold)
     options, turn = question.meta["options"], sample % len(question.meta["options"])
@@ -161,7 +164,7 @@ def shown(question: Question, *, publish_private: bool = False) -> str:
 
 
 def compared(name: str, path: str | Path, count: int, sha256: str) -> list[str]:
-    """What sets these questions apart from the public copies."""
+    """Notes where these questions differ from the public copies."""
     known = TASKS[name].known
     if known and count not in known:
         return [f"{path}: {count} questions; {name} has {' or '.join(map(str, known))}"]
@@ -171,7 +174,7 @@ def compared(name: str, path: str | Path, count: int, sha256: str) -> list[str]:
 
 
 def digest(fields: Fields) -> str:
-    """Of what is asked; the right option counts as one among the others."""
+    """Hash of question and options; the right option counts as one among the others."""
     options = sorted(map(squeeze, (fields.gold, *fields.wrong))) if fields.kind == "choice" else []
     return sha(squeeze(fields.question), *options)
 

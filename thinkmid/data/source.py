@@ -25,7 +25,7 @@ from thinkmid.errors import UserError, plain
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (*ROWS, ".txt", ".md")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-# what a data set says about itself
+# files that describe a data set
 CARD = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
 )

@@ -25,19 +25,19 @@ from thinkmid.data.source import Document
 from thinkmid.errors import UserError
 from thinkmid.files import read_json, regular, write_whole
 
-FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
+FORMAT = 1  # version of the records' content and of the blocks of documents, which the digest depends on
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARS = 1 << 24
 MANIFEST = "store.json"
 OURS = re.compile(r"([0-9a-f]{8})-(\d{5}\.(bin|safetensors)|fault)")
 
 Index = dict[str, NDArray[Any]]
-# of a block of documents its records: their bytes, and whole numbers that are kept in memory beside their size
+# block of documents -> its records: bytes, and integers that are kept in memory beside their size
 Encode = Callable[[Sequence[Document]], Iterable[tuple[bytes, tuple[int, ...]]]]
 
 
 def blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """What is encoded at once, and by one rank: as many documents as the smaller of two bounds holds."""
+    """Documents in blocks, each encoded at once and by one rank: the smaller of two bounds ends a block."""
     block, chars = [], 0
     for doc in documents:
         block.append(doc)
@@ -122,7 +122,7 @@ def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def whole(folder: Path) -> dict[str, Any] | None:
-    """The manifest, if all that it names is there as it says; the bytes of records are compared when they are read."""
+    """The manifest, if its files are there and have the right sizes; records are verified when they are read."""
     manifest = published(folder)
     writing, parts, made_of = str(manifest.get("writing")), manifest.get("parts"), manifest.get("made_of")
     if not OURS.fullmatch(f"{writing}-fault") or not isinstance(made_of, dict) or manifest.get("format") != FORMAT:
@@ -137,7 +137,7 @@ def whole(folder: Path) -> dict[str, Any] | None:
 
 
 def published(folder: Path) -> dict[str, Any]:
-    """The manifest as it stands there, {} without a readable one."""
+    """The manifest in the folder, {} without a readable one."""
     try:
         return read_json(folder / MANIFEST)
     except UserError:
@@ -234,7 +234,7 @@ def _digest(indices: list[Index]) -> str:
 
 
 def _in_order(counts: list[NDArray[Any]]) -> NDArray[np.int64]:
-    """What stands rank after rank, in the order of the documents. counts: of each block of each rank."""
+    """Permutation from rank after rank to the order of the documents. counts: records of each block of each rank."""
     block_of = [np.repeat(np.arange(len(c)) * len(counts) + rank, c) for rank, c in enumerate(counts)]
     return np.argsort(np.concatenate(block_of), kind="stable")
 

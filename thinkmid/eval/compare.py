@@ -74,7 +74,7 @@ def graded(path: Path) -> list[Graded]:
 
 
 def against(a: Run, b: Run) -> Row:
-    """Run a minus run b. UserError: they were not asked the same questions."""
+    """Run a minus run b. UserError: their questions differ."""
     if odd := a.sets.keys() ^ b.sets.keys():
         has, lacks = (a, b) if min(odd) in a.sets else (b, a)
         raise UserError(f"{lacks.folder}: has no set '{min(odd)}', {has.folder} has")

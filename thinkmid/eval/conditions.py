@@ -44,7 +44,7 @@ def thought_of(row: Row, tokenizer: Tokenizer, opened: bool) -> Thought | None:
 
 
 def find(ids: Sequence[int], part: Sequence[int]) -> int:
-    """Where the part first stands in ids, their number if nowhere."""
+    """First index of the part in ids; len(ids) if it is not in there."""
     return next((i for i in range(len(ids)) if ids[i : i + len(part)] == part), len(ids))
 
 

@@ -25,7 +25,7 @@ from thinkmid.types import Prompt, Sample
 
 
 def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
-    """UserError if a model of other content drew what is there."""
+    """UserError if the generations there are those of another model, by content."""
     was = read_mark(folder)
     if was and (parts := identity.changed(was["model"], model, cfg.model.folder)):
         raise UserError(f"{folder}: drawn by another model (changed: {parts}); take another folder")
@@ -49,9 +49,9 @@ def draw(
     ranks: Ranks,
     keys: Kinds = KEYS,
 ) -> None:
-    """Draws what is not there yet: this rank's share of every set's prompts. Collective.
+    """Draws the samples that are not stored yet: this rank's share of every set's prompts. Collective.
 
-    A prompt's meta goes into its row; there, the values of keys say whether the row is that prompt's sample.
+    A prompt's meta becomes part of its row, where the fields in keys identify the sample.
     """
     shape, text = model_of(cfg)
     source, rows = Path(cfg.model.folder), sampling.max_batch
@@ -87,7 +87,7 @@ def draw(
 def check_asked(
     folder: Path, name: str, prompts: Iterable[Prompt], have: Mapping[tuple[Any, ...], Row], keys: Kinds
 ) -> None:
-    """UserError where a stored row answers other tokens than its prompt's: an id may be another question's now."""
+    """UserError where a stored row belongs to other tokens than its prompt's: an id may be another question's now."""
     for prompt in prompts:
         row = have.get(key(prompt.meta, keys))
         if row is not None and row.get("asked", asked_of(prompt)) != asked_of(prompt):
@@ -100,7 +100,7 @@ def asked_of(prompt: Prompt) -> str:
 
 
 def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
-    """Prompts of the same tokens together: engines read these once."""
+    """Prompts grouped by their tokens: engines prefill each group once."""
     groups: dict[tuple[int, ...], list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(tuple(prompt.tokens), []).append(prompt)
@@ -108,7 +108,7 @@ def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
 
 
 def row_of(prompt: Prompt, sample: Sample, tokenizer: Tokenizer) -> Row:
-    """What is written of a sample."""
+    """The row that is stored for a sample."""
     return prompt.meta | {
         "asked": asked_of(prompt),
         "text": tokenizer.decode(sample.tokens),

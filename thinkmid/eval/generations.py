@@ -15,7 +15,7 @@ from thinkmid.rollout.engine.protocol import Sampling
 
 MARK = "drawn-by.json"
 PATH_ALONE = "model, template, sampling and seed"
-KEYS: Kinds = {"id": is_text, "sample": is_count}  # of a row, and of its prompt's meta: what it is a sample of
+KEYS: Kinds = {"id": is_text, "sample": is_count}  # fields that identify a sample, of a row and of its prompt's meta
 DRAWN: Kinds = {"text": is_text, "finish": is_text, "num_think": is_count}
 
 
@@ -29,7 +29,7 @@ def key(row: Row, keys: Kinds) -> tuple[Any, ...]:
 
 
 def stored(folder: Path, name: str, keys: Kinds = KEYS) -> list[Row]:
-    """Rows of a set, of all ranks, in order of their keys; one that stands twice counts once.
+    """Rows of a set, of all ranks, in order of their keys; of duplicates the last counts.
 
     UserError names the row that is not as generate.draw() writes them.
     """
@@ -54,15 +54,17 @@ def whole(folder: Path, name: str, questions: Iterable[Question], samples: int) 
 
 
 def settings(cfg: EvalConfig) -> dict[str, Any]:
-    """What generations depend on beside the model."""
+    """The settings that decide generations, beside the model."""
     sampling = {f"sampling.{name}": value for name, value in vars(cfg.sampling).items()}
     engine = {f"engine.{name}": getattr(cfg.engine, name) for name in ("kind", "dtype")}
     return {"data.template": cfg.data.template, **sampling, **engine, "run.seed": cfg.run.seed}
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
-    """What drew the generations of a run: settings, "model.folder" and, by part, hashes of the "model"; {} before any
-    are drawn. UserError: damaged."""
+    """What drew the generations of a run: settings, "model.folder" and, by part, hashes of the "model".
+
+    {} before any are drawn. UserError: damaged.
+    """
     mark = folder / MARK
     if mark.is_file() and (older := mark.read_text("utf-8", "replace")).startswith("["):
         return {PATH_ALONE: older}

@@ -36,7 +36,7 @@ class Paired:
     """How much better run a is than run b on the same questions."""
 
     difference: Estimate
-    p: float  # of a mean difference this large, either way, if a and b were exchangeable on every question
+    p: float  # chance of a mean difference this large, either way, if a and b were exchangeable on every question
     better: int  # questions on which a's mean is higher
     worse: int
 

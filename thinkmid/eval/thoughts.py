@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What is asked about one set."""
+    """The prompts that probe one set."""
 
     prompts: list[Prompt]
     about: dict[str, Any]  # numbers of samples and thoughts; notes
