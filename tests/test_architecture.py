@@ -16,7 +16,7 @@ PROGRAMS = {name for name, tree in TREES.items() if "'__main__'" in ast.dump(tre
 # a module imports its own level and those below; a folder's level holds for what is in it
 LEVELS = [
     {"thinkmid", "_csrc", "errors", "types", "files", "config", "kernels"},
-    {"tokenizer", "thoughts", "model", "data", "run"},
+    {"tokenizer", "thoughts", "sentences", "model", "data", "run"},
     {"rollout", "plan"},
     {"train", "augment", "eval"},
     {"report", "mini"},

@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import tomllib
 from dataclasses import dataclass, replace
-from math import inf, isnan, nan
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import thinkmid
-from thinkmid.config import AnyFloat, environment, load, save_run, to_toml
+from thinkmid.config import environment, load, save_run, to_toml
 from thinkmid.errors import UserError
 
 PROGRAM = '''
@@ -37,7 +35,7 @@ class Optim:
     lr: float = 1e-6  # peak learning rate, > 0
     # Adam's two decay rates,
     # first and second moment
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, ...] = (0.9, 0.95)
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -68,15 +66,13 @@ run(main)
 class Part:
     name: str = "part"
     weight: float = 1.0
-    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deep:
     rate: float = 0.5
-    bound: AnyFloat = inf
-    note: str | None = None
-    shape: tuple[int, str] = (1, "x")
+    note: str = ""
+    part: Part = Part()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +80,12 @@ class Nested:
     steps: int
     on: bool = False
     word: str = ""
-    mode: Literal["a", "b", 3] = "a"
+    mode: Literal["a", "b", "3"] = "a"
     rates: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (1, 16)
     words: tuple[str, ...] = ("one", "two")
-    parts: tuple[Part, ...] = ()
-    deep: Deep = Deep(rate=0.25, note="kept", shape=(2, "y"))
-    judge: Part | None = None
+    modes: tuple[Literal["a", "b"], ...] = ()
+    deep: Deep = Deep(rate=0.25, note="kept", part=Part(name="own"))
 
 
 def read(*argv, cls=Nested):
@@ -126,8 +122,9 @@ MISTAKES = [
     (OK, ("--optim.lr=nan",), "--optim.lr: expected a finite number, got nan"),
     (OK, ("--optim.lr",), "--optim.lr: expected a value"),
     (OK, ("--optim", "3"), "--optim: expected a table, got '3'"),
-    (OK, ("--optim.betas", "0.9"), "--optim.betas: expected a list of 2, got '0.9'"),
-    (OK, ("--optim.betas", "1,2,3"), "--optim.betas: expected a list of 2, got '1,2,3'"),
+    (OK, ("--optim.betas", "0.9,fast"), "--optim.betas: expected a number, got 'fast'"),
+    (OK, ("--optim.betas", "[1, 2"), "--optim.betas: expected a list, got '[1, 2'"),
+    (OK + "[optim]\nbetas = 0.9", (), f"{A}: optim.betas: expected a list, got 0.9"),
     (OK + "[optim]\nbetas = [0.9, true]", (), f"{A}: optim.betas[1]: expected a number, got True"),
     (OK + "[optim]\nlr = inf", (), f"{A}: optim.lr: expected a finite number, got inf"),
     (OK + "[optim]\nlr = -1", (), "optim: lr must be > 0, not -1.0"),
@@ -152,7 +149,7 @@ MISTAKES = [
         f"{A}: sampling.num_samples: expected an integer of 64 bits, got thousands of digits",
     ),
     (OK + '[sampling]\nstop = "\\u0000"', (), f"{A}: sampling.stop: expected a string without NUL, got '\\x00'"),
-    (OK, ("--optim.betas=" + "[" * 5000,), f"--optim.betas: expected a list of 2, got '{'[' * 76}..."),
+    (OK, ("--optim.betas=" + "[" * 5000,), f"--optim.betas: expected a list, got '{'[' * 76}..."),
 ]
 
 
@@ -222,7 +219,7 @@ def test_help_shows_every_key_with_its_comment_and_default(tiny):
         "--loss.denom FLOAT tokens that a full answer has (required)",
         "--loss.kind clip|plain (default: clip)",
         "--optim.lr FLOAT peak learning rate, > 0 (default: 1e-06)",
-        "--optim.betas FLOAT,FLOAT Adam's two decay rates, first and second moment (default: 0.9,0.95)",
+        "--optim.betas FLOAT,... Adam's two decay rates, first and second moment (default: 0.9,0.95)",
         "--sampling.num_samples INT (default: 8)",
         "--sampling.greedy true|false (default: false)",
         "--dry-run",
@@ -247,7 +244,7 @@ def test_later_files_win_over_earlier_and_flags_over_files(tmp_path):
 
 
 def test_a_partly_given_section_keeps_the_rest_of_its_own_default():
-    assert read("--steps", "1", "--deep.rate", "9").deep == Deep(rate=9.0, note="kept", shape=(2, "y"))
+    assert read("--steps", "1", "--deep.rate", "9").deep == Deep(rate=9.0, note="kept", part=Part(name="own"))
 
 
 @pytest.mark.parametrize(
@@ -259,16 +256,15 @@ def test_a_partly_given_section_keeps_the_rest_of_its_own_default():
         (["--on=true"], {"on": True}),
         (["--word", "3"], {"word": "3"}),
         (["--word=--a=b"], {"word": "--a=b"}),
-        (["--mode", "3"], {"mode": 3}),
+        (["--mode", "3"], {"mode": "3"}),
+        (["--modes", "b,a"], {"modes": ("b", "a")}),
+        (["--counts", "3"], {"counts": (3,)}),
         (["--rates", "-1,2e3"], {"rates": (-1.0, 2000.0)}),
         (["--rates", "[1, 2.5]"], {"rates": (1.0, 2.5)}),
         (["--words="], {"words": ()}),
         (["--words", '["a,b"]'], {"words": ("a,b",)}),
-        (["--judge.name", "x"], {"judge": Part(name="x")}),
-        (["--judge.name", "x", "--judge", "none"], {"judge": None}),
-        (["--deep.note", "none"], {"deep": Deep(rate=0.25, shape=(2, "y"))}),
-        (["--deep.bound", "inf"], {"deep": Deep(rate=0.25, note="kept", shape=(2, "y"))}),
-        (["--parts", '[{name = "p", limit = 4}]'], {"parts": (Part(name="p", limit=4),)}),
+        (["--deep.part.name", "x"], {"deep": Deep(rate=0.25, note="kept", part=Part(name="x"))}),
+        (["--deep.note", "none"], {"deep": Deep(rate=0.25, note="none", part=Part(name="own"))}),
     ],
 )
 def test_flags_are_read_by_the_type_of_their_field(argv, expected):
@@ -298,31 +294,28 @@ def test_integers_that_no_float_or_register_holds_are_refused():
     assert read("--steps", str(2**63 - 1)).steps == 2**63 - 1
 
 
-@pytest.mark.parametrize("value", ["3.0", "'3'", "true", "'c'"])
+@pytest.mark.parametrize("value", ["3", "3.0", "true", "'c'", "['a']"])
 def test_a_choice_is_taken_by_value_and_type(tmp_path, value):
     (tmp_path / "a.toml").write_text(f"steps = 1\nmode = {value}")
-    with pytest.raises(UserError, match="expected 'a' or 'b' or 3, got"):
+    with pytest.raises(UserError, match="expected 'a' or 'b' or '3', got"):
         read(str(tmp_path / "a.toml"))
 
 
-TEXT = st.text(max_size=20).filter(lambda s: s != "none" and "\0" not in s)
+TEXT = st.text(max_size=20).filter(lambda s: "\0" not in s)
 INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-PARTS = st.builds(Part, name=TEXT, weight=FINITE, limit=st.none() | INTEGERS)
-DEEPS = st.builds(
-    Deep, rate=FINITE, bound=st.floats(allow_nan=False), note=st.none() | TEXT, shape=st.tuples(INTEGERS, TEXT)
-)
+DEEPS = st.builds(Deep, rate=FINITE, note=TEXT, part=st.builds(Part, name=TEXT, weight=FINITE))
 NESTEDS = st.builds(
     Nested,
     steps=INTEGERS,
     on=st.booleans(),
     word=TEXT,
-    mode=st.sampled_from(["a", "b", 3]),
+    mode=st.sampled_from(["a", "b", "3"]),
     rates=st.lists(FINITE, max_size=4).map(tuple),
+    counts=st.lists(INTEGERS, max_size=4).map(tuple),
     words=st.lists(TEXT, max_size=4).map(tuple),
-    parts=st.lists(PARTS, max_size=3).map(tuple),
+    modes=st.lists(st.sampled_from(["a", "b"]), max_size=2).map(tuple),
     deep=DEEPS,
-    judge=st.none() | PARTS,
 )
 
 
@@ -331,18 +324,6 @@ def test_a_saved_config_loads_into_an_equal_one(tmp_path_factory, cfg):
     path = tmp_path_factory.getbasetemp() / "saved.toml"
     path.write_text(to_toml(cfg), encoding="utf-8", newline="\n")
     assert read(str(path)) == cfg
-
-
-def test_none_is_left_out_where_leaving_it_out_means_none():
-    told = tomllib.loads(to_toml(Nested(steps=1, deep=Deep(note=None), judge=Part(limit=None))))
-    assert "limit" not in told["judge"]
-    assert told["deep"]["note"] == "none"  # here the default is a string
-    assert "judge" not in tomllib.loads(to_toml(Nested(steps=1)))
-
-
-def test_nan_is_kept_where_it_is_allowed(tmp_path):
-    (tmp_path / "a.toml").write_text(to_toml(Nested(steps=1, deep=Deep(bound=nan))))
-    assert isnan(read(str(tmp_path / "a.toml")).deep.bound)
 
 
 def test_a_saved_run_says_how_to_repeat_it(tmp_path):

@@ -2,12 +2,15 @@
 
     cfg, dry_run = load(Config, argv, prog="python -m thinkmid.train.sft", description=__doc__)
 
-A program's config is a frozen keyword-only dataclass of bool, int, float, str, Literal, tuple, `X | None` and further
-such dataclasses. The comment beside a field is its help. In an `X | None` field the word "none" means None.
+A program's config is a frozen keyword-only dataclass of sections, which are such dataclasses; a field is a bool, int,
+float, str, Literal of strings or tuple[X, ...] of one of these. The comment beside a field is its help.
 """
+
+from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import json
 import os
 import platform
@@ -16,62 +19,62 @@ import signal
 import subprocess
 import sys
 import tomllib
-import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from thinkmid import __version__
 from thinkmid.errors import UserError, plain
-from thinkmid.files import write_whole
+from thinkmid.files import Row, write_whole
 
-AnyFloat = Annotated[float, "nan and inf are allowed"]
 PACKAGES = (
     "torch", "numpy", "tokenizers", "safetensors", "triton", "vllm", "flash-attn", "flash-attn-3", "math-verify",
 )  # fmt: skip
-EXPECTED = {bool: "true or false", int: "an integer", float: "a number", AnyFloat: "a number", str: "a string"}
+EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+Config = TypeVar("Config")
 
 
-class Loaded(NamedTuple):
-    config: Any  # an instance of the class that was asked for
+class Loaded(NamedTuple, Generic[Config]):
+    """What the command line asks for."""
+
+    config: Config
     dry_run: bool  # the user wants to see the config, not the run
 
 
-def load(cls: type, argv: Sequence[str], *, prog: str, description: str) -> Loaded:
+def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str | None) -> Loaded[Config]:
     """Config of class `cls` from TOML paths and flags such as `--optim.lr 3e-4`, in any order.
 
     `--help` prints every field and exits with 0. UserError: one line that names the file or the flag, and the key.
     """
     files, flags, switches = _split(cls, argv)
     if "help" in switches:
-        _print_help(cls, prog, description)
+        _print_help(cls, prog, description or "")
         raise SystemExit(0)
-    tree: dict[str, Any] = {}
-    sources: dict[str, str] = {}  # dotted key: the file or flag that had the last word
+    reader = _Reader()
     for path in files:
-        _merge(tree, read_toml(path), sources, path)
+        reader.merge(reader.tree, read_toml(path), path)
     for flag, key, value in flags:
         for name in reversed(key.split(".")):
             value = {name: value}
-        _merge(tree, value, sources, flag)
-    return Loaded(_section(cls, tree, "", None, sources), "dry_run" in switches)
+        reader.merge(reader.tree, value, flag)
+    return Loaded(reader.section(cls, reader.tree, "", None), "dry_run" in switches)
 
 
 def to_toml(config: Any) -> str:
-    """TOML that loads into an equal config. Fields that are None are left out, where leaving them out means None."""
-    return "\n".join(_toml_lines(config, "", None)).lstrip("\n") + "\n"
+    """TOML that loads into an equal config."""
+    return "\n".join(_toml_lines(config, "")).lstrip("\n") + "\n"
 
 
-def save_run(folder: str | Path, config: Any, env: dict) -> None:
-    """Write config.toml and env.json, which say how to repeat a run. Whole or not at all."""
+def save_run(folder: str | Path, config: Any, env: Row) -> None:
+    """Write config.toml and env.json: what is needed to repeat a run."""
     write_whole(Path(folder) / "config.toml", to_toml(config))
     write_whole(Path(folder) / "env.json", json.dumps(env, indent=2) + "\n")
 
 
-def environment() -> dict:
+def environment() -> Row:
     """What a run depends on beyond its config: versions, machine, git state (None outside a repository), command."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -95,17 +98,18 @@ def environment() -> dict:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a program and exit. A UserError or OSError becomes one line on stderr and exit code 2; Ctrl-C is 130, and 141
-    a reader of the output that went away.
+    """Run a program and exit. A UserError or OSError becomes one line on stderr and exit code 2; Ctrl-C is exit code
+    130, a broken pipe 141.
 
-    Under torchrun every rank says its own, by number: what is wrong may be wrong on one machine only.
+    Under torchrun every rank prints its own line, with its number: what is wrong may be wrong on one machine only.
     """
     for name in ("stdout", "stderr"):  # None where the shell closed it
         setattr(sys, name, getattr(sys, name) or _nowhere())
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # what a full disk does not take shows now
+        sys.stdout.flush()  # a full disk is noticed now
     except UserError as error:
         code = _refused(error)
     except BrokenPipeError:
@@ -116,7 +120,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         code = 130
     try:
         sys.stdout.flush()
-    except OSError:  # was said above; not again at the interpreter's exit
+    except OSError:  # reported above; not again at the interpreter's exit
         sys.stdout = _nowhere()
     sys.exit(code)
 
@@ -131,7 +135,7 @@ def _nowhere() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-# Layers: argv and files become one tree of plain values, and the source of every key in it.
+# What the command line holds: paths, flags, switches.
 
 
 def _split(cls: type, argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Any]], set[str]]:
@@ -152,7 +156,7 @@ def _split(cls: type, argv: Sequence[str]) -> tuple[list[str], list[tuple[str, s
 
 
 def _take(typ: Any, rest: list[str], flag: str) -> str:
-    if _bare(typ) is bool and (not rest or rest[0].lower() not in ("true", "false", "none")):
+    if typ is bool and (not rest or rest[0].lower() not in ("true", "false")):
         return "true"
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{flag}: expected a value")
@@ -160,25 +164,20 @@ def _take(typ: Any, rest: list[str], flag: str) -> str:
 
 
 def _parse(typ: Any, text: str) -> Any:
-    """A flag's text as a TOML value of the field's type. What does not parse stays text, for _convert to refuse."""
-    typ, args = _bare(typ), get_args(_bare(typ))
-    if get_origin(typ) is Literal:
-        return next((value for value in args if str(value) == text), text)
-    if get_origin(typ) is tuple and not text.startswith("["):
-        parts = [part.strip() for part in text.split(",")] if text else []
-        items = _item_types(typ, len(parts))
-        return list(map(_parse, items, parts)) if len(items) == len(parts) else text
+    """A flag's text as a TOML value of the field's type. What does not parse stays text, for _Reader to refuse."""
     try:
         if get_origin(typ) is tuple:
-            return tomllib.loads("value = " + text)["value"]
+            if text.startswith("["):
+                return tomllib.loads("value = " + text)["value"]
+            return [_parse(get_args(typ)[0], part.strip()) for part in text.split(",")] if text else []
         if typ is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
-        return text if typ is str or is_dataclass(typ) else (float if typ == AnyFloat else typ)(text)
+        return typ(text) if typ in (int, float) else text
     except (ValueError, RecursionError):
         return text
 
 
-def read_toml(path: str | Path) -> dict:
+def read_toml(path: str | Path) -> Row:
     """The tables of a file. UserError: one line that names it, and its line where it is no TOML."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # Windows begins a text with a byte order mark
@@ -195,89 +194,83 @@ def read_toml(path: str | Path) -> dict:
         raise UserError(f"{path}:{line}: malformed TOML: {_one_line(error)}") from None
 
 
-def _merge(tree: dict, table: dict, sources: dict[str, str], source: str, prefix: str = "") -> None:
-    for name, value in table.items():
-        key = prefix + name
-        sources[key] = source
-        if isinstance(value, dict):
-            if not isinstance(tree.get(name), dict):
-                tree[name] = {}
-            _merge(tree[name], value, sources, source, key + ".")
-        else:
-            tree[name] = value
+# The validator: a tree of plain values becomes dataclasses.
 
 
-# The validator: a tree becomes dataclasses.
+class _Reader:
+    """The tree that files and flags make together, and its way into dataclasses."""
 
+    def __init__(self) -> None:
+        self.tree: Row = {}
+        self.sources: dict[str, str] = {}  # dotted key: the file or flag that had the last word
 
-def _section(cls: type, table: Any, key: str, base: Any, sources: dict[str, str]) -> Any:
-    """Instance of `cls` from a table. What the table does not say comes from `base`, an instance, or the defaults."""
-    if not isinstance(table, dict):
-        raise _wrong(key, "a table", table, sources)
-    types_, values, prefix = _types(cls), {}, key + "." if key else ""
-    for name in table:
-        if name not in types_:
-            raise _unknown(cls, prefix + name, prefix, _source(prefix + name, sources))
-    for f in fields(cls):
-        typ, default = types_[f.name], _default(f, base)
-        if f.name in table:
-            values[f.name] = _convert(typ, table[f.name], prefix + f.name, default, sources)
-        elif default is not MISSING:
-            values[f.name] = default
-        elif is_dataclass(typ):
-            values[f.name] = _section(typ, {}, prefix + f.name, None, sources)
-        else:
-            comment = _comments(cls).get(f.name)
-            raise UserError(f"missing key '{prefix}{f.name}'" + (f": {comment}" if comment else ""))
-    try:
-        return cls(**values)
-    except ValueError as error:  # from __post_init__
-        raise UserError(_one_line(f"{key}: {error}" if key else error)) from None
+    def merge(self, tree: Row, table: Row, source: str, prefix: str = "") -> None:
+        for name, value in table.items():
+            key = prefix + name
+            self.sources[key] = source
+            if isinstance(value, dict):
+                if not isinstance(tree.get(name), dict):
+                    tree[name] = {}
+                self.merge(tree[name], value, source, key + ".")
+            else:
+                tree[name] = value
 
+    def section(self, cls: Any, table: Any, key: str, base: Any) -> Any:
+        """Instance of `cls` from a table. What the table lacks comes from `base`, an instance, or the defaults."""
+        if not isinstance(table, dict):
+            raise self.wrong(key, "a table", table)
+        types, values, prefix = _types(cls), {}, key + "." if key else ""
+        for name in table:
+            if name not in types:
+                raise _unknown(cls, prefix + name, prefix, self.sources[prefix + name])
+        for f in fields(cls):
+            typ, default = types[f.name], _default(f, base)
+            if f.name in table:
+                values[f.name] = self.convert(typ, table[f.name], prefix + f.name, default)
+            elif default is not MISSING:
+                values[f.name] = default
+            elif is_dataclass(typ):
+                values[f.name] = self.section(typ, {}, prefix + f.name, None)
+            else:
+                comment = _comments(cls).get(f.name)
+                raise UserError(f"missing key '{prefix}{f.name}'" + (f": {comment}" if comment else ""))
+        try:
+            return cls(**values)
+        except ValueError as error:  # from __post_init__
+            raise UserError(_one_line(f"{key}: {error}" if key else error)) from None
 
-def _convert(typ: Any, value: Any, key: str, default: Any, sources: dict[str, str]) -> Any:
-    if type(None) in get_args(typ) and value == "none":
-        return None
-    typ = _bare(typ)
-    if is_dataclass(typ):
-        return _section(typ, value, key, default, sources)
-    if get_origin(typ) is Literal:
-        for allowed in get_args(typ):
-            if value == allowed and type(value) is type(allowed):
-                return value
-        raise _wrong(key, " or ".join(map(repr, get_args(typ))), value, sources)
-    if get_origin(typ) is tuple:
-        items = _item_types(typ, len(value) if isinstance(value, list) else 0)
-        if not isinstance(value, list) or len(items) != len(value):
-            raise _wrong(key, f"a list of {len(items)}" if items else "a list", value, sources)
-        return tuple(_convert(item, value[i], f"{key}[{i}]", None, sources) for i, item in enumerate(items))
-    if typ in (float, AnyFloat) and type(value) is int and abs(value) < 2**1023:
-        value = float(value)
-    if type(value) is not (float if typ == AnyFloat else typ):
-        raise _wrong(key, EXPECTED[typ], value, sources)
-    if typ is int and abs(value) >= 2**63:
-        raise _wrong(key, "an integer of 64 bits", value, sources)
-    if typ is str and "\0" in value:
-        raise _wrong(key, "a string without NUL", value, sources)
-    if typ is float and not isfinite(value):
-        raise _wrong(key, "a finite number", value, sources)
-    return value
+    def convert(self, typ: Any, value: Any, key: str, default: Any = None) -> Any:
+        """The value as a field of this type holds it."""
+        if is_dataclass(typ):
+            return self.section(typ, value, key, default)
+        if get_origin(typ) is Literal:
+            if value not in get_args(typ):
+                raise self.wrong(key, " or ".join(map(repr, get_args(typ))), value)
+            return value
+        if get_origin(typ) is tuple:
+            if not isinstance(value, list):
+                raise self.wrong(key, "a list", value)
+            return tuple(self.convert(get_args(typ)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+        if typ is float and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) is not typ:
+            raise self.wrong(key, EXPECTED[typ], value)
+        if typ is int and abs(value) >= 2**63:
+            raise self.wrong(key, "an integer of 64 bits", value)
+        if typ is str and "\0" in value:
+            raise self.wrong(key, "a string without NUL", value)
+        if typ is float and not isfinite(value):
+            raise self.wrong(key, "a finite number", value)
+        return value
 
-
-def _wrong(key: str, expected: str, value: Any, sources: dict[str, str]) -> UserError:
-    source = _source(key, sources)
-    try:
-        got = repr(value)
-    except ValueError:  # Python spells out no integer of more than 4300 digits
-        got = "thousands of digits"
-    where = source if source.startswith("-") else f"{source}: {key}"
-    return UserError(_one_line(f"{where}: expected {expected}, got {got if len(got) < 80 else got[:77] + '...'}"))
-
-
-def _source(key: str, sources: dict[str, str]) -> str:
-    while key and key not in sources:  # an item of a list, such as parts[0].name, comes from where the list does
-        key = key.rpartition("[")[0]
-    return sources[key]
+    def wrong(self, key: str, expected: str, value: Any) -> UserError:
+        source = self.sources[key.partition("[")[0]]  # an item of a list comes from where the list does
+        try:
+            got = repr(value)
+        except ValueError:  # Python spells out no integer of more than 4300 digits
+            got = "thousands of digits"
+        where = source if source.startswith("-") else f"{source}: {key}"
+        return UserError(_one_line(f"{where}: expected {expected}, got {got if len(got) < 80 else got[:77] + '...'}"))
 
 
 def _unknown(cls: type, key: str, prefix: str, source: str) -> UserError:
@@ -290,53 +283,38 @@ def _unknown(cls: type, key: str, prefix: str, source: str) -> UserError:
 # The schema: what a config class says about itself.
 
 
-def _types(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls, include_extras=True)
+def _types(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _bare(typ: Any) -> Any:
-    """X for `X | None` and `Annotated[X, ...]`; AnyFloat stays."""
-    if get_origin(typ) in (Union, types.UnionType):
-        (typ,) = (arg for arg in get_args(typ) if arg is not type(None))
-    return get_args(typ)[0] if get_origin(typ) is Annotated and typ != AnyFloat else typ
-
-
-def _item_types(typ: Any, num: int) -> list[Any]:
-    args = get_args(typ)
-    return [args[0]] * num if args[-1] is Ellipsis else list(args)
-
-
-def _default(f: Field, base: Any) -> Any:
-    if is_dataclass(base):  # the section's own default; None or MISSING where it has none
+def _default(f: Field[Any], base: Any) -> Any:
+    if is_dataclass(base):  # the section's own default; MISSING where it has none
         return getattr(base, f.name)
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def _keys(cls: type, prefix: str = "") -> list[str]:
+def _keys(cls: Any, prefix: str = "") -> list[str]:
     keys = []
     for name, typ in _types(cls).items():
-        keys.append(prefix + name)
-        if is_dataclass(_bare(typ)):
-            keys += _keys(_bare(typ), f"{prefix}{name}.")
+        keys += [prefix + name, *(_keys(typ, f"{prefix}{name}.") if is_dataclass(typ) else ())]
     return keys
 
 
 def _type_at(cls: type, key: str, flag: str) -> Any:
-    typ = cls
+    typ: Any = cls
     for name in key.split("."):
-        section = _bare(typ)
-        if not is_dataclass(section) or name not in _types(section):
+        if not is_dataclass(typ) or name not in _types(typ):
             raise _unknown(cls, key, "", flag)
-        typ = _types(section)[name]
+        typ = _types(typ)[name]
     return typ
 
 
 def _comments(cls: type) -> dict[str, str]:
     """{field: the comment beside it, or else the comment lines right above it}."""
-    found = {}
+    found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        above = []
+        above: list[str] = []
         try:
             lines = inspect.getsource(base).splitlines()
         except (OSError, TypeError):  # a class without source, such as one typed at a prompt: no comments
@@ -355,16 +333,14 @@ def _comments(cls: type) -> dict[str, str]:
 # Out again: TOML and help.
 
 
-def _toml_lines(config: Any, key: str, base: Any) -> list[str]:
+def _toml_lines(config: Any, key: str) -> list[str]:
     lines, sections = [f"\n[{key}]"] if key else [], []
     for f in fields(config):
-        value, default = getattr(config, f.name), _default(f, base)
+        value = getattr(config, f.name)
         if is_dataclass(value):
-            sections += _toml_lines(value, f"{key}.{f.name}" if key else f.name, default)
-        elif value is not None:
+            sections += _toml_lines(value, f"{key}.{f.name}" if key else f.name)
+        else:
             lines.append(f"{f.name} = {_toml_value(value)}")
-        elif default not in (None, MISSING):
-            lines.append(f'{f.name} = "none"')
     return lines + sections
 
 
@@ -375,13 +351,10 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    if is_dataclass(value):
-        pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
-        return "{" + ", ".join(f"{name} = {_toml_value(v)}" for name, v in pairs if v is not None) + "}"
     return repr(value)
 
 
-def _print_help(cls: type, prog: str, description: str) -> None:
+def _print_help(cls: Any, prog: str, description: str) -> None:
     import tyro  # here alone: it takes longer to import than the rest of this module together
 
     about = tyro.conf.arg(metavar="[FILE.toml ...]", help="later files win, flags win last", help_behavior_hint="")
@@ -391,15 +364,16 @@ def _print_help(cls: type, prog: str, description: str) -> None:
     tyro.cli(_help_class(cls, None, files), args=["--help"], prog=prog, description=description, use_underscores=True)
 
 
-def _help_class(cls: type, base: Any, files: Any = None) -> type:
+def _help_class(cls: Any, base: Any, files: Any = None) -> type:
     """A stand-in for `cls` in which every field is a string with our own words: tyro only lays it out."""
     from tyro.conf import arg
 
-    rows, comments = [("files", files, "")] if files else [], _comments(cls)
+    rows: list[Any] = [("files", files, "")] if files else []
+    types, comments = _types(cls), _comments(cls)
     for f in fields(cls):
-        typ, default = _types(cls)[f.name], _default(f, base)
-        if is_dataclass(_bare(typ)):
-            inner = _help_class(_bare(typ), default)
+        typ, default = types[f.name], _default(f, base)
+        if is_dataclass(typ):
+            inner = _help_class(typ, default)
             rows.append((f.name, Annotated[inner, arg(help=comments.get(f.name, ""))], field(default_factory=inner)))
         else:
             words = "required" if default is MISSING else f"default: {_flag_text(default)}"
@@ -411,19 +385,15 @@ def _help_class(cls: type, base: Any, files: Any = None) -> type:
 def _flag_text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_flag_text, value)) or "empty"
-    return "none" if value is None else value or '""' if isinstance(value, str) else _toml_value(value)
+    return value or '""' if isinstance(value, str) else _toml_value(value)
 
 
 def _metavar(typ: Any) -> str:
-    if typ != _bare(typ) and type(None) in get_args(typ):
-        return _metavar(_bare(typ)) + "|none"
-    typ = _bare(typ)
     if get_origin(typ) is Literal:
-        return "|".join(map(str, get_args(typ)))
+        return "|".join(get_args(typ))
     if get_origin(typ) is tuple:
-        names = [_metavar(item) for item in get_args(typ) if item is not Ellipsis]
-        return ",".join(names) + (",..." if get_args(typ)[-1] is Ellipsis else "")
-    return "true|false" if typ is bool else "FLOAT" if typ == AnyFloat else typ.__name__.upper()
+        return _metavar(get_args(typ)[0]) + ",..."
+    return "true|false" if typ is bool else str(typ.__name__).upper()
 
 
 def _one_line(text: object) -> str:

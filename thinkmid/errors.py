@@ -1,4 +1,4 @@
-"""What the user got wrong, as opposed to what we got wrong."""
+"""Mistakes of the user, as opposed to ours."""
 
 import difflib
 import re
@@ -13,10 +13,24 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The line for a name that is none of the known ones: what was meant, perhaps."""
+    """The error line for an unknown name, with the nearest known one or all of them."""
     near = difflib.get_close_matches(name, known := list(known), 1)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
     return f"unknown {kind} '{name}'; {hint}"
+
+
+def at_least(config: object, **lows: float) -> None:
+    """ValueError for the first field of a config that is below its bound, or NaN: `at_least(self, votes=1)`."""
+    for name, low in lows.items():
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def positive(config: object, *names: str) -> None:
+    """ValueError for the first of these fields of a config that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a program reads again in a run's folder, and mistrusts: objects, fields of rows, who else is at work there."""
+"""Files of a run's folder: checked as they are read again, written whole, locked."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
 
+Row = dict[str, Any]  # an object of a JSON or jsonl file
 Kinds = Mapping[str, Callable[[Any], bool]]  # field -> whether a value may stand in it
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError: there is none."""
+def read_json(path: Path) -> Row:
+    """The object in a JSON file. UserError: there is none, or a key stands twice: which one would count?"""
     try:
-        value = json.loads(regular(path).read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_bytes(), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -31,6 +32,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {max(names, key=names.count)!r} stands twice")
+    return row
+
+
 def regular(path: Path) -> Path:
     """The path of a file that ends: a pipe that is opened waits for ever. UserError for what is not regular."""
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -38,7 +47,7 @@ def regular(path: Path) -> Path:
     return path
 
 
-def check_row(where: str, row: dict, must: Kinds, may: Kinds | None = None) -> None:
+def check_row(where: str, row: Row, must: Kinds, may: Kinds | None = None) -> None:
     """UserError names the first field that is not of its kind or, of those in must, is not there."""
     wrong = [name for name, fits in must.items() if not fits(row.get(name))]
     wrong += [name for name, fits in (may or {}).items() if name in row and not fits(row[name])]
@@ -61,7 +70,7 @@ def is_number(value: Any) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """One process at a time; the others wait, or get a UserError. It makes the folder."""
+    """Lock that one process at a time holds; the others wait, or get a UserError. Makes the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
@@ -72,7 +81,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{path.parent}: another process works there") from None
-        except OSError:  # a file system without locks: nobody is kept out
+        except OSError:  # a file system without locks
             pass
         yield
 
@@ -92,12 +101,17 @@ def write_whole(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_rows(path: str | Path) -> list[dict]:
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a jsonl file as write_whole does."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> list[Row]:
     """Rows of a jsonl file. A torn last line is left out; a broken line before it is a UserError with its number."""
     return [row for _, row in _lines(Path(path))]
 
 
-def _lines(path: Path) -> list[tuple[str, dict]]:
+def _lines(path: Path) -> list[tuple[str, Row]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -116,7 +130,7 @@ def _lines(path: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def reopen(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> Any:
+def reopen(path: Path, wanted: Callable[[Row], bool] = lambda row: True) -> Any:
     """A jsonl file, opened for whole lines to be added, with the wanted rows of the past; a torn last one is gone."""
     if path.exists():
         write_whole(path, "".join(line + "\n" for line, row in _lines(path) if wanted(row)))

@@ -16,14 +16,13 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from thinkmid import files
+from thinkmid import files, sentences
 from thinkmid.errors import UserError
 from thinkmid.thoughts import CLOSE, OPEN
 
 END = "<|end|>"
 BATCH = 4096  # texts a call into the tokenizer: its encodings are some ten times the size of the ids that we keep
 PARAGRAPH = re.compile(r"\n\s*\n")
-SENTENCE = re.compile(r"\S[^\S\n]*\n+|[.!?]['\")\]’”»]*(?=\s)|[。！？]")
 WORD = re.compile(r"\S(?=\s)")  # a space goes with the word that follows it, as in every byte-level vocabulary
 
 
@@ -135,10 +134,11 @@ def exact(spec: dict[str, Any], names: set[str | None]) -> dict[str, Any]:
 
 def last_break(text: str, start: int, limit: int) -> int:
     """The best place at or before limit, and after start, to end a chunk."""
-    for pattern, low in ((PARAGRAPH, (start + limit) // 2), (SENTENCE, start), (WORD, start)):
-        # one character past the limit, for the patterns that look ahead
-        ends = [match.end() for match in pattern.finditer(text, low, limit + 1)]
-        if fitting := [end for end in ends[-2:] if end <= limit]:
+    # one character past the limit, for the patterns that look ahead
+    paragraphs = (match.end() for match in PARAGRAPH.finditer(text, (start + limit) // 2, limit + 1))
+    words = (match.end() for match in WORD.finditer(text, start, limit + 1))
+    for ends in (paragraphs, sentences.ends(text, start, limit), words):
+        if fitting := [end for end in ends if end <= limit]:
             return fitting[-1]
     return limit
 
@@ -248,6 +248,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
         return len(self.pieces)
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What stands in front of every text that the model reads: the begin token, or nothing."""
+        return [] if self.bos_id is None else [self.bos_id]
 
     @cached_property
     def digest(self) -> str:

@@ -53,7 +53,7 @@ def test_prefix_and_reference_are_the_chunk_and_every_prefix_ends_with_the_opene
 
 def test_a_sentence_prefix_ends_a_sentence(text):
     for p in prompts(text, "sentence"):
-        assert text.decode(p.tokens).removesuffix(OPEN)[-1] in ".!?:;\n"
+        assert text.decode(p.tokens).removesuffix(OPEN)[-1] in ".!?:;\n。"
 
 
 def test_a_fixed_prefix_has_about_its_length_and_a_random_one_any(text):

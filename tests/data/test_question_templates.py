@@ -28,18 +28,6 @@ def test_nothing_is_added_where_nothing_is_wanted():
     assert render("plain-think", "1+1?") == "Question: 1+1?\nAnswer:<think>"
 
 
-def test_examples_stand_before_the_question_in_the_same_words():
-    prompt = render("plain", "3?", shots=[("1?", " One.\n"), ("2?", "Two.")])
-    assert prompt == "Question: 1?\nAnswer: One.\n\nQuestion: 2?\nAnswer: Two.\n\nQuestion: 3?\nAnswer:"
-    prompt = render("plain-think", "3?", shots=[("1?", "Hm.</think> One.")])
-    assert prompt == "Question: 1?\nAnswer:<think>Hm.</think> One.\n\nQuestion: 3?\nAnswer:<think>"
-
-
-def test_an_example_that_leaves_its_thought_open_is_refused():
-    with pytest.raises(UserError, match=r"an example for 'boxed-think' must hold </think> once: 'One\.'"):
-        render("boxed-think", "3?", shots=[("1?", "One.")])
-
-
 def test_an_unknown_id_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown template 'boxed-thnik'; did you mean 'boxed-think'\?"):
         render("boxed-thnik", "3?")

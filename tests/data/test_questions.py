@@ -8,7 +8,6 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ from thinkmid.data import questions
 from thinkmid.data.layouts import kind_of
 from thinkmid.data.questions import TASKS, Question, Task, base_answer, load, posed, shown
 from thinkmid.errors import UserError
-from thinkmid.eval.config import SetsConfig, sets_of
+from thinkmid.eval.config import SetsConfig, load_sets
 
 # what each set holds, and one writer of a row for each layout it is distributed in
 GSM8K = [(f"Ann has {n} pens,\nthen {n} more. How many?", str(2 * n), n) for n in (9, 700, 21000)]
@@ -411,7 +410,7 @@ def test_every_set_is_told_by_the_first_rank_alone(tmp_path, monkeypatch, capsys
     sets = SetsConfig(sets=(f"questions={tmp_path / 'data'}",))
     for rank, line in (("0", "questions: 2 questions; "), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert list(sets_of(SimpleNamespace(data=sets))) == ["questions"]
+        assert list(load_sets(sets)) == ["questions"]
         out = capsys.readouterr().out
         assert out.startswith(line)
         assert ("*.csv (1)" in out) == bool(line)

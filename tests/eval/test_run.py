@@ -13,9 +13,11 @@ import torch
 from conftest import TINY, exchange, exit_code, flip_bit, random_model
 from safetensors.torch import load_file, save_file
 
+from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.eval import generate, run
+from thinkmid.eval import generate, generations, run
 from thinkmid.eval.conditions import KEYS
+from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
 from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
@@ -77,6 +79,8 @@ FLAGS = [
     *("--data.template=plain-think", "--verify.kind=first-sentence", "--sampling.max_think=20"),
 ]
 
+HALF = ("--run.samples=2", "--run.ks=1")  # of the samples
+
 
 def call(*flags):
     return exit_code(run, [*FLAGS, *flags])
@@ -99,7 +103,7 @@ def test_a_model_of_known_accuracy_gets_that_accuracy(world):
 
 
 def test_what_is_there_is_not_drawn_again_and_a_torn_line_is(world):
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     assert len(world.drawn) == 2 * len(QUESTIONS)
     assert call() == 0  # two more samples of each
     assert len(world.drawn) == 4 * len(QUESTIONS)
@@ -144,14 +148,14 @@ def test_a_stored_row_that_nobody_wrote_so_is_named(tmp_path, field, value):
     lines = (json.dumps(r) + "\n" for r in (older, row, row | {field: value}))
     (tmp_path / "a-000.jsonl").write_text("".join(lines))
     with pytest.raises(UserError, match=f"a-000.jsonl:3: '{field}' is missing or not of its kind"):
-        generate.stored(tmp_path, "a", KEYS)
+        generations.stored(tmp_path, "a", KEYS)
 
 
 def test_a_set_whose_name_begins_another_sets_name_has_its_own_rows_alone(tmp_path):
     for stem, sample in (("a-000", 0), ("a-001", 1), ("a-2-000", 2)):
         (tmp_path / f"{stem}.jsonl").write_text(json.dumps(ROW | {"sample": sample}) + "\n")
-    assert [r["sample"] for r in generate.stored(tmp_path, "a")] == [0, 1]
-    assert [r["sample"] for r in generate.stored(tmp_path, "a-2")] == [2]
+    assert [r["sample"] for r in generations.stored(tmp_path, "a")] == [0, 1]
+    assert [r["sample"] for r in generations.stored(tmp_path, "a-2")] == [2]
 
 
 def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
@@ -162,7 +166,7 @@ def test_generations_of_another_sampling_are_not_mixed_in(world, capsys):
 
 
 def test_generations_of_another_engine_are_not_mixed_in(world, capsys):
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     assert call("--engine.dtype=bfloat16") == 2
     line = "error: out: drawn with engine.dtype = float32, now bfloat16; take another folder\n"
     assert capsys.readouterr().err == line
@@ -184,7 +188,7 @@ def test_other_questions_under_the_same_ids_are_not_given_the_old_answers(world,
 
 
 def test_a_config_that_was_written_anew_is_the_same_model(world):
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     path = Path("model/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "9.9"}, indent=7))
     assert call() == 0
@@ -193,7 +197,7 @@ def test_a_config_that_was_written_anew_is_the_same_model(world):
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "config"])
 def test_a_model_exchanged_in_its_folder_is_not_given_the_old_ones_score(world, capsys, part):
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     before, num = results(), len(world.drawn)
     exchange(Path("model"), part)
     assert call() == 2
@@ -201,7 +205,7 @@ def test_a_model_exchanged_in_its_folder_is_not_given_the_old_ones_score(world, 
     assert capsys.readouterr().err == line
     assert (results(), len(world.drawn)) == (before, num)
     assert before["content"].keys() == {"weights", "tokenizer", "config"}
-    assert call("--run.samples=2", "--run.regrade=true") == 0  # it reads no model; the numbers are of the old one
+    assert call(*HALF, "--run.regrade=true") == 0  # it reads no model; the numbers are of the old one
     assert results() == before
 
 
@@ -216,7 +220,7 @@ def test_other_end_of_text_ids_are_another_model(world, capsys):
 
 
 def test_the_same_model_in_another_place_or_touched_is_the_same_model(world):
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     shutil.copytree("model", "moved")
     assert call("--model.folder=moved") == 0
     assert len(world.drawn) == 4 * len(QUESTIONS)
@@ -244,7 +248,7 @@ def test_a_damaged_model_is_not_evaluated(world, capsys, sealed):
 
 def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
     Path("model/thinkmid.json").unlink()
-    assert call("--run.samples=2") == 0
+    assert call(*HALF) == 0
     assert call() == 0
     flip_bit(Path("model/model.safetensors"))
     assert call() == 2
@@ -326,7 +330,9 @@ def tree():
         ("--data.sets=set.jsonl", "sets: 'set.jsonl' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
         ("--data.sets=own:gsm9k=set.jsonl", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
         ("--data.template=boxt", "unknown template 'boxt'"),
-        ("--run.samples=0", "samples 0"),
+        ("--run.samples=0", "run: samples must be at least 1, got 0"),
+        ("--run.ks=1,5", "run: ks: pass@5 needs 1 to 4 samples of a question (run.samples)"),
+        ("--run.ks=0,4", "run: ks: pass@0 needs 1 to 4 samples of a question (run.samples)"),
         ("--data.sets=a:questions=none.jsonl", "none.jsonl"),
         ("--data.sets=a:questions=" + "x" * 5000, "no such file or folder"),
         ("--data.sets=questions=", "sets: 'questions=' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
@@ -351,3 +357,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(world, capsys, flag, li
     assert err.count("\n") == 1
     assert tree() == before
     assert call() == 0
+
+
+def test_help_is_about_evaluation_and_not_about_training():
+    comments = config._comments(EvalSampling) | config._comments(EvalRun)
+    assert {"temperature", "top_k", "top_p", "force_close", "ks"} <= comments.keys()
+    assert not re.search(r"gradient|\bratio|trainer", " ".join(comments.values()))

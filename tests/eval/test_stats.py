@@ -183,6 +183,30 @@ def test_quantiles_of_t_are_those_of_the_tables(level, freedom, table):
     assert stats.t_quantile(level, freedom) == pytest.approx(table, rel=2e-4)
 
 
+# 90, 95 and 99 % by scipy 1.17.1, stats.t.ppf((1 + level) / 2, freedom)
+EXACT = {
+    1: (6.313751514675037, 12.706204736174694, 63.656741162871526),
+    2: (2.9199855803537242, 4.302652729749462, 9.924843200918287),
+    3: (2.3533634348018233, 3.1824463052837078, 5.840909309733355),
+    4: (2.1318467863266495, 2.7764451051977934, 4.604094871349992),
+    10: (1.8124611228116756, 2.228138851986274, 3.16927267261695),
+    30: (1.697260886593957, 2.0422724563012378, 2.7499956535672254),
+}
+
+
+@pytest.mark.parametrize("freedom", EXACT)
+def test_quantiles_of_t_are_exact_for_few_degrees_of_freedom(freedom):
+    found = [stats.t_quantile(level, freedom) for level in (0.90, 0.95, 0.99)]
+    assert found == pytest.approx(EXACT[freedom], rel=1e-12 if freedom < 30 else 2e-7)
+
+
+def test_quantiles_of_t_fall_without_a_step_where_the_expansion_takes_over():
+    found = [stats.t_quantile(0.95, freedom) for freedom in range(1, 60)]
+    steps = np.diff(found)
+    assert (steps < 0).all()
+    assert (np.diff(steps) > 0).all()
+
+
 # --- pairs
 
 

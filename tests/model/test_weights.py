@@ -202,7 +202,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere/config\.json: No such file"):
+    with pytest.raises(UserError, match=r"nowhere/config\.json: no such file"):
         load_model(tmp_path / "nowhere")
 
 

@@ -172,7 +172,7 @@ def shrink_vocabulary(model):
 MODELS = [
     (lambda model: (model / "model.safetensors").unlink(), "base/export/model.safetensors: No such file or directory"),
     (lambda model: (model / "tokenizer_config.json").write_text("[" * 10**5), "base/export/tokenizer_config.json: not"),
-    (lambda model: (model / "config.json").unlink(), "base/export/config.json: No such file or directory"),
+    (lambda model: (model / "config.json").unlink(), "base/export/config.json: no such file"),
     (forget_a_byte, "base/export/tokenizer.json: cannot spell </think>"),
     (shrink_vocabulary, "base/export/tokenizer.json: 301 tokens, but config.json has vocab_size 100"),
 ]

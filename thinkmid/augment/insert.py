@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from thinkmid import thoughts
+from thinkmid import sentences, thoughts
 from thinkmid.augment import prompts
 from thinkmid.augment.check import Refused, answer, normalise
-from thinkmid.tokenizer import SENTENCE
 
 ENTRY = re.compile(r"^@(\d{1,9})[ \t:]*(.*)$")
 
@@ -16,7 +15,7 @@ def places(chunk: str) -> list[int]:
     """Character offsets before which a thought may stand: 0, then every end of a sentence or line inside the text."""
     last = len(chunk.rstrip())
     first = len(chunk) - len(chunk.lstrip())
-    return [0, *(match.end() for match in SENTENCE.finditer(chunk) if first < match.end() < last)]
+    return [0, *(end for end in sentences.ends(chunk) if first < end < last)]
 
 
 def show(chunk: str) -> str:

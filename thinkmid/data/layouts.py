@@ -1,4 +1,4 @@
-"""Rows of question files in their public layouts -> what is asked, the gold answer, and of which kind it is."""
+"""Rows of question files in their public layouts -> question, gold answer and its kind."""
 
 from __future__ import annotations
 
@@ -55,15 +55,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Cells may hold line breaks; where names the line on which a row begins."""
     header: list[str] = []
     start = 1
-
-    def decoded() -> Iterator[str]:
-        for number, line in enumerate(lines(file), start=1):
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}:{number}: not UTF-8 ({error})") from error
-
-    reader = csv.reader(decoded(), strict=True)
+    reader = csv.reader(text_lines(file), strict=True)
     try:
         for cells in reader:
             where, start = f"{file}:{start}", reader.line_num + 1
@@ -75,6 +67,14 @@ def csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{file}:{start}: not CSV ({error})") from error
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines(file), start=1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}:{number}: not UTF-8 ({error})") from error
 
 
 def json_list(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,22 +99,14 @@ def gsm8k(where: str, row: dict[str, Any]) -> Fields:
     return Fields(text(where, row, "question"), gold, kind_of(gold))
 
 
-def math500(where: str, row: dict[str, Any]) -> Fields:
-    """problem, answer in LaTeX; subject, level and unique_id if there."""
-    gold = answer(where, row, "answer")
-    meta = kept(row, "subject", "level")
-    return Fields(text(where, row, "problem", "question"), gold, kind_of(gold), meta, own_id=own_id(where, row))
-
-
-def amc(where: str, row: dict[str, Any]) -> Fields:
-    """problem or question, answer as a float: 27.0 is 27."""
-    gold = answer(where, row, "answer")
-    meta = kept(row, "url")
+def problem(where: str, row: dict[str, Any]) -> Fields:
+    """MATH-500, AMC23: problem or question; answer in LaTeX or as a float, 27.0 is 27; unique_id or id if there."""
+    gold, meta = answer(where, row, "answer"), kept(row, "subject", "level", "url")
     return Fields(text(where, row, "problem", "question"), gold, kind_of(gold), meta, own_id=own_id(where, row))
 
 
 def olympiad(where: str, row: dict[str, Any]) -> Fields:
-    """question or problem, final_answer or answer: a list, its members joined by commas; context stands first."""
+    """question or problem, final_answer or answer: a list, its members joined by commas; context comes first."""
     name = "final_answer" if row.get("final_answer") is not None else "answer"
     value = row.get(name)
     golds = value if isinstance(value, list) and value else [value]
@@ -168,17 +160,18 @@ def own(where: str, row: dict[str, Any]) -> Fields:
 
 def text(where: str, row: dict[str, Any], *names: str) -> str:
     """The first of these fields that is there, stripped. UserError: none is, blank, or not a string."""
-    name = found(where, row, names)
-    if not isinstance(row[name], str):
-        raise UserError(f'{where}: "{name}" must be a string, not {json_kind(row[name])}')
-    if not row[name].strip():
+    name = first(where, row, names)
+    value = row[name]
+    if not isinstance(value, str):
+        raise UserError(f'{where}: "{name}" must be a string, not {json_kind(value)}')
+    if not value.strip():
         raise UserError(f'{where}: "{name}" is blank')
-    return row[name].strip()
+    return value.strip()
 
 
 def answer(where: str, row: dict[str, Any], *names: str) -> str:
     """As text, and numbers too: 27.0 is "27"."""
-    name = found(where, row, names)
+    name = first(where, row, names)
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return text(where, row, name)
@@ -189,7 +182,8 @@ def answer(where: str, row: dict[str, Any], *names: str) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def found(where: str, row: dict[str, Any], names: Sequence[str]) -> str:
+def first(where: str, row: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these names that the row has a value for. UserError: none."""
     for name in names:
         if row.get(name) is not None:
             return name

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from thinkmid.types import Pack
 
+_csrc: Any  # a module in C++ without type information
 try:
-    from thinkmid import _csrc
+    from thinkmid import _csrc  # type: ignore[attr-defined, no-redef]
 except ImportError:  # no compiler at install time: the twins below give the same answers, slower
     _csrc = None
 
+Array = NDArray[Any]
+STREAMS = ("tokens", "ce_w", "pg_w", "adv", "logp_old")  # of a Reply
 ALIGN = 16  # bytes; for an address that 16 does not divide Triton compiles its kernels once more
 
 
@@ -22,18 +28,19 @@ ALIGN = 16  # bytes; for an address that 16 does not divide Triton compiles its 
 class Reply:
     """Tokens after a prefix with the streams of types.Pack, all (n,)."""
 
-    tokens: np.ndarray
-    ce_w: np.ndarray
-    pg_w: np.ndarray
-    adv: np.ndarray
-    logp_old: np.ndarray
+    tokens: Array
+    ce_w: Array
+    pg_w: Array
+    adv: Array
+    logp_old: Array
 
     @staticmethod
-    def text(tokens, weight: float | np.ndarray) -> Reply:
+    def text(tokens: ArrayLike, weight: float | Array) -> Reply:
         """Tokens that carry next-token loss and nothing else."""
+        tokens = np.asarray(tokens)
         zeros = np.zeros(len(tokens), np.float32)
-        ce_w = np.broadcast_to(np.float32(weight), zeros.shape)
-        return Reply(tokens=np.asarray(tokens), ce_w=ce_w, pg_w=zeros, adv=zeros, logp_old=zeros)
+        ce_w = np.broadcast_to(np.asarray(weight, np.float32), zeros.shape)
+        return Reply(tokens=tokens, ce_w=ce_w, pg_w=zeros, adv=zeros, logp_old=zeros)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +65,18 @@ class Unit:
 
 def best_fit(lengths: list[int], capacity: int) -> list[int]:
     """Bin of each length by best-fit decreasing; what exceeds the capacity gets a bin of its own."""
-    return (_csrc.best_fit if _csrc else _best_fit)(lengths, capacity)
+    bin_of: list[int] = (_csrc.best_fit if _csrc else _best_fit)(lengths, capacity)
+    return bin_of
 
 
 def balance(costs: list[float], lengths: list[int], capacity: int, num_bins: int) -> list[int]:
     """Bin of each item, dearest first into the cheapest bin with room; [] when an item finds none."""
-    return (_csrc.balance if _csrc else _balance)(costs, lengths, capacity, num_bins)
-
-
-def packing_path() -> str:
-    return "C++" if _csrc else "Python (csrc was not built)"
+    bin_of: list[int] = (_csrc.balance if _csrc else _balance)(costs, lengths, capacity, num_bins)
+    return bin_of
 
 
 def plan(units: list[Unit], *, capacity: int, ranks: int, pair_cost: float) -> list[list[list[Unit]]]:
-    """Units by rank and micro-step, the same number of micro-steps on every rank; a rank may get an empty one.
+    """Units by rank and micro-step, the same number of micro-steps on every rank; some may be empty.
 
     capacity: rows of a pack. Larger units are split among their replies; a single reply with its prefix must fit.
     pair_cost: cost of one query-key pair, in costs of one row.
@@ -86,7 +91,7 @@ def plan(units: list[Unit], *, capacity: int, ranks: int, pair_cost: float) -> l
     bin_of = balance(costs, lengths, capacity, num_bins) or fitted
     bins = [[i for i in range(len(units)) if bin_of[i] == b] for b in range(num_bins)]
     # packs that run at the same time should cost the same: FSDP waits for the slowest at every block
-    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))
+    bins = [bin for _, bin in sorted((-sum(costs[i] for i in b), b) for b in bins)]
     return [[[units[i] for i in b] for b in bins[rank::ranks]] for rank in range(ranks)]
 
 
@@ -121,21 +126,25 @@ def make_pack(units: list[Unit], device: torch.device | str = "cpu") -> Pack:
 
 
 class _Builder:
-    def __init__(self):
-        self.length, self.num_replies = 0, 0
-        self.tokens, self.positions, self.kv, self.rows, self.reply, self.replies = [], [], [], [], [], []
-        self.cu_q, self.cu_k = [0], [0]
+    """Arrays of a pack, one list of parts for each."""
 
-    def segment(self, tokens, position, keys):
+    def __init__(self) -> None:
+        self.length, self.num_replies = 0, 0
+        self.cu_q, self.cu_k = [0], [0]
+        self.tokens, self.positions, self.kv_rows = list[Array](), list[Array](), list[Array]()
+        self.rows, self.reply = list[Array](), list[Array]()
+        self.streams: dict[str, list[Array]] = {name: [] for name in STREAMS}
+
+    def segment(self, tokens: Array, position: int, keys: Sequence[tuple[int, int]]) -> None:
         """Append query rows; keys are spans of rows, the last one the segment's own."""
         self.tokens.append(tokens)
         self.positions.append(np.arange(position, position + len(tokens)))
         self.length += len(tokens)
-        self.kv += [np.arange(lo, hi) for lo, hi in keys]
+        self.kv_rows += [np.arange(lo, hi) for lo, hi in keys]
         self.cu_q.append(self.length)
         self.cu_k.append(self.cu_k[-1] + sum(hi - lo for lo, hi in keys))
 
-    def add(self, unit: Unit):
+    def add(self, unit: Unit) -> None:
         start, p = self.length, len(unit.prefix)
         if len(unit.replies) == 1:
             (reply,) = unit.replies
@@ -151,58 +160,59 @@ class _Builder:
             # the last row of the prefix predicts the first token of every reply
             self._loss(reply, np.concatenate([[start + p - 1], np.arange(at, at + n)]))
 
-    def _loss(self, reply, rows):
+    def _loss(self, reply: Reply, rows: Array) -> None:
+        """The rows that predict the reply's tokens, those of weight 0 left out."""
         live = (reply.ce_w != 0) | (reply.pg_w != 0)
         self.rows.append(rows[live])
         self.reply.append(np.full(live.sum(), self.num_replies))
         self.num_replies += bool(live.any())
-        self.replies.append([a[live] for a in (reply.tokens, reply.ce_w, reply.pg_w, reply.adv, reply.logp_old)])
+        for name, parts in self.streams.items():
+            parts.append(getattr(reply, name)[live])
 
-    def finish(self, owner, device) -> Pack:
-        targets, ce_w, pg_w, adv, logp_old = zip(*self.replies, strict=True) if self.replies else [()] * 5
+    def finish(self, owner: list[str], device: torch.device | str) -> Pack:
         arrays = {
             "tokens": _cat(self.tokens, np.int64),
             "positions": _cat(self.positions, np.int64),
             "cu_q": np.array(self.cu_q, np.int32),
             "cu_k": np.array(self.cu_k, np.int32),
             "rows": _cat(self.rows, np.int64),
-            "targets": _cat(targets, np.int64),
-            "ce_w": _cat(ce_w, np.float32),
-            "pg_w": _cat(pg_w, np.float32),
-            "adv": _cat(adv, np.float32),
-            "logp_old": _cat(logp_old, np.float32),
+            "targets": _cat(self.streams.pop("tokens"), np.int64),
+            **{name: _cat(parts, np.float32) for name, parts in self.streams.items()},
             "reply": _cat(self.reply, np.int64),
         }
         for at, weight in (("ce_at", arrays["ce_w"]), ("pg_at", arrays["pg_w"])):
             if not weight.all():
                 arrays[at] = weight.nonzero()[0]
         if self.cu_k != self.cu_q:
-            kv_rows = _cat(self.kv, np.int64)
+            kv_rows = _cat(self.kv_rows, np.int64)
             readers = np.bincount(kv_rows, minlength=self.length)
             arrays |= {"kv_rows": kv_rows, "kv_order": kv_rows.argsort(kind="stable"), "kv_readers": readers}
         max_q, max_k = (int(np.diff(cu).max()) for cu in (self.cu_q, self.cu_k))
         return Pack(**upload(arrays, device), max_q=max_q, max_k=max_k, owner=owner)
 
 
-def upload(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
+def upload(arrays: dict[str, Array], device: torch.device | str) -> dict[str, torch.Tensor]:
     """The arrays as tensors on the device: views of one buffer that took one copy, on the CPU none."""
-    sizes = [-(-x.nbytes // ALIGN) * ALIGN for x in arrays.values()]
+    places, end = {}, 0
+    for name, x in arrays.items():
+        places[name] = slice(end, end + x.nbytes)
+        end += -(-x.nbytes // ALIGN) * ALIGN
     # from memory that is not pinned a copy waits until the device has done all that it was given
-    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
-    for x, room in zip(arrays.values(), host.split(sizes), strict=True):
-        room.numpy()[: x.nbytes] = x.view(np.uint8)
-    rooms = zip(arrays.items(), host.to(device, non_blocking=True).split(sizes), strict=True)
-    return {name: room[: x.nbytes].view(getattr(torch, x.dtype.name)) for (name, x), room in rooms}
+    host = torch.empty(end, dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    for name, x in arrays.items():
+        host[places[name]].numpy()[:] = x.view(np.uint8)
+    there = host.to(device, non_blocking=True)
+    return {name: there[places[name]].view(getattr(torch, x.dtype.name)) for name, x in arrays.items()}
 
 
-def _cat(arrays, dtype):
+def _cat(arrays: Iterable[Array], dtype: DTypeLike) -> Array:
     return np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype, casting="unsafe")
 
 
-def _best_fit(lengths, capacity):
+def _best_fit(lengths: list[int], capacity: int) -> list[int]:
     bin_of, num_bins = [0] * len(lengths), 0
     open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in _falling(lengths):
         at = bisect_left(open_bins, (lengths[item], 0))
         room, b = open_bins.pop(at) if at < len(open_bins) else (capacity, num_bins)
         num_bins = max(num_bins, b + 1)
@@ -211,14 +221,19 @@ def _best_fit(lengths, capacity):
     return bin_of
 
 
-def _balance(costs, lengths, capacity, num_bins):
+def _balance(costs: list[float], lengths: list[int], capacity: int, num_bins: int) -> list[int]:
     bin_of, room, spent = [0] * len(lengths), [capacity] * num_bins, [0.0] * num_bins
-    for item in sorted(range(len(lengths)), key=lambda i: -costs[i]):
-        free = [b for b in range(num_bins) if room[b] >= lengths[item]]
+    for item in _falling(costs):
+        free = [(spent[b], b) for b in range(num_bins) if room[b] >= lengths[item]]
         if not free:
             return []
-        b = min(free, key=lambda b: (spent[b], b))
+        _, b = min(free)
         spent[b] += costs[item]
         room[b] -= lengths[item]
         bin_of[item] = b
     return bin_of
+
+
+def _falling(values: Sequence[float]) -> list[int]:
+    """Indices by falling value, equal ones in their order."""
+    return sorted(range(len(values)), key=values.__getitem__, reverse=True)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
 
-from thinkmid import thoughts
+from thinkmid import sentences, thoughts
 from thinkmid.data.source import Document
 from thinkmid.data.store import Store
 from thinkmid.errors import UserError
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
-
-SENTENCE_END = re.compile(r"[.!?:;](?=\s)|\n")
 
 
 def at_thoughts(documents: Iterable[Document], tokenizer: Tokenizer, *, max_prefix: int) -> Iterator[Prompt]:
@@ -29,9 +26,14 @@ def at_thoughts(documents: Iterable[Document], tokenizer: Tokenizer, *, max_pref
     pieces_of = [split(doc) for doc in documents]
     for doc, pieces, runs in zip(documents, pieces_of, tokenizer.encode_pieces(pieces_of), strict=True):
         for k, (is_thought, _) in enumerate(pieces):
-            rest = "".join(piece for thought, piece in pieces[k:] if not thought)
-            if is_thought and rest.strip():
-                yield _prompt(f"{doc.id}#{k}", doc, chain.from_iterable(runs[:k]), rest, tokenizer, max_prefix)
+            rest = "".join(piece for thought, piece in pieces[k:] if not thought) if is_thought else ""
+            if not rest.strip():
+                continue
+            prompt = _prompt(doc, k, chain.from_iterable(runs[:k]), rest, tokenizer)
+            if (num := len(prompt.tokens)) > max_prefix:
+                room = f"the model's context leaves {max_prefix} for prefixes"
+                raise UserError(f"{doc.where}: prefix of {num} tokens; {room}")
+            yield prompt
 
 
 def in_raw_text(
@@ -39,11 +41,11 @@ def in_raw_text(
 ) -> Iterator[Prompt]:
     """Raw text: one prompt per chunk, cut at a place decided by (seed, id); the rest of the chunk is the reference.
 
-    "sentence": chunks of at most max_prefix tokens, cut at one of their sentence ends. "fixed": chunks of at most twice
-    `length` tokens, cut after about `length` (a cut is between characters, and the tokens around it change). "random":
-    chunks as of "sentence", cut after 1 to all but one of their tokens.
+    "sentence": chunks of at most max_prefix tokens, cut at the end of a sentence or clause. "fixed": chunks of at most
+    twice `length` tokens, cut after about `length` (a cut is between characters, and the tokens around it change).
+    "random": chunks as of "sentence", cut after 1 to all but one of their tokens.
     """
-    room = max_prefix - (tokenizer.bos_id is not None) - len(tokenizer.open_ids)
+    room = max_prefix - len(tokenizer.begin_ids) - len(tokenizer.open_ids)
     if room < max(1, length):
         raise UserError(f"a prefix of {max_prefix} tokens has no room for text beside the opened tag")
     for doc in documents:
@@ -54,7 +56,13 @@ def in_raw_text(
             tokens = tokenizer.encode(chunk[:cut])
             # a cut inside a run of spaces may cost more tokens than the run had
             if 0 < len(tokens) <= room and chunk[cut:].strip():
-                yield _prompt(f"{doc.id}#{k}", doc, tokens, chunk[cut:], tokenizer, max_prefix)
+                yield _prompt(doc, k, tokens, chunk[cut:], tokenizer)
+
+
+def _prompt(doc: Document, number: int, tokens: Iterable[int], reference: str, tokenizer: Tokenizer) -> Prompt:
+    """The prompt after these tokens of a document, the tag opened."""
+    ids = [*tokenizer.begin_ids, *tokens, *tokenizer.open_ids]
+    return Prompt(id=f"{doc.id}#{number}", tokens=ids, meta={"reference": reference, "where": doc.where})
 
 
 def _cut(chunk: str, where: str, tokenizer: Tokenizer, length: int, key: str) -> int:
@@ -63,7 +71,7 @@ def _cut(chunk: str, where: str, tokenizer: Tokenizer, length: int, key: str) ->
     draw = int.from_bytes(digest, "little")
     if where == "sentence":
         first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
-        ends = [m.end() for m in SENTENCE_END.finditer(chunk) if first < m.end() < last]
+        ends = [end for end in sentences.ends(chunk, clauses=True) if first < end < last]
         return ends[draw % len(ends)] if ends else 0
     ends = tokenizer.token_ends(chunk)
     after = length if where == "fixed" else 1 + draw % max(1, len(ends) - 1)
@@ -79,7 +87,7 @@ def split(doc: Document) -> list[tuple[bool, str]]:
 
 
 class StoredPrompts(Sequence[Prompt]):
-    """Prompts that stay on disk until they are asked for, in a store of records(...)."""
+    """Prompts read from a store of records(...) when they are needed."""
 
     def __init__(self, store: Store):
         self._store, self._ends = store, np.cumsum(store.numbers[:, 0])
@@ -94,20 +102,22 @@ class StoredPrompts(Sequence[Prompt]):
         at = int(np.searchsorted(self._ends, i, side="right"))
         data = self._store[at]
         num_bytes = 4 * int(self._store.numbers[at, 1])
-        told = json.loads(bytes(data[num_bytes:]).decode("utf-8", "surrogatepass"))
-        id, num_tokens, num_chars = told["prompts"][i - int(self._ends[at])]
-        reference = told["reference"][len(told["reference"]) - num_chars :]
+        fields = json.loads(bytes(data[num_bytes:]).decode("utf-8", "surrogatepass"))
+        id, num_tokens, num_chars = fields["prompts"][i - int(self._ends[at])]
+        reference = fields["reference"][len(fields["reference"]) - num_chars :]
         tokens = np.frombuffer(data[:num_bytes], np.int32)[:num_tokens].tolist()
-        return Prompt(id=id, tokens=tokens, meta={"reference": reference, "where": told["where"]})
+        return Prompt(id=id, tokens=tokens, meta={"reference": reference, "where": fields["where"]})
 
 
 def records(prompts: Iterable[Prompt]) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """What a store keeps of prompts: one record for those in a row of which each goes on where the one before ended, as
-    thoughts of a document do, so that it grows with the text and not with its square. Beside it: their number, and the
-    tokens of the longest."""
+    """What a store keeps of prompts, and with each record the number of its prompts and the tokens of the longest.
+
+    Consecutive prompts of a document, each of which extends the one before, share one record, so that storage is linear
+    in the text.
+    """
     row: list[Prompt] = []
     for prompt in prompts:
-        if row and not _goes_on(row[-1], prompt):
+        if row and not _extends(row[-1], prompt):
             yield _record(row)
             row = []
         row.append(prompt)
@@ -115,23 +125,17 @@ def records(prompts: Iterable[Prompt]) -> Iterator[tuple[bytes, tuple[int, int]]
         yield _record(row)
 
 
-def _goes_on(a: Prompt, b: Prompt) -> bool:
+def _extends(a: Prompt, b: Prompt) -> bool:
+    """Whether b begins with a, in the same text."""
     same = a.meta["where"] == b.meta["where"] and a.tokens == b.tokens[: len(a.tokens)]
     return same and a.meta["reference"].endswith(b.meta["reference"])
 
 
 def _record(row: list[Prompt]) -> tuple[bytes, tuple[int, int]]:
     each = [(p.id, len(p.tokens), len(p.meta["reference"])) for p in row]
-    told = {"prompts": each, "reference": row[0].meta["reference"], "where": row[0].meta["where"]}
+    fields = {"prompts": each, "reference": row[0].meta["reference"], "where": row[0].meta["where"]}
     tokens = np.array(row[-1].tokens, np.int32).tobytes()
-    return tokens + json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass"), (len(row), len(tokens) // 4)
-
-
-def _prompt(id, doc, tokens, reference, tokenizer, max_prefix) -> Prompt:
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = [*begin, *tokens, *tokenizer.open_ids]
-    if len(tokens) > max_prefix:
-        raise UserError(
-            f"{doc.where}: prefix of {len(tokens)} tokens; the model's context leaves {max_prefix} for prefixes"
-        )
-    return Prompt(id=id, tokens=tokens, meta={"reference": reference, "where": doc.where})
+    return tokens + json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass"), (
+        len(row),
+        len(tokens) // 4,
+    )

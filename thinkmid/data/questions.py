@@ -15,18 +15,18 @@ from thinkmid.data.source import ROWS, left_out
 from thinkmid.errors import UserError, unknown
 from thinkmid.thoughts import CLOSE, OPEN
 
-NAME = re.compile(r"\w[\w.+ -]{0,59}")  # of a set: files are called so
+NAME = re.compile(r"\w[\w.+ -]{0,59}")  # names of sets, which become names of files
 LETTERS = "ABCDEFGHIJ"
 WITHHELD = "(text withheld)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question and its answer. What is asked, options and all, is posed()."""
+    """One question and its answer. posed() gives its text with the options."""
 
     id: str  # the same in every layout, order and run
     question: str  # without options
-    gold: str  # of a choice: the letter of the right option when it is posed for sample 0
+    gold: str  # for a choice, the letter of the right option as posed for sample 0
     kind: Kind
     meta: dict[str, Any] = field(default_factory=dict)  # JSON only; "where" is file and row, "options" in base order
     private: bool = False  # its authors ask not to publish it: reports show shown()
@@ -45,8 +45,8 @@ class Task:
 TASKS = {
     "gsm8k": Task(layouts.gsm8k, {1319: "924da90d7f8e3f0d"}),
     "gsm8k-train": Task(layouts.gsm8k, {7473: "1e6fb5b18f98ee26"}),
-    "math500": Task(layouts.math500, {500: "2295afa3b299b1be"}),
-    "amc23": Task(layouts.amc, {40: "06f4a0ca39c607bb"}),
+    "math500": Task(layouts.problem, {500: "2295afa3b299b1be"}),
+    "amc23": Task(layouts.problem, {40: "06f4a0ca39c607bb"}),
     "olympiadbench": Task(layouts.olympiad, {675: "1a2c78906715450e", 674: ""}),
     "gpqa-diamond": Task(layouts.gpqa, {198: ""}, private=True),
     "dapo": Task(layouts.dapo, repeated=True),
@@ -55,16 +55,16 @@ TASKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class QuestionSet:
     """A set of questions as it was read."""
 
     task: str
     questions: list[Question]
-    sha256: str  # of questions and answers, whatever their layout, order and white space
+    sha256: str  # hash of questions and answers, independent of layout, order and white space
     notes: list[str]  # one line each: what is not as in the public copies, files of a folder that are not read
 
 
-def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
+def load(name: str, path: str | Path, *, strict: bool = False) -> QuestionSet:
     """The questions of a file (or a folder of .jsonl or .parquet shards) in any public layout of the task.
 
     Repeated questions are dropped, contradicting ones too. UserError names file and row: a row that cannot be used,
@@ -80,7 +80,7 @@ def load(name: str, path: str | Path, *, strict: bool = False) -> Loaded:
     notes += compared(name, path, len(questions), sha256)
     if strict and notes:
         raise UserError(notes[0])
-    return Loaded(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
+    return QuestionSet(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
 
 
 def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]], list[str]]:
@@ -129,15 +129,18 @@ def as_question(name: str, where: str, fields: Fields, private: bool) -> Questio
 
 
 class Posed(NamedTuple):
-    """A question as one sample is asked it."""
+    """A question as it is put for one sample."""
 
     text: str  # a choice's options follow the question, "A. ..." one on each line
     gold: str
 
 
 def posed(question: Question, sample: int = 0) -> Posed:
-    """What the sample-th sample is asked. A choice's options rotate: over n samples, n options, each letter is right
-    equally often for every question, so that a taste for a letter neither helps nor harms."""
+    """The question as put for the sample-th sample.
+
+    A choice's options rotate: over n samples, n options, each letter is right equally often for every question, so that
+    a taste for a letter neither helps nor harms.
+    """
     if question.kind != "choice":
         return Posed(question.question, question.gold)
     options, turn = question.meta["options"], sample % len(question.meta["options"])
@@ -161,7 +164,7 @@ def shown(question: Question, *, publish_private: bool = False) -> str:
 
 
 def compared(name: str, path: str | Path, count: int, sha256: str) -> list[str]:
-    """What sets these questions apart from the public copies."""
+    """Notes where these questions differ from the public copies."""
     known = TASKS[name].known
     if known and count not in known:
         return [f"{path}: {count} questions; {name} has {' or '.join(map(str, known))}"]
@@ -171,7 +174,7 @@ def compared(name: str, path: str | Path, count: int, sha256: str) -> list[str]:
 
 
 def digest(fields: Fields) -> str:
-    """Of what is asked; the right option counts as one among the others."""
+    """Hash of question and options; the right option counts as one among the others."""
     options = sorted(map(squeeze, (fields.gold, *fields.wrong))) if fields.kind == "choice" else []
     return sha(squeeze(fields.question), *options)
 

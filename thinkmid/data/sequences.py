@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thinkmid.data.prompts import split
 from thinkmid.data.source import Document, read_documents
@@ -13,25 +14,28 @@ from thinkmid.data.store import Store, blocks
 from thinkmid.errors import UserError
 from thinkmid.tokenizer import Tokenizer
 
+Tokens = NDArray[np.int32]
+Mask = NDArray[np.bool_]
 
-def tokens_of(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+
+def tokens_of(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Tokens, Mask]]:
     """(tokens int32, is thought) of every document, begin and end tokens added."""
-    begin, end = [tokenizer.bos_id] if tokenizer.bos_id is not None else [], list(tokenizer.eos_ids[:1])
+    begin, end = tokenizer.begin_ids, list(tokenizer.eos_ids[:1])
     for tokens, thought in tokenizer.encode_woven_many([split(doc) for doc in documents]):
         mask = [*[False] * len(begin), *thought, *[False] * len(end)]
         yield np.array([*begin, *tokens, *end], np.int32), np.array(mask, bool)
 
 
-def num_pieces(num_tokens, max_len: int):
+def num_pieces(num_tokens: NDArray[np.int64], max_len: int) -> NDArray[np.int64]:
     """Pieces of at most max_len tokens. They overlap by one, so that every token but the first is predicted once."""
     return np.maximum(num_tokens + max_len - 3, 0) // (max_len - 1)
 
 
-def read_sequences(paths, tokenizer: Tokenizer, max_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, is thought) of every document, cut into pieces of at most max_len."""
+def read_sequences(paths: Sequence[str], tokenizer: Tokenizer, max_len: int) -> list[tuple[Tokens, Mask]]:
+    """(tokens, is thought) of every document, cut into pieces of at most max_len as Sequences cuts them."""
     out = []
     for tokens, thought in chain.from_iterable(tokens_of(block, tokenizer) for block in blocks(read_documents(paths))):
-        for at in range(0, num_pieces(len(tokens), max_len) * (max_len - 1), max_len - 1):
+        for at in range(0, len(tokens) - 1, max_len - 1):
             out.append((tokens[at : at + max_len], thought[at : at + max_len]))
     if not out:
         raise UserError(f"{', '.join(paths)}: no document of two tokens or more")
@@ -44,7 +48,7 @@ def records(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tup
 
 
 class Sequences:
-    """The tokens of read_sequences, from a store of records(...) when they are asked for."""
+    """The tokens of read_sequences, read from a store of records(...) when they are needed."""
 
     def __init__(self, store: Store, max_len: int):
         num_tokens = store.sizes // 4
@@ -57,7 +61,7 @@ class Sequences:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i: int) -> Tokens:
         if not 0 <= i < len(self):
             raise IndexError(i)
         doc = int(np.searchsorted(self._ends, i, side="right"))

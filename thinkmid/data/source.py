@@ -25,7 +25,7 @@ from thinkmid.errors import UserError, plain
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = (*ROWS, ".txt", ".md")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-# what a data set says about itself
+# files that describe a data set
 CARD = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
 )
@@ -85,7 +85,7 @@ def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator
         if name.endswith(".parquet"):
             yield from parquet_rows(file, only)
         elif name.endswith((".txt", ".md")):
-            yield f"{file}:1", {"text": decoded(file, b"".join(lines(file)))}
+            yield f"{file}:1", {"text": decode(file, b"".join(lines(file)))}
         else:
             for number, line in enumerate(lines(file), start=1):
                 if line.strip():
@@ -140,13 +140,9 @@ def _is_card(file: Path) -> bool:
 
 def _walk(path: Path) -> tuple[list[Path], list[Path]]:
     """Files below a folder, sorted, and links to folders that are not followed, for what is there is read elsewhere."""
-
-    def fail(error: OSError):
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    home, followed, files, closed = Path(os.path.realpath(path)), set[Path](), list[Path](), list[Path]()
-    walked = set[Path]()
-    for at, folders, names in os.walk(path, onerror=fail, followlinks=True):
+    home = Path(os.path.realpath(path))
+    walked, followed, files, closed = set[Path](), set[Path](), list[Path](), list[Path]()
+    for at, folders, names in os.walk(path, onerror=_unreadable, followlinks=True):
         if (here := Path(os.path.realpath(at))) in walked:  # within a folder that a link led to
             closed.append(Path(at))
             folders.clear()
@@ -165,8 +161,12 @@ def _walk(path: Path) -> tuple[list[Path], list[Path]]:
     return sorted(files), closed
 
 
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
 def _kind(file: Path) -> str:
-    """Of a file that is left out, in few words."""
+    """What a file is that is left out, in few words."""
     if file.is_dir():
         return "links to folders already read"
     if not file.exists():
@@ -203,8 +203,8 @@ def open_bytes(file: Path) -> Iterator[Iterable[bytes]]:
             yield stream
 
 
-def decoded(file: Path, data: bytes) -> str:
-    """Text of whatever encoding is read, but never without a word: what is not UTF-8 is lost."""
+def decode(file: Path, data: bytes) -> str:
+    """The text of a file; bytes that are not UTF-8 are lost, with a warning on the console."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

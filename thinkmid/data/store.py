@@ -1,8 +1,8 @@
 """Records on disk, more than memory holds: ranks write them block by block, then each reads all by memory map.
 
-1f9c03ab-00000.bin           the records of rank 0, of a writing called 1f9c03ab
+1f9c03ab-00000.bin           the records of rank 0, of the version 1f9c03ab
 1f9c03ab-00000.safetensors   their sizes
-store.json                   which writing counts: one replaces another when it is whole
+store.json                   the manifest of the current version: one replaces another when it is complete
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -24,18 +25,19 @@ from thinkmid.data.source import Document
 from thinkmid.errors import UserError
 from thinkmid.files import read_json, regular, write_whole
 
-FORMAT = 1  # of what records hold and of how documents are blocked: both are in the digest
+FORMAT = 1  # version of the records' content and of the blocks of documents, which the digest depends on
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARS = 1 << 24
 MANIFEST = "store.json"
 OURS = re.compile(r"([0-9a-f]{8})-(\d{5}\.(bin|safetensors)|fault)")
 
-# of a block of documents its records: their bytes, and whole numbers that are kept in memory beside their size
+Index = dict[str, NDArray[Any]]
+# block of documents -> its records: bytes, and integers that are kept in memory beside their size
 Encode = Callable[[Sequence[Document]], Iterable[tuple[bytes, tuple[int, ...]]]]
 
 
 def blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """What is encoded at once, and by one rank: as many documents as the smaller of two bounds holds."""
+    """Documents in blocks, each encoded at once and by one rank: the smaller of two bounds ends a block."""
     block, chars = [], 0
     for doc in documents:
         block.append(doc)
@@ -54,11 +56,11 @@ def write(
     world: int,
     documents: Iterable[Document],
     encode: Encode,
-    go_on: Callable[[int, int], bool] = lambda *_: True,
+    go_on: Callable[[int, int], bool] | None = None,
 ) -> None:
     """One rank's records: those of every world-th block. Every rank is given all documents, encode() a block of them.
 
-    go_on(documents, characters): is told after each block, whoever encodes it, how many that were; False ends it.
+    go_on(documents, characters so far): called after each block, whichever rank encodes it; False ends the writing.
     """
     sizes, numbers, counts, digests = array("q"), array("q"), [], []
     num_documents = num_chars = 0
@@ -75,12 +77,16 @@ def write(
                 counts.append(len(sizes) - before)
                 digests.append(digest.digest())
             num_documents, num_chars = num_documents + len(block), num_chars + sum(len(doc.text) for doc in block)
-            if not go_on(num_documents, num_chars):
+            if go_on and not go_on(num_documents, num_chars):
                 return
         file.flush()
         os.fsync(file.fileno())
-    index = {name: np.array(x, np.int64) for name, x in (("sizes", sizes), ("numbers", numbers), ("counts", counts))}
-    index["digests"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+    index: Index = {
+        "sizes": np.array(sizes, np.int64),
+        "numbers": np.array(numbers, np.int64),
+        "counts": np.array(counts, np.int64),
+        "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
+    }
     with _index(folder, writing, rank).open("wb") as file:
         file.write(save(index))
         file.flush()
@@ -96,13 +102,13 @@ def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) ->
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """This writing counts from now on."""
+    """Atomically make this version the current one and delete the others."""
     write_whole(folder / MANIFEST, json.dumps(manifest) + "\n")
     sweep(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files of all writings but the published one; what is not of a store stays."""
+    """Delete the files of all versions but the current one; files that are not a store's stay."""
     kept = published(folder).get("writing")
     for path in folder.glob("*-*"):
         if (ours := OURS.fullmatch(path.name)) and ours[1] != kept:
@@ -116,11 +122,12 @@ def find(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def whole(folder: Path) -> dict[str, Any] | None:
-    """The manifest, if all that it names is there as it says; the bytes of records are compared when they are read."""
+    """The manifest, if its files are there and have the right sizes; records are verified when they are read."""
     manifest = published(folder)
-    writing, parts, made_of = manifest.get("writing"), manifest.get("parts"), manifest.get("made_of")
-    right = OURS.fullmatch(f"{writing}-fault") and isinstance(parts, list) and parts and isinstance(made_of, dict)
-    if not right or manifest.get("format") != FORMAT:
+    writing, parts, made_of = str(manifest.get("writing")), manifest.get("parts"), manifest.get("made_of")
+    if not OURS.fullmatch(f"{writing}-fault") or not isinstance(made_of, dict) or manifest.get("format") != FORMAT:
+        return None
+    if not isinstance(parts, list) or not parts:
         return None
     try:
         found = [_measured(folder, writing, rank) for rank in range(len(parts))]
@@ -130,7 +137,7 @@ def whole(folder: Path) -> dict[str, Any] | None:
 
 
 def published(folder: Path) -> dict[str, Any]:
-    """The manifest as it stands there, {} without a readable one."""
+    """The manifest in the folder, {} without a readable one."""
     try:
         return read_json(folder / MANIFEST)
     except UserError:
@@ -168,7 +175,8 @@ class Store(Sequence[memoryview]):
         start, block = self._starts[i], self._block(i)
         if not self._is_checked[block]:
             self._check(block)
-        return self._parts[self._part_of[i]][start : start + self.sizes[i]]
+        part: memoryview = self._parts[self._part_of[i]]
+        return part[start : start + self.sizes[i]]
 
     def _block(self, i: int) -> int:
         return int(np.searchsorted(self._ends, i, side="right"))
@@ -187,13 +195,13 @@ class Store(Sequence[memoryview]):
         self._is_checked[block] = True
 
 
-def _measured(folder: Path, writing: str, rank: int) -> list:
+def _measured(folder: Path, writing: str, rank: int) -> list[int | str]:
     """Bytes of a part, and a hash of its index."""
     index = hashlib.blake2b(regular(_index(folder, writing, rank)).read_bytes(), digest_size=16).hexdigest()
     return [regular(_part(folder, writing, rank)).stat().st_size, index]
 
 
-def _read_index(folder: Path, writing: str, rank: int) -> dict[str, np.ndarray]:
+def _read_index(folder: Path, writing: str, rank: int) -> Index:
     """UserError unless its numbers fit to one another and to the part: they say where records lie."""
     path, num_bytes = regular(_index(folder, writing, rank)), regular(_part(folder, writing, rank)).stat().st_size
     try:
@@ -202,7 +210,7 @@ def _read_index(folder: Path, writing: str, rank: int) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, KeyError):
         raise UserError(_damaged(path)) from None
     flat = all(x.ndim == 1 and x.dtype == np.int64 for x in (sizes, counts, numbers))
-    right = flat and (digests.shape, digests.dtype) == ((len(counts), 16), np.uint8)
+    right = flat and digests.shape == (len(counts), 16) and digests.dtype == np.uint8
     right = right and sizes.min(initial=0) >= 0 and sizes.max(initial=0) <= num_bytes == sizes.sum()
     right = right and counts.min(initial=0) >= 0 and counts.max(initial=0) <= len(sizes) == counts.sum()
     if not right or len(numbers) % max(1, len(sizes)) or len(numbers) > 0 == len(sizes):
@@ -214,26 +222,26 @@ def _damaged(path: Path) -> str:
     return f"{path}: its bytes changed since it was written; without {path.parent} the same command writes it anew"
 
 
-def _blocks_of(indices: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _blocks_of(indices: list[Index]) -> tuple[NDArray[Any], NDArray[Any]]:
     """(records, digest) of each block, in the order of the documents."""
     each_once = _in_order([np.ones_like(x["counts"]) for x in indices])
     counts, digests = (np.concatenate([x[name] for x in indices]) for name in ("counts", "digests"))
     return counts[each_once], digests[each_once]
 
 
-def _digest(indices: list[dict[str, np.ndarray]]) -> str:
-    return hashlib.blake2b(_blocks_of(indices)[1], digest_size=16).hexdigest()
+def _digest(indices: list[Index]) -> str:
+    return hashlib.blake2b(_blocks_of(indices)[1].tobytes(), digest_size=16).hexdigest()
 
 
-def _in_order(counts: list[np.ndarray]) -> np.ndarray:
-    """What stands rank after rank, in the order of the documents. counts: of each block of each rank."""
+def _in_order(counts: list[NDArray[Any]]) -> NDArray[np.int64]:
+    """Permutation from rank after rank to the order of the documents. counts: records of each block of each rank."""
     block_of = [np.repeat(np.arange(len(c)) * len(counts) + rank, c) for rank, c in enumerate(counts)]
     return np.argsort(np.concatenate(block_of), kind="stable")
 
 
 def _mapped(path: Path) -> memoryview:
     # an empty file cannot be mapped
-    return memoryview(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"")
+    return memoryview(np.memmap(path, np.uint8, "r").data if path.stat().st_size else b"")
 
 
 def _part(folder: Path, writing: str, rank: int) -> Path:

@@ -1,12 +1,11 @@
-"""Prompts of questions by template id: what the model is told, examples before it, the think tag opened or not."""
+"""Prompts of questions by template id: the words around a question, the think tag opened or not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinkmid.errors import UserError, unknown
-from thinkmid.thoughts import CLOSE, OPEN
+from thinkmid.thoughts import OPEN
 from thinkmid.tokenizer import Tokenizer
 
 
@@ -38,22 +37,14 @@ TEMPLATES = {
 IDS = [id for name in TEMPLATES for id in (name, f"{name}-think")]
 
 
-def render(template_id: str, question: str, *, choice: bool = False, shots: Sequence[tuple[str, str]] = ()) -> str:
+def render(template_id: str, question: str, *, choice: bool = False) -> str:
     """The whole prompt; it ends with the opened tag if the id ends with "-think".
 
-    question: as posed. shots: (question, worked answer) pairs put before it in the same words; where the tag is
-    opened a worked answer starts inside its thought. UserError: no such template, a shot without its closing tag.
+    question: as posed. choice: the answer is the letter of an option. UserError: no such template.
     """
     name = find(template_id)
-    opened = name != template_id
-    for _, worked in shots:
-        if opened and worked.count(CLOSE) != 1:
-            raise UserError(f"an example for '{template_id}' must hold {CLOSE} once: {worked[:60]!r}")
-    template = TEMPLATES[name].choice if choice else TEMPLATES[name].open
-    tag = OPEN if opened else ""
-    joint = "" if opened else " "
-    before = [f"{template.format(question=asked)}{tag}{joint}{worked.strip()}\n\n" for asked, worked in shots]
-    return "".join([*before, template.format(question=question), tag])
+    words = TEMPLATES[name].choice if choice else TEMPLATES[name].open
+    return words.format(question=question) + ("" if name == template_id else OPEN)
 
 
 def find(template_id: str) -> str:
@@ -65,7 +56,6 @@ def find(template_id: str) -> str:
 
 def tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt. An opened tag at its end is encoded on its own, as in SFT and RLMT."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    if prompt.endswith(OPEN):
-        return [*begin, *tokenizer.encode(prompt.removesuffix(OPEN)), *tokenizer.open_ids]
-    return [*begin, *tokenizer.encode(prompt)]
+    bare = prompt.removesuffix(OPEN)
+    tag = [] if bare == prompt else tokenizer.open_ids
+    return [*tokenizer.begin_ids, *tokenizer.encode(bare), *tag]

@@ -1,4 +1,4 @@
-"""Is one model better than another? Evaluations paired by question: by set and over all sets.
+"""Is one model better than another? Evaluations paired by question, by set and over all sets.
 
 python -m thinkmid.eval.compare RUN_A RUN_B [RUN_C ...]
 
@@ -11,13 +11,13 @@ import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from thinkmid import config
 from thinkmid.data.questions import NAME
 from thinkmid.errors import UserError
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
-from thinkmid.files import check_row, is_count, is_text, read_json, read_rows, write_whole
+from thinkmid.files import Row, check_row, is_count, is_text, read_json, read_rows, write_whole
 
 ALIKE = ("template", "samples", "temperature", "top_p", "max_new", "max_direct")  # should be the same in both
 FIELDS = {f.name for f in fields(Graded)}
@@ -25,8 +25,10 @@ KINDS = {"question": is_text, "sample": is_count, "num_think": is_count}
 
 
 class Run(NamedTuple):
+    """What an evaluation left in its folder."""
+
     folder: Path
-    results: dict  # results.json
+    results: Row  # results.json
     sets: dict[str, list[Graded]]
 
 
@@ -36,14 +38,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=usage, description=__doc__, formatter_class=form)
     parser.add_argument("a", metavar="RUN_A", type=Path)
     parser.add_argument("others", metavar="RUN_B", type=Path, nargs="+")
-    parser.add_argument("--json", metavar="OUT", type=Path, help="write the numbers there too")
+    parser.add_argument("--json", metavar="OUT", type=Path, help="write the numbers to this file too")
     args = parser.parse_args(argv)
     a = read(args.a)
-    found = [against(a, read(folder)) for folder in args.others]
-    for row in found:
-        show(a, row)
+    differences = [against(a, read(folder)) for folder in args.others]
+    for row in differences:
+        show(a.folder, row)
     if args.json:
-        about = {"a": str(a.folder), "others": found}
+        about = {"a": str(a.folder), "others": differences}
         write_whole(args.json, json.dumps(about, indent=2, allow_nan=False) + "\n")
     return 0
 
@@ -52,14 +54,16 @@ def read(folder: Path) -> Run:
     """UserError names the file that is missing or is not what an evaluation writes."""
     path = folder / "results.json"
     results = read_json(path)
-    sets = results.get("sets")
+    sets: Any = results.get("sets")
     tables = isinstance(sets, dict) and isinstance(results.get("questions", {}), dict)
+    # the names of sets are names of files
     if not tables or not all(map(NAME.fullmatch, sets)):
         raise UserError(f"{path}: not the results of an evaluation")
     return Run(folder, results, {name: graded(folder / "graded" / f"{name}.jsonl") for name in sets})
 
 
 def graded(path: Path) -> list[Graded]:
+    """The samples of a set. UserError names the row that is none."""
     rows = []
     for number, row in enumerate(read_rows(path), start=1):
         if row.keys() != FIELDS or row["score"] not in (None, 0, 1):
@@ -69,8 +73,8 @@ def graded(path: Path) -> list[Graded]:
     return rows
 
 
-def against(a: Run, b: Run) -> dict:
-    """Run a minus run b. UserError: they were not asked the same questions."""
+def against(a: Run, b: Run) -> Row:
+    """Run a minus run b. UserError: their questions differ."""
     if odd := a.sets.keys() ^ b.sets.keys():
         has, lacks = (a, b) if min(odd) in a.sets else (b, a)
         raise UserError(f"{lacks.folder}: has no set '{min(odd)}', {has.folder} has")
@@ -96,10 +100,10 @@ def warnings(a: Run, b: Run, hashed: bool) -> list[str]:
     return lines + ([] if hashed else ["a run has no hash of its questions: their ids alone were compared"])
 
 
-def show(a: Run, found: dict) -> None:
+def show(a: Path, found: Row) -> None:
     for line in found["warnings"]:
         print(f"warning: {line}")
-    print(f"{a.folder} minus {found['b']}")
+    print(f"{a} minus {found['b']}")
     print(f"{'set':<20} {'difference':>10}  {'95 % interval':<16}  {'':8} {'better':>6} {'worse':>6}")
     for name, d in [*found["sets"].items(), ("mean of the sets", found["mean"])]:
         print(f"{name:<20} {in_words(d)} {d['better']:6} {d['worse']:6}")

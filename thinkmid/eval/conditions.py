@@ -1,19 +1,19 @@
-"""A stored sample -> prompts that end after a thought: its own, none, an idle one, that of another question."""
+"""Stored samples -> prompts that end after a thought: the own one, none, an idle one, that of another question."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from thinkmid.errors import UserError
 from thinkmid.eval.swap import Key
-from thinkmid.files import Kinds, is_count, is_text
+from thinkmid.files import Kinds, Row, is_count, is_text
 from thinkmid.thoughts import CLOSE, OPEN
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 CONDITIONS = ("own", "blank", "generic", "swapped")
-# of a row: a thought that has changed since asks for another sample
+# fields that identify a stored row: for a thought that has changed since, another sample is drawn
 KEYS: Kinds = {"id": is_text, "sample": is_count, "condition": is_text, "thought": is_text, "given": is_count}
 IDLE = " Let me think about this with care before I say anything."
 
@@ -26,7 +26,7 @@ class Thought(NamedTuple):
     exact: bool  # the ids are those that were sampled
 
 
-def thought_of(row: dict, tokenizer: Tokenizer, opened: bool) -> Thought | None:
+def thought_of(row: Row, tokenizer: Tokenizer, opened: bool) -> Thought | None:
     """The thought of a stored row; None where it does not open or close. opened: its prompt has the opening tag.
 
     Encoded again where the row holds no ids, or a tag shares a token with its neighbours.
@@ -44,22 +44,23 @@ def thought_of(row: dict, tokenizer: Tokenizer, opened: bool) -> Thought | None:
 
 
 def find(ids: Sequence[int], part: Sequence[int]) -> int:
-    """Where the part first stands in ids, their number if nowhere."""
+    """First index of the part in ids; len(ids) if it is not in there."""
     return next((i for i in range(len(ids)) if ids[i : i + len(part)] == part), len(ids))
 
 
 def prompts_of(
-    asked: dict[Key, Prompt],
-    thoughts: dict[Key, Thought],
-    donors: dict[Key, Key],
+    asked: Mapping[Key, Prompt],
+    thoughts: Mapping[Key, Thought],
+    donors: Mapping[Key, Key],
     tokenizer: Tokenizer,
     opened: bool,
     room: int,
 ) -> list[Prompt]:
     """A prompt for every thought and condition; without donors none is swapped.
 
-    asked: the prompts that the thoughts' samples were drawn after. room: tokens of the longest prompt. What a sample
-    wrote before it opened its thought stays. UserError: a prompt of more than room tokens.
+    asked: the prompt of each sample. donors: the sample whose thought replaces each one's own. opened: the template
+    opens the tag. room: most tokens of a prompt. What a sample wrote before it opened its thought stays. UserError: a
+    prompt of more than room tokens.
     """
     out = []
     for sample, own in thoughts.items():
@@ -79,7 +80,7 @@ def prompts_of(
 
 
 def replaced(own: list[int], tokenizer: Tokenizer, opened: bool) -> dict[str, list[int]]:
-    """Ids of the thoughts by condition, tags included; the idle one is as long as one's own."""
+    """Ids of the thoughts by condition, tags included; the idle one has as many tokens as the own one."""
     start = [] if opened else tokenizer.open_ids
     num_inner = max(0, len(own) - len(start) - len(tokenizer.close_ids))
     sentence = len(tokenizer.encode(IDLE))

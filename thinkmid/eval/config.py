@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 
 from thinkmid.data import questions
 from thinkmid.data.templates import find
+from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.grade.config import VerifyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """Where results go and how much is asked."""
+    """Where results are written and how much is sampled."""
 
-    folder: str  # generations/*.jsonl, results.json, config.toml; what is there already is not drawn again
+    folder: str  # generations/*.jsonl, results.json, config.toml; samples that are there already are not drawn again
     seed: int = 0
     samples: int = 16  # n of each question; the paper's 16
-    ks: tuple[int, ...] = (1, 16)  # of pass@k and maj@k
+    ks: tuple[int, ...] = (1, 16)  # of pass@k and maj@k, at most samples
     regrade: bool = False  # grade the generations that are there, draw none
 
-    def __post_init__(self):
-        if self.samples < 1 or not all(k >= 1 for k in self.ks):
-            raise ValueError(f"samples {self.samples} and ks {self.ks} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+    def __post_init__(self) -> None:
+        at_least(self, samples=1, seed=0)
+        if odd := [k for k in self.ks if not 1 <= k <= self.samples]:
+            raise ValueError(f"ks: pass@{odd[0]} needs 1 to {self.samples} samples of a question (run.samples)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class EvalModel:
 
 @dataclass(frozen=True, kw_only=True)
 class SetsConfig:
-    """What is asked, and in which words."""
+    """The sets of questions and the words around them."""
 
     # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
     sets: tuple[str, ...]
     template: str = "boxed-think"  # with "-think" the model starts inside its thought
     strict: bool = False  # a set that differs from its public copy is an error, not a note
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for entry in self.sets:
             if not entry.partition("=")[2]:
                 raise ValueError(f"sets: {entry!r} must be LAYOUT=PATH or NAME:LAYOUT=PATH")
@@ -58,8 +58,10 @@ class SetsConfig:
 class EvalSampling(Sampling):
     """A sample that opens no thought has the whole budget, so that models that think and models that do not compare."""
 
-    temperature: float = 0.6
-    top_p: float = 0.95
+    temperature: float = 0.6  # 0 is greedy; the paper's 0.6
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 0.95  # nucleus mass in (0, 1]; the paper's 0.95
+    force_close: bool = False  # write the closing tag when the thought budget runs out
 
     @property
     def max_direct(self) -> int:
@@ -82,13 +84,13 @@ def name_of(entry: str) -> str:
     return entry.partition("=")[0].partition(":")[0]
 
 
-def sets_of(cfg: EvalConfig) -> dict[str, questions.Loaded]:
-    """Questions by the set's name, with a line for each set. UserError: the template or a set cannot be used."""
-    find(cfg.data.template)
+def load_sets(cfg: SetsConfig) -> dict[str, questions.QuestionSet]:
+    """Sets by name, with a line on the console for each. UserError: the template or a set cannot be used."""
+    find(cfg.template)
     sets = {}
-    for entry in cfg.data.sets:
+    for entry in cfg.sets:
         head, _, path = entry.partition("=")
-        found = sets[name_of(entry)] = questions.load(head.rpartition(":")[2], path, strict=cfg.data.strict)
+        found = sets[name_of(entry)] = questions.load(head.rpartition(":")[2], path, strict=cfg.strict)
         if not int(os.environ.get("RANK", 0)):
-            print(f"{name_of(entry)}: {len(found.questions)} questions" + "".join(f"; {n}" for n in found.notes))
+            print("; ".join([f"{name_of(entry)}: {len(found.questions)} questions", *found.notes]))
     return sets

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from thinkmid.data.questions import Question, base_answer, posed
 from thinkmid.eval.summary import Graded
+from thinkmid.files import Row
+from thinkmid.rollout.grade.grader import Grader
 from thinkmid.thoughts import CLOSE, OPEN
 
 
-def grade(template: str, rows: Sequence[dict], questions: Sequence[Question], grader) -> list[Graded]:
-    """Graded samples in the order of the rows, whose ids are those of questions. grader: rollout.checking."""
+def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], grader: Grader) -> list[Graded]:
+    """Graded samples in the order of the rows, whose ids are those of questions."""
     known, found = {q.id: q for q in questions}, []
     asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
     for r, pending in zip(rows, asked, strict=True):

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+FEW = 30  # degrees of freedom; from here on an expansion of Student's t quantile is as good as exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +36,18 @@ class Paired:
     """How much better run a is than run b on the same questions."""
 
     difference: Estimate
-    p: float  # of a mean difference this large, either way, if a and b were exchangeable on every question
+    p: float  # chance of a mean difference this large, either way, if a and b were exchangeable on every question
     better: int  # questions on which a's mean is higher
     worse: int
 
 
-def mean_at(scores: np.ndarray) -> np.ndarray:
+def mean_at(scores: Array) -> Array:
     """(Q,) mean of each question's verdicts; NaN for a question that has none."""
     count = np.isfinite(scores).sum(1)
     return np.where(count, np.nansum(scores, 1) / np.maximum(count, 1), np.nan)
 
 
-def pass_at(scores: np.ndarray, k: int) -> np.ndarray:
+def pass_at(scores: Array, k: int) -> Array:
     """(Q,) chance that k of a question's n samples, drawn without replacement, hold a right one: 1 - C(n-c,k)/C(n,k).
 
     Unbiased for the chance that one of k fresh samples is right. NaN for a question of fewer than k verdicts.
@@ -57,7 +61,7 @@ def pass_at(scores: np.ndarray, k: int) -> np.ndarray:
     return np.array([1 - math.comb(n - c, k) / math.comb(n, k) if n >= k else np.nan for n, c in counts])
 
 
-def maj_at(answers: Sequence[Sequence[str | None]], scores: np.ndarray, k: int) -> np.ndarray:
+def maj_at(answers: Sequence[Sequence[str | None]], scores: Array, k: int) -> Array:
     """(Q,) score of the most frequent answer among k samples, averaged over the K // k disjoint runs of k samples.
 
     answers: normalised, so that equal ones are equal strings; None where none was found, which has no vote. Answers
@@ -68,12 +72,8 @@ def maj_at(answers: Sequence[Sequence[str | None]], scores: np.ndarray, k: int) 
     if [len(row) for row in answers] != [scores.shape[1]] * len(scores):
         raise ValueError(f"answers must be {scores.shape}, as the scores are")
     starts = range(0, scores.shape[1] - k + 1, k)
-    return np.array(
-        [
-            mean_or_nan([majority(said[at : at + k], score[at : at + k]) for at in starts])
-            for said, score in zip(answers, scores.tolist(), strict=True)
-        ]
-    )
+    pairs = zip(answers, scores.tolist(), strict=True)
+    return np.array([mean_or_nan([majority(a[at : at + k], s[at : at + k]) for at in starts]) for a, s in pairs])
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float]) -> float:
@@ -92,14 +92,14 @@ def mean_or_nan(values: Sequence[float]) -> float:
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
-def check_k(scores: np.ndarray, k: int) -> None:
+def check_k(scores: Array, k: int) -> None:
     if scores.ndim != 2:
         raise ValueError(f"scores must be questions x samples, not {scores.shape}")
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be within 1 and the {scores.shape[1]} samples of a question, not {k}")
 
 
-def proportion(values: np.ndarray, level: float = 0.95) -> Estimate:
+def proportion(values: Array, level: float = 0.95) -> Estimate:
     """Mean of (Q,) per-question values within [0, 1], interval clustered by question. NaN questions are left out.
 
     Wilson's score interval for as many independent draws as would have this standard error. Away from the ends that
@@ -117,14 +117,14 @@ def proportion(values: np.ndarray, level: float = 0.95) -> Estimate:
     return Estimate(mean=mean, se=se, low=low, high=high, num_questions=n)
 
 
-def clustered(values: np.ndarray, level: float = 0.95) -> Estimate:
+def clustered(values: Array, level: float = 0.95) -> Estimate:
     """Mean +- t se of (Q,) per-question values of any size; one question alone has an endless interval."""
     mean, se, n = moments(values)
     half = t_quantile(level, n - 1) * se if n > 1 else math.inf
     return Estimate(mean=mean, se=se, low=mean - half, high=mean + half, num_questions=n)
 
 
-def moments(values: np.ndarray) -> tuple[float, float, int]:
+def moments(values: Array) -> tuple[float, float, int]:
     """Mean, its standard error over questions, and the number of questions that have a value."""
     values = values[np.isfinite(values)]
     n = len(values)
@@ -132,7 +132,7 @@ def moments(values: np.ndarray) -> tuple[float, float, int]:
     return float(values.mean()) if n else math.nan, se, n
 
 
-def sampling_se(scores: np.ndarray) -> float:
+def sampling_se(scores: Array) -> float:
     """Standard error of the mean when the same questions are sampled anew: what a rerun differs by, not a new test.
 
     NaN if a question has only one verdict.
@@ -145,23 +145,24 @@ def sampling_se(scores: np.ndarray) -> float:
     return float(np.sqrt((within / count).sum()) / len(count))
 
 
-def bootstrap(values: np.ndarray, *, seed: int, level: float = 0.95, rounds: int = 4000) -> tuple[float, float]:
+def bootstrap(values: Array, *, seed: int, level: float = 0.95, rounds: int = 4000) -> tuple[float, float]:
     """Percentile interval of the mean over questions drawn anew with replacement: a check that assumes no shape."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan
     bits = np.random.Philox(np.random.SeedSequence(seed))
-    means = np.array([values[draw(bits, len(values), len(values))].mean() for _ in range(rounds)])
+    means = np.array([values[random_integers(bits, len(values), len(values))].mean() for _ in range(rounds)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def draw(bits: np.random.Philox, n: int, below: int) -> np.ndarray:
+def random_integers(bits: np.random.Philox, n: int, below: int) -> NDArray[np.int64]:
     """n integers in [0, below). Raw bits: numpy keeps these from version to version, unlike Generator's methods."""
-    return (bits.random_raw(n) % np.uint64(below)).astype(np.int64)
+    raw: NDArray[np.uint64] = bits.random_raw(n)
+    return (raw % np.uint64(below)).astype(np.int64)
 
 
-def paired(a: np.ndarray, b: np.ndarray, *, seed: int, level: float = 0.95, rounds: int = 10_000) -> Paired:
+def paired(a: Array, b: Array, *, seed: int, level: float = 0.95, rounds: int = 10_000) -> Paired:
     """Two runs on the same questions, (Q,) per-question means in the same order: their differences cancel what makes
     one question harder than another. A question that either run has no value for is left out.
 
@@ -170,9 +171,7 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int, level: float = 0.95, roun
     return paired_sets([(a, b)], seed=seed, level=level, rounds=rounds)
 
 
-def paired_sets(
-    sets: Sequence[tuple[np.ndarray, np.ndarray]], *, seed: int, level: float = 0.95, rounds: int = 10_000
-) -> Paired:
+def paired_sets(sets: Sequence[tuple[Array, Array]], *, seed: int, level: float = 0.95, rounds: int = 10_000) -> Paired:
     """paired() over several sets: the mean of their mean differences, each set of equal weight, as in average().
 
     p by flipping the signs of all questions' differences, each with its weight in that mean.
@@ -188,14 +187,16 @@ def paired_sets(
     )
 
 
-def differences_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def differences_of(a: Array, b: Array) -> Array:
     """a - b of the questions for which both have a value."""
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two runs must have the same questions, not {a.shape} and {b.shape}")
-    return (a - b)[np.isfinite(a - b)]
+    difference = a - b
+    paired: Array = difference[np.isfinite(difference)]
+    return paired
 
 
-def sign_flip_p(difference: np.ndarray, *, seed: int, rounds: int) -> float:
+def sign_flip_p(difference: Array, *, seed: int, rounds: int) -> float:
     moved = difference[difference != 0]  # the others change no sum
     n, exact = len(moved), 2 ** len(moved) <= rounds
     if exact:
@@ -203,7 +204,7 @@ def sign_flip_p(difference: np.ndarray, *, seed: int, rounds: int) -> float:
         sums = (moved * (1 - 2 * flips)).sum(1)
     else:
         bits = np.random.Philox(np.random.SeedSequence(seed))
-        sums = np.array([(moved * (1 - 2 * draw(bits, n, 2))).sum() for _ in range(rounds)])
+        sums = np.array([(moved * (1 - 2 * random_integers(bits, n, 2))).sum() for _ in range(rounds)])
     # sums that are equal but for the order of addition count as equal
     as_large = np.abs(sums) >= abs(moved.sum()) - 1e-9
     return float(as_large.mean()) if exact else float((as_large.sum() + 1) / (rounds + 1))
@@ -227,9 +228,16 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def t_quantile(level: float, freedom: float) -> float:
-    """Two-sided quantile of Student's t, by the expansion of Abramowitz and Stegun 26.7.5; within 0.2 % from 5 on."""
+    """Two-sided quantile of Student's t: exact below FEW degrees of freedom, which are whole numbers, and then by
+    the expansion of Abramowitz and Stegun 26.7.5, within 1e-6. It replaces scipy.stats.t, all that we need of scipy."""
     if not 0 < level < 1:
         raise ValueError(f"level must be within 0 and 1, not {level}")
+    if freedom < FEW:
+        low, high = 0.0, math.pi / 2
+        for _ in range(60):  # halves the angle's interval, down to rounding
+            angle = (low + high) / 2
+            low, high = (angle, high) if t_within(angle, int(freedom)) < level else (low, angle)
+        return math.sqrt(freedom) * math.tan(low)
     z = NormalDist().inv_cdf((1 + level) / 2)
     terms = (
         z,
@@ -239,3 +247,13 @@ def t_quantile(level: float, freedom: float) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return math.fsum(term / freedom**i for i, term in enumerate(terms))
+
+
+def t_within(angle: float, freedom: int) -> float:
+    """Chance that |t| is at most sqrt(freedom) * tan(angle). Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    odd = freedom % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ class Graded:
     question: str  # its id
     sample: int
     score: float | None  # 1, 0, or None: the grader failed
-    answer: str | None  # normalised, a choice's letter as for sample 0 (tasks.base_answer); None: none was found
+    answer: str | None  # normalised, a choice's letter as for sample 0 (questions.base_answer); None: none was found
     truncated: bool  # ended by the token limit
     num_think: int  # tokens before the closing tag, it included; all of them if it never came
     unclosed: bool = False  # a thought was opened and never closed
@@ -29,7 +29,7 @@ class Table:
     """Samples by question: rows in order of the ids, so that two runs of one set line up."""
 
     ids: list[str]
-    scores: np.ndarray  # (Q, K), NaN: no verdict, or fewer than K samples
+    scores: stats.Array  # (Q, K), NaN: no verdict, or fewer than K samples
     answers: list[list[str | None]]
 
 
@@ -50,7 +50,7 @@ def tabulate(rows: Iterable[Graded]) -> Table:
     )
 
 
-def summarise(rows: Sequence[Graded], *, ks: Sequence[int], seed: int = 0, level: float = 0.95) -> dict[str, float]:
+def summarise(rows: Sequence[Graded], *, ks: Sequence[int], seed: int = 0) -> dict[str, float]:
     """mean, its interval over questions, pass@k and maj@k for k in ks that do not exceed the samples; shares.
 
     low, high: clustered by question; boot_low, boot_high: bootstrap, a check on them; se_rerun: of another sampling
@@ -60,8 +60,8 @@ def summarise(rows: Sequence[Graded], *, ks: Sequence[int], seed: int = 0, level
     table = tabulate(rows)
     means = stats.mean_at(table.scores)
     num_samples = table.scores.shape[1]
-    boot_low, boot_high = stats.bootstrap(means, seed=seed, level=level)
-    summary = asdict(stats.proportion(means, level)) | {
+    boot_low, boot_high = stats.bootstrap(means, seed=seed)
+    summary = asdict(stats.proportion(means)) | {
         "num_samples": num_samples,
         "boot_low": boot_low,
         "boot_high": boot_high,
@@ -73,8 +73,8 @@ def summarise(rows: Sequence[Graded], *, ks: Sequence[int], seed: int = 0, level
         "mean_think": share(row.num_think for row in rows),
     }
     for k in (k for k in ks if k <= num_samples):
-        summary[f"pass@{k}"] = stats.proportion(stats.pass_at(table.scores, k), level).mean
-        summary[f"maj@{k}"] = stats.proportion(stats.maj_at(table.answers, table.scores, k), level).mean
+        summary[f"pass@{k}"] = stats.proportion(stats.pass_at(table.scores, k)).mean
+        summary[f"maj@{k}"] = stats.proportion(stats.maj_at(table.answers, table.scores, k)).mean
     return summary
 
 
@@ -83,13 +83,13 @@ def share(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed)
 
 
-def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0, level: float = 0.95) -> stats.Paired:
+def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0) -> stats.Paired:
     """Two runs of one set, paired by question. ValueError: they are not of the same questions."""
-    return stats.paired(*paired_means(a, b), seed=seed, level=level)
+    return stats.paired(*paired_means(a, b), seed=seed)
 
 
 def compare_sets(
-    a: dict[str, Sequence[Graded]], b: dict[str, Sequence[Graded]], *, seed: int = 0, level: float = 0.95
+    a: Mapping[str, Sequence[Graded]], b: Mapping[str, Sequence[Graded]], *, seed: int = 0
 ) -> tuple[dict[str, stats.Paired], stats.Paired]:
     """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError as in compare."""
     means = {}
@@ -98,11 +98,11 @@ def compare_sets(
             means[name] = paired_means(a[name], b[name])
         except ValueError as error:
             raise ValueError(f"set '{name}': {error}") from None
-    by_set = {name: stats.paired(*pair, seed=seed, level=level) for name, pair in means.items()}
-    return by_set, stats.paired_sets(list(means.values()), seed=seed, level=level)
+    by_set = {name: stats.paired(*pair, seed=seed) for name, pair in means.items()}
+    return by_set, stats.paired_sets(list(means.values()), seed=seed)
 
 
-def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[np.ndarray, np.ndarray]:
+def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array, stats.Array]:
     """(Q,) means of the questions of both runs, in the same order."""
     table_a, table_b = tabulate(a), tabulate(b)
     if odd := set(table_a.ids) ^ set(table_b.ids):
@@ -110,9 +110,9 @@ def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[np.ndarray, 
     return stats.mean_at(table_a.scores), stats.mean_at(table_b.scores)
 
 
-def proportion(rows: Sequence[Graded], level: float = 0.95) -> stats.Estimate:
+def proportion(rows: Sequence[Graded]) -> stats.Estimate:
     """Mean score of the rows, interval clustered by question."""
-    return stats.proportion(stats.mean_at(tabulate(rows).scores), level)
+    return stats.proportion(stats.mean_at(tabulate(rows).scores))
 
 
 def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:
@@ -122,7 +122,7 @@ def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def in_words(difference: dict[str, float | None]) -> str:
-    """Of as_row: mean, interval and p."""
+def in_words(difference: Mapping[str, float | None]) -> str:
+    """A difference by as_row() for the console: mean, interval and p."""
     mean, low, high = (math.nan if difference[k] is None else difference[k] for k in ("mean", "low", "high"))
     return f"{mean:+10.3f}  {f'{low:+.3f} to {high:+.3f}':<16}  p {difference['p']:.4f}"

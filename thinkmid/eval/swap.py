@@ -1,4 +1,4 @@
-"""Whose thought a sample is given for its own: one of another question, of another gold answer where possible."""
+"""Donors of swapped thoughts: samples of another question, with another gold answer where possible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def swap(golds: dict[Key, str], run_seed: int) -> dict[Key, Key]:
             return len(samples[taker])
         return partners(samples[taker], samples[giver], golds)[0]
 
-    # in this order each question takes from the next: nobody from itself
+    # in this order each question takes from the next, so none from itself
     order = sorted(samples, key=lambda question: seed(run_seed, 0, f"swapped/{question}", 0))
     if len(order) < 2:
         return {}

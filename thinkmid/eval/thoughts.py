@@ -3,150 +3,140 @@ one and after one of another question.
 
 torchrun --nproc-per-node 2 -m thinkmid.eval.thoughts configs/mini-eval.toml
 
-CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are asked.
+CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are probed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from thinkmid import config
+from thinkmid.data.questions import Question, posed
 from thinkmid.errors import UserError
-from thinkmid.eval.config import EvalConfig, sets_of
+from thinkmid.eval import conditions, stats
+from thinkmid.eval.conditions import CONDITIONS, KEYS
+from thinkmid.eval.config import EvalConfig, load_sets
+from thinkmid.eval.generations import check_folder, key, read_mark, stored, whole
+from thinkmid.eval.grade import grade
+from thinkmid.eval.prompts import prompts_of
+from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, proportion
+from thinkmid.eval.swap import swap
+from thinkmid.files import write_rows, write_whole
+from thinkmid.rollout.grade.answers import squeezed
 from thinkmid.rollout.grade.config import make_grader
+from thinkmid.rollout.grade.grader import Grader
+from thinkmid.thoughts import CLOSE
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What is asked about one set."""
-
-    prompts: list[Prompt]
-    about: dict  # numbers of samples and thoughts; notes
 
 
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
 
-    from thinkmid.eval.generate import check_folder
+    # they import torch, which --help does without
+    from thinkmid.eval import generate
+    from thinkmid.run.ranks import start_ranks
 
     if not cfg.sampling.max_suffix:
         raise UserError("sampling.max_suffix 0 leaves nothing to draw after a thought")
-    sets = sets_of(cfg)
+    sets, folder = load_sets(cfg.data), Path(cfg.run.folder)
     if dry_run:
         print(config.to_toml(cfg))
         return 0
-    folder = Path(cfg.run.folder)
     check_folder(folder, cfg)
-    probes = probes_of(cfg, sets, folder / "generations")
-    grader = make_grader(cfg.verify)
-    try:
-        rank, done = (0, None) if cfg.run.regrade else draw(cfg, probes, folder)
-        if rank == 0:
-            report(folder, cfg, probes, graded(cfg, sets, probes, folder, grader))
-        if done:
-            done()
-    finally:
-        grader.close()
+    model_cfg, tokenizer = generate.model_of(cfg)
+    room = model_cfg.max_positions
+    probes = {name: probe_of(cfg, name, found.questions, tokenizer, room) for name, found in sets.items()}
+    with closing(make_grader(cfg.verify)) as grader:
+        ranks = None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
+        if ranks:
+            # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
+            sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
+            prompts = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
+            if prompts:
+                with generate.alone(folder, ranks):
+                    generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
+            ranks.barrier()
+        if not ranks or ranks.rank == 0:
+            graded = {name: grade_set(cfg, name, probes[name], sets[name].questions, grader) for name in sets}
+            for name, by_condition in graded.items():
+                rows = (asdict(g) | {"condition": c} for c, samples in by_condition.items() for g in samples)
+                write_rows(folder / "graded-thoughts" / f"{name}.jsonl", rows)
+            content = read_mark(folder).get("model")
+            about = {"model": cfg.model.folder, "content": content, "template": cfg.data.template}
+            results = about | summarise(probes, graded, cfg.run.seed)
+            write_whole(folder / "thoughts.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+            show(results)
+            print(f"({folder}/thoughts.json)")
+        if ranks:
+            ranks.barrier()
     return 0
 
 
-def probes_of(cfg: EvalConfig, sets: dict, folder: Path) -> dict[str, Probe]:
-    """By set. UserError: samples are missing, the context is too short."""
-    from thinkmid.data.questions import posed
-    from thinkmid.eval import conditions, generate
-    from thinkmid.eval.swap import swap
-    from thinkmid.rollout.grade.answers import squeezed
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The prompts that probe one set."""
 
-    (shape, text), probes, opened = generate.model_of(cfg), {}, cfg.data.template.endswith("-think")
-    for name, found in sets.items():
-        rows = generate.whole(folder, name, found.questions, cfg.run.samples)
-        thoughts = {(r["id"], r["sample"]): conditions.thought_of(r, text, opened) for r in rows}
-        thoughts = {key: thought for key, thought in thoughts.items() if thought}
-        known = {q.id: q for q in found.questions}
-        golds = {(id, k): squeezed(posed(known[id], k).gold) for id, k in thoughts}
-        donors = swap(golds, cfg.run.seed)
-        asked = {(p.meta["id"], p.meta["sample"]): p for p in generate.prompts_of(cfg, found.questions, text, shape)}
-        room = shape.max_positions - cfg.sampling.max_suffix
-        about = {
-            "num_samples": len(rows),
-            "num_thoughts": len(thoughts),  # opened and closed
-            "thoughts": len(thoughts) / len(rows),
-            "reencoded": sum(not t.exact for t in thoughts.values()),  # whose ids may differ from the sampled ones
-            "same_gold": sum(golds[a] == golds[b] for a, b in donors.items()),  # swapped, with equal gold answers
-            "notes": [] if donors else [f"{name}: nothing to swap, fewer than two questions have a thought"],
-        }
-        prompts = conditions.prompts_of(asked, thoughts, donors, text, opened, room)
-        probes[name] = Probe(prompts=prompts, about=about)
-    return probes
+    prompts: list[Prompt]
+    about: dict[str, Any]  # numbers of samples and thoughts; notes
 
 
-def draw(cfg: EvalConfig, probes: dict[str, Probe], folder: Path):
-    """Every rank its share of the prompts, each answer written as it ends: (rank, what to call in the end)."""
-    from thinkmid.eval import conditions, generate
-    from thinkmid.run.ranks import start_ranks
-
-    ranks = start_ranks(cfg.engine.tensor_parallel)
-    # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
-    sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
-    asked = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
-    if asked:
-        with generate.alone(folder, ranks):
-            generate.draw(cfg, asked, sampling, folder / "thoughts", ranks, conditions.KEYS)
-    ranks.barrier()
-    return ranks.rank, ranks.barrier
-
-
-def graded(cfg: EvalConfig, sets: dict, probes: dict[str, Probe], folder: Path, grader) -> dict[str, dict]:
-    """Set -> condition -> graded samples."""
-    from thinkmid.eval import conditions, generate
-    from thinkmid.eval.grade import grade
-    from thinkmid.thoughts import CLOSE
-
-    out = {}
-    for name, probe in probes.items():
-        have = {
-            generate.key(r, conditions.KEYS): r for r in generate.stored(folder / "thoughts", name, conditions.KEYS)
-        }
-        wanted = [generate.key(p.meta, conditions.KEYS) for p in probe.prompts]
-        if (there := sum(key in have for key in wanted)) != len(wanted):
-            raise UserError(f"{folder}/thoughts: {there} of {len(wanted)} samples of {name}; without regrade it draws")
-        out[name] = {}
-        for condition in conditions.CONDITIONS:
-            rows = [have[key] for key in wanted if key[2] == condition]
-            for row in rows:
-                row["finish"] = "reclosed" if CLOSE in row["text"] else row["finish"]
-                row |= {"text": row["thought"] + row["text"], "num_think": row["given"]}
-            if rows:
-                out[name][condition] = grade(cfg.data.template, rows, sets[name].questions, grader)
-    return out
+def probe_of(
+    cfg: EvalConfig, name: str, questions: Sequence[Question], tokenizer: Tokenizer, max_positions: int
+) -> Probe:
+    """The probe of a set whose generations are there. UserError: samples are missing, the context is too short."""
+    opened = cfg.data.template.endswith("-think")
+    rows = whole(Path(cfg.run.folder, "generations"), name, questions, cfg.run.samples)
+    found = {(r["id"], r["sample"]): conditions.thought_of(r, tokenizer, opened) for r in rows}
+    thoughts = {sample: thought for sample, thought in found.items() if thought}
+    known = {q.id: q for q in questions}
+    golds = {(id, k): squeezed(posed(known[id], k).gold) for id, k in thoughts}
+    donors = swap(golds, cfg.run.seed)
+    prompts = prompts_of(cfg, questions, tokenizer, max_positions)
+    asked = {(p.meta["id"], p.meta["sample"]): p for p in prompts}
+    room = max_positions - cfg.sampling.max_suffix
+    about = {
+        "num_samples": len(rows),
+        "num_thoughts": len(thoughts),  # opened and closed
+        "thoughts": len(thoughts) / len(rows),
+        "reencoded": sum(not t.exact for t in thoughts.values()),  # their ids may differ from the sampled ones
+        "same_gold": sum(golds[a] == golds[b] for a, b in donors.items()),  # swapped, with equal gold answers
+        "notes": [] if donors else [f"{name}: nothing to swap, fewer than two questions have a thought"],
+    }
+    return Probe(prompts=conditions.prompts_of(asked, thoughts, donors, tokenizer, opened, room), about=about)
 
 
-def report(folder: Path, cfg: EvalConfig, probes: dict[str, Probe], graded: dict[str, dict]) -> None:
-    """thoughts.json, graded-thoughts/*.jsonl and a table on the console."""
-    from thinkmid.eval.generate import read_mark
-    from thinkmid.files import write_whole
+def grade_set(
+    cfg: EvalConfig, name: str, probe: Probe, questions: Sequence[Question], grader: Grader
+) -> dict[str, list[Graded]]:
+    """Graded samples by condition. UserError: some are not drawn yet."""
+    folder = Path(cfg.run.folder, "thoughts")
+    have = {key(row, KEYS): row for row in stored(folder, name, KEYS)}
+    wanted = [key(p.meta, KEYS) for p in probe.prompts]
+    if (there := sum(sample in have for sample in wanted)) != len(wanted):
+        raise UserError(f"{folder}: {there} of {len(wanted)} samples of {name}; without regrade it draws")
+    graded = {}
+    for condition in CONDITIONS:
+        rows = [have[sample] for sample in wanted if sample[2] == condition]
+        for row in rows:
+            row["finish"] = "reclosed" if CLOSE in row["text"] else row["finish"]
+            row |= {"text": row["thought"] + row["text"], "num_think": row["given"]}
+        if rows:
+            graded[condition] = grade(cfg.data.template, rows, questions, grader)
+    return graded
 
-    for name, by_condition in graded.items():
-        rows = [asdict(r) | {"condition": condition} for condition, found in by_condition.items() for r in found]
-        write_whole(folder / "graded-thoughts" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    about = {"model": cfg.model.folder, "content": read_mark(folder).get("model"), "template": cfg.data.template}
-    results = about | summarise(probes, graded, cfg.run.seed)
-    write_whole(folder / "thoughts.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    show(results)
-    print(f"({folder}/thoughts.json)")
 
-
-def summarise(probes: dict[str, Probe], graded: dict[str, dict], seed: int) -> dict:
+def summarise(
+    probes: Mapping[str, Probe], graded: Mapping[str, Mapping[str, list[Graded]]], seed: int
+) -> dict[str, Any]:
     """Accuracy by condition and own minus each, by set and over the sets that have the condition."""
-    from thinkmid.eval import stats
-    from thinkmid.eval.conditions import CONDITIONS
-    from thinkmid.eval.summary import as_row, compare_sets, proportion
-
     sets = {name: probe.about | {"conditions": {}, "own_minus": {}} for name, probe in probes.items()}
-    mean: dict[str, dict] = {"conditions": {}, "own_minus": {}}
+    mean: dict[str, Any] = {"conditions": {}, "own_minus": {}}
     for condition in CONDITIONS:
         found = {name: by_condition[condition] for name, by_condition in graded.items() if condition in by_condition}
         if not found:
@@ -165,23 +155,22 @@ def summarise(probes: dict[str, Probe], graded: dict[str, dict], seed: int) -> d
     return {"mean": mean, "sets": sets}
 
 
-def show(results: dict) -> None:
-    from thinkmid.eval.conditions import CONDITIONS
-    from thinkmid.eval.summary import in_words
-
-    def cells(conditions: dict) -> str:
-        means = [conditions.get(c, {}).get("mean") for c in CONDITIONS]
-        return " ".join(f"{'-':>8}" if mean is None else f"{mean:8.3f}" for mean in means)
-
+def show(results: Mapping[str, Any]) -> None:
+    """The tables on the console: accuracies by set and condition, differences over all sets, notes."""
     print(f"{'accuracy after':<20} {'thoughts':>8} " + " ".join(f"{c:>8}" for c in CONDITIONS))
     for name, found in results["sets"].items():
         print(f"{name:<20} {found['thoughts']:8.1%} {cells(found['conditions'])}")
     print(f"{'mean of the sets':<20} {'':8} {cells(results['mean']['conditions'])}")
-    for condition, d in results["mean"]["own_minus"].items():
-        print(f"{f'own - {condition}':<20} {in_words(d)}")
+    for condition, difference in results["mean"]["own_minus"].items():
+        print(f"{f'own - {condition}':<20} {in_words(difference)}")
     for found in results["sets"].values():
         for note in found["notes"]:
             print(note)
+
+
+def cells(accuracies: Mapping[str, Mapping[str, Any]]) -> str:
+    means = [accuracies.get(condition, {}).get("mean") for condition in CONDITIONS]
+    return " ".join(f"{'-':>8}" if mean is None else f"{mean:8.3f}" for mean in means)
 
 
 if __name__ == "__main__":

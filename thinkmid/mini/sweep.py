@@ -110,7 +110,8 @@ class Seed:
     def evaluate(self, name: str, data: str) -> Stage:
         sets = ",".join(f"{kind}:questions={self.files(data, f'questions-{kind}')}" for kind in world.SETS)
         folder, model = self.home / "eval" / name, self.home / name / "export"
-        own = [f"--run.folder={folder}", f"--run.seed={self.seed}", "--run.samples=2", f"--model.folder={model}"]
+        own = [f"--run.folder={folder}", f"--run.seed={self.seed}", f"--model.folder={model}"]
+        own += ["--run.samples=2", "--run.ks=1"]
         command = ["thinkmid.eval.run", "configs/mini-eval.toml", *own, f"--data.sets={sets}"]
         needs = (written(data), exported(name))
         return Stage(name=f"run {name}", command=command, needs=needs, result=f"eval/{name}/results.json")

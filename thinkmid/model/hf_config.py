@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkmid.errors import UserError
-from thinkmid.files import regular
+from thinkmid.files import read_json
 from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -71,28 +71,6 @@ def token_ids(cfg: ModelConfig) -> dict[str, Any]:
     """The part that config.json and generation_config.json share."""
     eos = list(cfg.eos_ids) if len(cfg.eos_ids) > 1 else next(iter(cfg.eos_ids), None)
     return {"bos_token_id": cfg.bos_id, "eos_token_id": eos}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. A key that stands twice is an error: which one would count?"""
-    try:
-        raw = json.loads(regular(path).read_bytes(), object_pairs_hook=_each_once)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return raw
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"key {key!r} stands twice")
-        seen[key] = value
-    return seen
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:

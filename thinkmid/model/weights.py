@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
-from thinkmid.files import regular
-from thinkmid.model.hf_config import config_dict, read_config, read_json, token_ids
+from thinkmid.files import read_json, regular
+from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
 
 SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"

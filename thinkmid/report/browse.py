@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from thinkmid.data import questions
-from thinkmid.eval.generate import stored
+from thinkmid.eval.generations import stored
 from thinkmid.files import read_rows
 from thinkmid.report.paper import plain_name
 from thinkmid.report.runs import Evaluation, Row, Run, Training, items, number, section

@@ -58,9 +58,9 @@ class EngineConfig:
     sleep: bool = True  # vllm on a GPU: weights and cache leave its memory while the trainer works
     compile: bool = True  # vllm: compiled model and CUDA graphs; off starts faster
     tensor_parallel: int = 1  # vllm: ranks that share one engine, within a node
-    check_every: int = 10  # steps between proofs that engine and trainer agree: weights read back, samples re-scored
-    check_samples: int = 8  # samples of a rank that are re-scored
-    max_gap: float = 0.05  # nats: mean |trainer - engine| log-prob of re-scored tokens above which the run stops
+    check_every: int = 10  # training: steps between checks of the engine: weights read back, samples re-scored
+    check_samples: int = 8  # training: samples of a rank that are re-scored
+    max_gap: float = 0.05  # training: nats of mean |trainer - engine| log-prob above which the run stops
 
     def __post_init__(self):
         for name, low in (("max_len", 0), ("tensor_parallel", 1), ("check_every", 0), ("check_samples", 1)):
