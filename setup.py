@@ -42,5 +42,9 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildOrSaySo},
-    package_data={"thinkmid.report": ["page.css", "page.js", "paper.toml"]},
+    package_data={
+        "thinkmid.report": ["page.css", "page.js", "paper.toml"],
+        "thinkmid.rollout.judge": ["*.toml"],
+        "thinkmid.rollout.grade": ["*.toml"],
+    },
 )

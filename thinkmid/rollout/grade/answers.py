@@ -23,6 +23,7 @@ MARKER = re.compile(
 # a full stop that ends a sentence, or a comma with words after it
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|\**$)|;\s|,\s+(?=[A-Za-z]{2,}\s)|\s(?:because|since)\s")
 
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 DISPLAY = re.compile(r"^(?:\s|\$\$|\\\[|\*\*)*")
 
 SPELLINGS = str.maketrans(
@@ -136,5 +137,9 @@ def normal(answer: str) -> str:
 
 def squeezed(answer: str) -> str:
     """A normal answer without spaces and without braces that hold one character: equal for equal TeX."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(answer))
-    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", without_text(answer)))
+
+
+def without_text(answer: str) -> str:
+    """A normal answer with the contents of \\text{} in its place."""
+    return TEXT.sub(r"\1", normal(answer))

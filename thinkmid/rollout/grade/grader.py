@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from thinkmid.rollout.grade.answers import extract, normal
 from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.rollout.grade.pool import Pool
@@ -11,22 +9,6 @@ from thinkmid.rollout.grade.rules import canonical, decide, gold_answer
 from thinkmid.rollout.grade.sentence import SentenceGrader
 from thinkmid.rollout.verdict import CACHE_SIZE, Pending, Ready, VerdictCache, digest
 from thinkmid.types import Tally
-
-
-class Grader(Protocol):
-    """Compares the answer that a text gives with a gold answer."""
-
-    def __call__(self, text: str, gold: str, question: str = "") -> Pending:
-        """text: whole, its thought included. question: where it is known."""
-
-    def answer(self, text: str) -> str | None:
-        """The answer as votes are counted: one string for equal answers, None if the text gives none."""
-
-    def row(self) -> Tally:
-        """Metrics since the last call."""
-
-    def close(self) -> None:
-        """Ends its processes. Verdicts that are still to come fail."""
 
 
 class MathGrader:
@@ -68,6 +50,10 @@ class MathGrader:
 
     def close(self) -> None:
         self.pool.close()
+
+
+# grader(text, gold, question) gives a future; grader.answer(text) is what votes are counted by; row(), close()
+Grader = MathGrader | SentenceGrader
 
 
 def make_grader(cfg: VerifyConfig) -> Grader:

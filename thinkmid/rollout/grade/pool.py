@@ -39,6 +39,7 @@ class Keeper:
         self._env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         self._args = [sys.executable, "-c", KEEP, str(cfg.cpu_s), str(cfg.memory_mib << 20)]
         self._late_s = SLACK * cfg.cpu_s + LATE_S
+        self._ready = False  # it has loaded
         self._start()
 
     def ask(self, answer: str, gold: str) -> Verdict:
@@ -77,7 +78,7 @@ class Keeper:
         assert self._process.stdin
         assert self._process.stdout
         self._input, self._output = self._process.stdin, self._process.stdout
-        self._ready: bool = False
+        self._ready = False
 
     def _read(self, wait_s: float) -> str:
         """One line; what is read is a few bytes that come in one piece."""

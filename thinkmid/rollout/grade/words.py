@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from thinkmid.rollout.grade.answers import normal
+from thinkmid.rollout.grade.answers import TEXT, normal
+from thinkmid.rollout.grade.lexicon import FUNCTIONS, SHORT, SPELLED
 from thinkmid.rollout.grade.numbers import number
 
 SET = re.compile(r"[\s${]*\\(?:\{\s*\\)?(?:text[a-z]*|emph|[mh]box)\s*\{")  # as text, at its beginning
-TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 ACCENT = re.compile(r"\\(['\"^])\s*\{?([A-Za-z])\}?")
 COMBINING = {"'": "\u0301", '"': "\u0308", "^": "\u0302"}
 QUOTES = str.maketrans("‘’ʼ′“”„。", "''''\"\"\".")
@@ -17,12 +17,6 @@ QUOTES = str.maketrans("‘’ʼ′“”„。", "''''\"\"\".")
 L = r"[^\W\d_]"  # a letter
 # letters, digits and punctuation; a hyphen or a slash between words only, for elsewhere they are operators
 PROSE = re.compile(rf"(?:[^\W_]|[\s.,;:'\"()%&#、]|(?<={L}{L})\s?[-/]\s?(?={L}{L})|(?<=\w)-(?={L}{{3}}))+")
-# names that start an expression: "sin x"; those without a vowel are no words anyway
-FUNCTIONS = frozenset(
-    re.findall(r"\w+", "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim mod det arg deg dim")
-)
-# other pairs of letters are products: ab, at, pq
-SHORT = frozenset(re.findall(r"\w+", "no on up in if go he we us ok"))
 SHAPE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[A-Z][a-z]+[A-Z][a-z]{2,}")  # even, YES, McDonald; not nRT, NaCl
 VOWEL = re.compile(r"[aeiou]|[hklr]y")
 VERB = re.compile(r"\b(?:is|are|not)\b")
@@ -55,13 +49,6 @@ PHRASES = [
         (r"\bno solutions\b", "no solution"),
     ]
 ]
-SPELLED = dict(
-    re.findall(
-        r"(\w+) (\w+)",
-        "zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12 first 1st "
-        "second 2nd third 3rd fourth 4th fifth 5th sixth 6th seventh 7th eighth 8th ninth 9th tenth 10th",
-    )
-)
 TOKEN = re.compile(r"(?<!\w)(?<!\w )-|\d+(?:[.:/-]\d+)*\w*|\w+(?:'\w+)*|[^\w\s.,;:!?()\"'/-]")
 
 

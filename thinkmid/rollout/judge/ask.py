@@ -16,7 +16,6 @@ from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling, make_engine
 from thinkmid.rollout.judge.config import JudgeConfig, longest_question
-from thinkmid.rollout.judge.endpoint import RemoteAsk
 from thinkmid.rollout.judge.model import Ask, JudgeError
 from thinkmid.rollout.judge.templates import ANSWERS
 from thinkmid.rollout.verdict import Future
@@ -77,6 +76,8 @@ def make_ask(judge: JudgeConfig, policy: Policy, model: JudgeModel | None, note:
     model: from read_judge. note(line): receives what happens to an endpoint.
     """
     if judge.kind == "remote":
+        from thinkmid.rollout.judge.endpoint import RemoteAsk
+
         return RemoteAsk(
             judge.url,
             judge.model,

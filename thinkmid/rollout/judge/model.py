@@ -34,19 +34,6 @@ class Ask(Protocol):
         """Breaks off what is under way; its futures fail."""
 
 
-class Judge(Protocol):
-    """Compares a candidate with a reference. It sees neither prefix nor thought."""
-
-    def __call__(self, candidate: str, reference: str) -> Pending:
-        """Starts the work."""
-
-    def row(self) -> Tally:
-        """Metrics since the last call."""
-
-    def close(self) -> None:
-        """Verdicts that are still to come fail."""
-
-
 class ModelJudge:
     """A judge that asks a model, and only where rules do not decide. For one thread; ask may use many.
 

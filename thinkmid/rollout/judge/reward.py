@@ -8,11 +8,13 @@ from functools import lru_cache
 from thinkmid.rollout.judge.ask import JudgeModel, Policy, make_ask
 from thinkmid.rollout.judge.canary import Examiner
 from thinkmid.rollout.judge.config import JudgeConfig
-from thinkmid.rollout.judge.model import Judge, ModelJudge
+from thinkmid.rollout.judge.model import ModelJudge
 from thinkmid.rollout.judge.rule import RuleJudge
 from thinkmid.rollout.verdict import Pending, Ready, malformed
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample, Tally
+
+Judge = RuleJudge | ModelJudge  # of candidate and reference; a judge sees neither prefix nor thought
 
 
 class ContinuationReward:
