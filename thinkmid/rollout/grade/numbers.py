@@ -34,7 +34,7 @@ ASSIGNED = re.compile(
 
 
 class Number(NamedTuple):
-    """What a text spells out."""
+    """A number that a text spells out."""
 
     value: Fraction
     spelling: str  # "integer", "decimal", "fraction"; "quotient": a fraction that is a whole number
@@ -85,4 +85,5 @@ def value_of(match: re.Match[str]) -> tuple[Fraction, str]:
 
 
 def is_number(digits: str | None) -> bool:
+    """A matched group with a digit, and with nothing but digits, signs, commas and points."""
     return re.fullmatch(r"[-+\d.,]*\d[-+\d.,]*", digits or "") is not None

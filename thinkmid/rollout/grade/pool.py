@@ -66,7 +66,7 @@ class Keeper:
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for pipe in (self._input, self._output):
-            with contextlib.suppress(OSError):  # a line that nobody will read
+            with contextlib.suppress(OSError):  # a line that is never read
                 pipe.close()
 
     def _start(self) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts on answers that need no algebra, and answers that no algebra is wasted on."""
+"""Rule-based verdicts on answers, and filters that reject answers before they reach math-verify."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def unworkable(answer: str, gold: str) -> Verdict | None:
     left = unfinished(answer) - unfinished(gold)
     if left:
         return Verdict(0, f"not worked out ({min(left)})")
-    if reason := refused(normal(gold)):  # nothing can be said about other spellings of it
+    if reason := refused(normal(gold)):  # other spellings of it cannot be compared
         return Verdict(None, f"gold answer refused: {reason}")
     if reason := refused(normal(answer)):
         return Verdict(0, f"refused: {reason}")
@@ -141,6 +141,7 @@ def same(a: Number, b: Number) -> bool:
 
 
 def rounds(a: Number, b: Number) -> bool:
+    """One is a decimal that may be the other, a fraction, rounded."""
     return {"decimal", "fraction"} == {a.spelling, b.spelling} and abs(a.value - b.value) <= ROUNDED
 
 

@@ -81,8 +81,8 @@ def is_word(run: str) -> bool:
     """A run of letters that is no variable, function or product of variables.
 
     A product has no vowel (xy, pqr, mgh), or its letters follow each other in the alphabet (ab, abc, mno, ABCD) or are
-    some of a, b, c, d, x, y, z in this order (abd, axy). Of two letters, only SHORT and roman numerals are words; of
-    Greek letters, none.
+    some of a, b, c, d, x, y, z in this order (abd, axy). Two letters are a word only in SHORT and as a roman numeral;
+    Greek letters never are.
     """
     if not run.isascii():
         return not re.search(r"[\u0370-\u03ff]", run) and (len(run) > 1 or run >= "\u3000")
@@ -97,7 +97,7 @@ def is_word(run: str) -> bool:
 def same_text(answer: list[str], gold: list[str]) -> bool:
     """Items in any order, as those of a list of numbers, or the same words with other punctuation.
 
-    Of a time, either may leave out the half of the day, as an answer may leave out a unit: 4:30 is 4:30 p.m., and so is
+    Either may leave out the half of the day of a time, as an answer may leave out a unit: 4:30 is 4:30 p.m., and so is
     16:30, but not 4:30 a.m.
     """
     if sorted(answer) == sorted(gold) or " ".join(answer) == " ".join(gold):
@@ -135,16 +135,19 @@ def spelled(text: str) -> str:
 
 
 def accented(match: re.Match[str]) -> str:
+    """For ACCENT: the letter with its accent, two characters."""
     return f"{match[2]}{COMBINING[match[1]]}"
 
 
 def one_time(match: re.Match[str]) -> str:
+    """For TIME: hour:minute and half of the day, such as 4:30pm."""
     if match["name"]:
         return "12:00pm" if match["name"] == "noon" else "12:00am"
     return f"{int(match['hour'])}:{match['minute'] or '00'}{match['half'] or ''}"
 
 
 def one_date(match: re.Match[str]) -> str:
+    """For DATE: month, day, year if given, such as jun 20 2004."""
     day, month = match["day"] or match["day2"], match["month"] or match["month2"]
     return f"{month[:3]} {int(day)} {match['year'] or ''}"
 

@@ -28,7 +28,7 @@ def disguises(say: str) -> tuple[str, ...]:
 
 def attacks() -> list[str]:
     """Strings that ask, order, forge or fool a judge into yes, family by family in turn; always the same."""
-    code = "0a1b2c3d"  # a guess: nobody outside knows the real one
+    code = "0a1b2c3d"  # a guess: a policy cannot know the nonce
     orders = FAMILIES["orders"]
     families = (
         orders,

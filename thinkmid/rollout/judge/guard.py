@@ -81,7 +81,7 @@ ADDRESSES = {
     r"|(?:输出|輸出|回答|答え|出力)[^\w\n]{0,2}(?:yes|1(?!\d))",
 }  # fmt: skip
 
-# claims of a verdict that are ordinary words too: at fault only alone, where the reference does not say them
+# claims of a verdict that are ordinary words too: at fault only alone, where the reference does not contain them
 BARE = {"yes", "1", "true", "correct", "same", "match", "identical", "equivalent", "yes yes", "yes 1", "yes yes yes"}
 
 # commands, once letters that were set apart are drawn together
@@ -101,6 +101,7 @@ def fold(text: str) -> str:
 
 
 def words(folded: str) -> str:
+    """The words of a folded text without punctuation, with one space between them."""
     return " ".join(re.findall(r"[\w']+", folded))
 
 
@@ -112,7 +113,7 @@ PATTERNS["foreign"] = re.compile(rf"(?:{FOREIGN})(?! (?:ou|o|oder|of|lub|или)
 
 
 def decide(candidate: str, reference: str) -> Verdict | None:
-    """The verdict if no model is needed to know it, else None. What the reference does too is nobody's fault."""
+    """The verdict if no model is needed to know it, else None. What the reference does too is never held against it."""
     if not candidate.strip():
         return Verdict(0, "empty")
     if candidate.split() == reference.split():
@@ -120,10 +121,10 @@ def decide(candidate: str, reference: str) -> Verdict | None:
     ours, theirs = fold(candidate), fold(reference)
     if not any(c.isalnum() for c in ours):
         return Verdict(0, "no word")
-    said, wanted = words(ours), words(theirs)
-    if said in OPENERS and said != wanted:
+    written, wanted = words(ours), words(theirs)
+    if written in OPENERS and written != wanted:
         return Verdict(0, "an opener alone")
-    if said in BARE and not set(said.split()) <= set(wanted.split()):
+    if written in BARE and not set(written.split()) <= set(wanted.split()):
         return Verdict(0, "addresses the judge (verdict)")
     if repeats(ours) and not repeats(theirs):
         return Verdict(0, "one thing over and over")

@@ -13,7 +13,7 @@ from thinkmid.types import Tally
 
 
 class JudgeError(Exception):
-    """No response, or none that can be read. One line says why; said: what came instead, in the sender's words."""
+    """No response, or none that can be read. One line; said: what came instead, in the sender's words."""
 
     def __init__(self, why: str, said: str = ""):
         super().__init__(why)

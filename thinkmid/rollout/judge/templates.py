@@ -25,7 +25,10 @@ TAG = re.compile(r"([<＜])(?=[/|｜\w])|(\[)(?=/?[A-Z_]{2,}\])|(?<=[|｜])(?=[>
 
 
 def nonce(seed: int, reference: str, vote: int) -> str:
-    """8 hex characters that the policy cannot know: of the run's seed, the reference (siblings share it), the vote."""
+    """8 hex characters that the policy cannot know: a hash of the run's seed, the reference and the vote.
+
+    Siblings share it, as they share their reference.
+    """
     text = f"{vote}/{reference}".encode("utf-8", errors="surrogatepass")
     return hashlib.blake2b(text, key=str(seed).encode(), digest_size=4).hexdigest()
 
@@ -40,13 +43,14 @@ def render(template_id: str, candidate: str, reference: str, nonce: str) -> str:
 
 
 def find(template_id: str) -> str:
+    """A template of TEMPLATES. ValueError: no such id."""
     if template_id in TEMPLATES:
         return TEMPLATES[template_id]
     raise ValueError(unknown("template", template_id, TEMPLATES))
 
 
 def neutral(text: str, nonce: str) -> str:
-    """A text that cannot end its fence, open another, or spell a special token; readers lose nothing by it."""
+    """The text, changed so that it cannot end its fence, open another, or spell a special token. Its words stay."""
     text = BREAKS.sub("\n", text)
     text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in INVISIBLE)
     text = TAG.sub(r"\g<0> ", RUN.sub(r"\1\1", text))
