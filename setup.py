@@ -46,5 +46,7 @@ setup(
         "thinkmid.mini": ["wordings.toml"],
         "thinkmid.report": ["page.css", "page.js", "paper.toml", "templates/*.html"],
         "thinkmid.run": ["curves.mplstyle"],
+        "thinkmid.rollout.judge": ["*.toml"],
+        "thinkmid.rollout.grade": ["*.toml"],
     },
 )

@@ -14,7 +14,7 @@ import torch._dynamo  # noqa: F401
 
 from thinkmid import config
 from thinkmid.rollout.engine import native  # noqa: F401
-from thinkmid.rollout.judge import config as judge_config  # noqa: F401
+from thinkmid.rollout.judge import reward  # noqa: F401
 from thinkmid.train import corpus, job, probe, rl, rlmt, sft, step  # noqa: F401
 
 found = {}

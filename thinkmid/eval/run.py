@@ -20,7 +20,7 @@ from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.eval.summary import Graded, summarise
 from thinkmid.files import write_rows, write_whole
-from thinkmid.rollout.grade.config import make_grader
+from thinkmid.rollout.grade.grader import make_grader
 
 SHARES = ("unparsed", "truncated", "unclosed")
 

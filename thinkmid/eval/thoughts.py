@@ -28,8 +28,7 @@ from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, propor
 from thinkmid.eval.swap import swap
 from thinkmid.files import write_rows, write_whole
 from thinkmid.rollout.grade.answers import squeezed
-from thinkmid.rollout.grade.config import make_grader
-from thinkmid.rollout.grade.grader import Grader
+from thinkmid.rollout.grade.grader import Grader, make_grader
 from thinkmid.thoughts import CLOSE
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt

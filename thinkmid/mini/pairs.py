@@ -99,7 +99,7 @@ def draw_pairs(references: Sequence[str], tokenizer: Tokenizer, n: int, seed: in
         candidates.append(NUMBER.sub(str(wanted), worded(rng, words, reference, references), count=1))
     cut = [tokenizer.decode(tokens[:MAX_SUFFIX]) for tokens in tokenizer.encode_many(candidates)]
     return [
-        Pair(kind=kind, candidate=c, reference=r, label=int(match(c, r)().reward))
+        Pair(kind=kind, candidate=c, reference=r, label=int(match(c, r).reward))
         for kind, r, c in zip(kinds, drawn, cut, strict=True)
     ]
 

@@ -15,6 +15,7 @@ from thinkmid.errors import UserError
 from thinkmid.plan import memory
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.protocol import Engine, check_vllm, make_engine
+from thinkmid.rollout.verdict import Reward
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import EXIT, Interrupt, Stopped
 from thinkmid.run.log import finite
@@ -22,7 +23,7 @@ from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.train import advantage, exchange, job
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
+from thinkmid.train.draw import judged, places, refuse_stale, refuse_unjudged, rollouts
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.metrics import (
@@ -69,7 +70,7 @@ def run(
 ) -> int:
     """A program's run, from the claim of its folder to the export. Returns the exit code.
 
-    make_reward(prompts, engine, max_len, device, log.note) -> (Reward, what to call in the end). max_len: tokens of the
+    make_reward(prompts, engine, max_len, device, log.note) -> Reward. max_len: tokens of the
     longest sequence, or at_least where the engine is asked for other things too. make_scores(job, frozen model or None)
     -> Scores or None. look_every: steps between looks at the held-out prompts, after the one before the first step.
     judge_folder: of weights that judge, if they come from one.
@@ -96,7 +97,7 @@ def run(
     rows = cfg.sampling.max_batch
     engine = make_engine(cfg.engine, source, model_cfg, tokenizer, device=ranks.device, max_len=max_len, rows=rows)
     engine.sleep()
-    reward, close = make_reward(prompts, engine, cfg.engine.max_len or max_len, ranks.device, opened.log.note)
+    reward = make_reward(prompts, engine, cfg.engine.max_len or max_len, ranks.device, opened.log.note)
     looks = {"held_out": held_out, "look_every": look_every}
     more = {"reference": frozen if cfg.loss.kl else None, "scores": make_scores(opened, frozen), **looks}
     try:
@@ -107,7 +108,7 @@ def run(
         code = EXIT
     finally:
         opened.watch.rest()
-        close()
+        reward.close()
     if code == 0:
         folder = opened.export()
         if ranks.rank == 0:

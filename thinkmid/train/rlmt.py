@@ -13,15 +13,7 @@ from typing import Literal
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine.protocol import check_vllm
-from thinkmid.rollout.judge.config import (
-    JudgeConfig,
-    make_ask,
-    make_reward,
-    question_tokens,
-    read_judge,
-    resident_engine,
-)
-from thinkmid.rollout.verdict import Verdict
+from thinkmid.rollout.judge.config import JudgeConfig, question_tokens
 from thinkmid.train.config import RewardConfig, RLConfig
 
 
@@ -75,24 +67,14 @@ class RLMTConfig(RLConfig):
         return self.reward.decay if "ema" in self.reward.weights else 0.0
 
 
-class NoJudge:
-    """The judge of a run whose rewards come from the text alone."""
-
-    def __call__(self, prompt, sample):
-        return lambda: NOT_ASKED
-
-    def finish(self, step):
-        return {}
-
-
-NOT_ASKED = Verdict(0, "")
-
-
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
 
     from thinkmid.model import weights
     from thinkmid.plan import memory
+    from thinkmid.rollout.judge.ask import Policy, read_judge
+    from thinkmid.rollout.judge.reward import make_reward
+    from thinkmid.rollout.judge.rule import Unjudged
     from thinkmid.tokenizer import Tokenizer
     from thinkmid.train import corpus, rl
     from thinkmid.train.likelihood import Scores
@@ -120,9 +102,16 @@ def main(argv: list[str]) -> int:
 
     def reward(prompts, engine, max_len, device, note):
         if not asks:
-            return NoJudge(), lambda: None
-        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, tokenizer, theirs, device, max_len, note)
-        return make_reward(cfg.judge, cfg.sampling, tokenizer, ask, prompts, cfg.run.seed), close
+            return Unjudged()
+        policy = Policy(
+            engine=engine,
+            engine_cfg=cfg.engine,
+            tokenizer=tokenizer,
+            sampling=cfg.sampling,
+            max_len=max_len,
+            device=device,
+        )
+        return make_reward(cfg.judge, policy, theirs, prompts, seed=cfg.run.seed, note=note)
 
     def scores(run, frozen):
         if cfg.reward.is_verdict:
@@ -141,6 +130,7 @@ def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
     """Bytes per rank of a resident judge, by owner; {} for others."""
     from thinkmid.model import weights
     from thinkmid.plan import memory
+    from thinkmid.rollout.judge.ask import resident_engine
 
     if not cfg.reward.judge or cfg.judge.kind != "resident":
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.rollout.grade.config import VerifyConfig, make_grader
+from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.train.config import RLConfig
 
 
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
 
     from thinkmid.model import weights
     from thinkmid.plan import memory
-    from thinkmid.rollout.grade.grader import AnswerReward
+    from thinkmid.rollout.grade.grader import make_grader
+    from thinkmid.rollout.grade.reward import AnswerReward
     from thinkmid.tokenizer import Tokenizer
     from thinkmid.train import job, rl
 
@@ -61,8 +62,7 @@ def main(argv: list[str]) -> int:
     grader = make_grader(cfg.verify)
 
     def reward(prompts, engine, max_len, device, note):
-        made = AnswerReward(tokenizer, grader, thinks=cfg.data.template.endswith("-think"))
-        return made, made.close
+        return AnswerReward(tokenizer, grader, thinks=cfg.data.template.endswith("-think"))
 
     return rl.run(cfg, source, model_cfg, tokenizer, lambda *_: questions, reward)
 

@@ -23,6 +23,7 @@ MARKER = re.compile(
 # a full stop that ends a sentence, or a comma with words after it
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|\**$)|;\s|,\s+(?=[A-Za-z]{2,}\s)|\s(?:because|since)\s")
 
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 DISPLAY = re.compile(r"^(?:\s|\$\$|\\\[|\*\*)*")
 
 SPELLINGS = str.maketrans(
@@ -63,7 +64,7 @@ def after_thought(text: str) -> str | None:
 
 
 def extract(text: str) -> str | None:
-    """The answer of a text: its last balanced \\boxed{}, else what its last answer line says; None if it has none.
+    """The answer of a text: its last balanced \\boxed{}, else the content of its last answer line; None if it has none.
 
     Only what follows the last closing think tag is read; a thought that never closes has no answer. Several boxes,
     or several answer lines, on the last such line are one answer together, so that guessing twice is no way to win.
@@ -111,14 +112,14 @@ def unboxed(content: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """What the answer lines say that begin on the line of the last one."""
+    """Contents of the answer lines that begin on the line of the last one."""
     markers = list(MARKER.finditer(text))
     found = []
     for match, following in zip_longest(markers, markers[1:]):
         rest = DISPLAY.sub("", text[match.end() : following.start() if following else None], count=1)
         line = rest.split("\n", 1)[0].strip()
-        says = line if match[0] == "####" else SENTENCE_END.split(line, maxsplit=1)[0]
-        found.append((match.start(), match.end(), says.strip("*_ ")))
+        content = line if match[0] == "####" else SENTENCE_END.split(line, maxsplit=1)[0]
+        found.append((match.start(), match.end(), content.strip("*_ ")))
     return together(text, [one for one in found if one[2]])
 
 
@@ -136,5 +137,9 @@ def normal(answer: str) -> str:
 
 def squeezed(answer: str) -> str:
     """A normal answer without spaces and without braces that hold one character: equal for equal TeX."""
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(answer))
-    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", without_text(answer)))
+
+
+def without_text(answer: str) -> str:
+    """A normal answer with the contents of \\text{} in its place."""
+    return TEXT.sub(r"\1", normal(answer))

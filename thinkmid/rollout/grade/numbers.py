@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from thinkmid.rollout.grade.answers import normal
+from thinkmid.rollout.grade.lexicon import NOT_UNITS
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 FRACTION = rf"\\frac \{{ (?P<over>[-+]?(?:{DIGITS})) \}} \{{ (?P<under>[-+]?(?:{DIGITS})) \}}"
@@ -25,17 +26,6 @@ UNIT = re.compile(
     r"|(?P<words>[A-Za-z][A-Za-z]+(?:[ /.-]+[A-Za-z]+)*))?"
     r"\s*(?:\^\s*\{?\s*[23]\s*\}?)?\s*"
 )
-# words after a number that make it another number, or several, or no number at all
-NO_UNITS = frozenset(
-    re.findall(
-        r"\w+",
-        "or and not to but if mod modulo pi e i sqrt sin cos tan sec csc cot log ln exp inf infinity infty alpha "
-        "beta gamma theta phi lambda omega choose factorial half third quarter dozen hundred thousand million "
-        "billion trillion times plus minus over under less more at most least greater fewer through than either "
-        "is base between maybe perhaps one two three four five six seven eight nine ten eleven twelve twenty "
-        "thirty forty fifty x y z n ",
-    )
-)
 ASSIGNED = re.compile(
     r"\s*(?:\\(?:angle|overline|triangle|text|operatorname)\s*)?\{?\\?[A-Za-z]+\}?(?:_\{?\w+\}?)?(?:\s*\([^()=]*\))?\s*"
     r"(?:=|\\approx(?![A-Za-z]))(?!.*=)(?P<right>.*)",
@@ -44,7 +34,7 @@ ASSIGNED = re.compile(
 
 
 class Number(NamedTuple):
-    """What a text spells out."""
+    """A number that a text spells out."""
 
     value: Fraction
     spelling: str  # "integer", "decimal", "fraction"; "quotient": a fraction that is a whole number
@@ -76,10 +66,10 @@ def unit_of(rest: str) -> str | None:
     if not match:
         return None
     unit = (match["text"] or match["words"] or "").strip().casefold()
-    return None if NO_UNITS & set(re.findall(r"[a-z]+", unit if match["words"] else f"{unit} ")) else unit
+    return None if NOT_UNITS & set(re.findall(r"[a-z]+", unit if match["words"] else f"{unit} ")) else unit
 
 
-def value_of(match: re.Match) -> tuple[Fraction, str]:
+def value_of(match: re.Match[str]) -> tuple[Fraction, str]:
     """Value without sign, and how it is spelled."""
     part = {name: Fraction(digits.replace(",", "")) for name, digits in match.groupdict().items() if is_number(digits)}
     if match["power"]:
@@ -95,4 +85,5 @@ def value_of(match: re.Match) -> tuple[Fraction, str]:
 
 
 def is_number(digits: str | None) -> bool:
-    return bool(digits) and any(c.isdigit() for c in digits) and bool(re.fullmatch(r"[-+\d.,]*", digits))
+    """A matched group with a digit, and with nothing but digits, signs, commas and points."""
+    return re.fullmatch(r"[-+\d.,]*\d[-+\d.,]*", digits or "") is not None

@@ -1,10 +1,11 @@
-"""Verdicts on answers that need no algebra, and answers that no algebra is wasted on."""
+"""Rule-based verdicts on answers, and filters that reject answers before they reach math-verify."""
 
 from __future__ import annotations
 
 import re
 
-from thinkmid.rollout.grade.answers import boxes, normal, squeezed
+from thinkmid.rollout.grade.answers import boxes, normal, squeezed, without_text
+from thinkmid.rollout.grade.lexicon import UNITS
 from thinkmid.rollout.grade.limits import refused
 from thinkmid.rollout.grade.numbers import LITERAL, Number, number
 from thinkmid.rollout.grade.words import items, prose, same_text
@@ -46,18 +47,6 @@ UNFINISHED = {
     }.items()
 }
 
-UNITS = {
-    spelling: group.split()[0]
-    for group in (
-        "mm millimeter millimeters", "cm centimeter centimeters centimetres", "m meter meters metres metre",
-        "km kilometer kilometers kilometres", "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles",
-        "g gram grams", "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces", "ml milliliter milliliters",
-        "l liter liters litres", "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days",
-        "week weeks", "month months", "year years", "cent cents", "dollar dollars",
-    )
-    for spelling in group.split()
-}  # fmt: skip
-
 
 def gold_answer(gold: str) -> str:
     """A gold answer alone: of a worked solution, what follows its last "####" or stands in its last box."""
@@ -71,7 +60,7 @@ def canonical(answer: str) -> str:
     words = prose(answer)
     if words is None and (given := number(answer)):
         return f"{given.value}{'%' * given.percent}"
-    choice = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(answer)))
+    choice = CHOICE.fullmatch(without_text(answer))
     if choice and (choice[1] or not choice[3].strip(" .")) and not SEVERAL.search(choice[3]):
         return (choice[1] or choice[2]).upper()
     return squeezed(answer) if words is None else ", ".join(sorted(words))
@@ -104,7 +93,7 @@ def unworkable(answer: str, gold: str) -> Verdict | None:
     left = unfinished(answer) - unfinished(gold)
     if left:
         return Verdict(0, f"not worked out ({min(left)})")
-    if reason := refused(normal(gold)):  # nothing can be said about other spellings of it
+    if reason := refused(normal(gold)):  # other spellings of it cannot be compared
         return Verdict(None, f"gold answer refused: {reason}")
     if reason := refused(normal(answer)):
         return Verdict(0, f"refused: {reason}")
@@ -113,7 +102,7 @@ def unworkable(answer: str, gold: str) -> Verdict | None:
 
 def by_choice(answer: str, gold: str) -> Verdict | None:
     """Letters of a multiple choice."""
-    wanted, given = (CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normal(t))) for t in (gold, answer))
+    wanted, given = (CHOICE.fullmatch(without_text(text)) for text in (gold, answer))
     if not wanted or wanted[3].strip(" .") or not (wanted[1] or wanted[2]).isupper():
         return None
     if (
@@ -152,6 +141,7 @@ def same(a: Number, b: Number) -> bool:
 
 
 def rounds(a: Number, b: Number) -> bool:
+    """One is a decimal that may be the other, a fraction, rounded."""
     return {"decimal", "fraction"} == {a.spelling, b.spelling} and abs(a.value - b.value) <= ROUNDED
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from thinkmid.rollout.grade.answers import normal
+from thinkmid.rollout.grade.answers import TEXT, normal
+from thinkmid.rollout.grade.lexicon import FUNCTIONS, SHORT, SPELLED
 from thinkmid.rollout.grade.numbers import number
 
 SET = re.compile(r"[\s${]*\\(?:\{\s*\\)?(?:text[a-z]*|emph|[mh]box)\s*\{")  # as text, at its beginning
-TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 ACCENT = re.compile(r"\\(['\"^])\s*\{?([A-Za-z])\}?")
 COMBINING = {"'": "\u0301", '"': "\u0308", "^": "\u0302"}
 QUOTES = str.maketrans("‘’ʼ′“”„。", "''''\"\"\".")
@@ -17,12 +17,6 @@ QUOTES = str.maketrans("‘’ʼ′“”„。", "''''\"\"\".")
 L = r"[^\W\d_]"  # a letter
 # letters, digits and punctuation; a hyphen or a slash between words only, for elsewhere they are operators
 PROSE = re.compile(rf"(?:[^\W_]|[\s.,;:'\"()%&#、]|(?<={L}{L})\s?[-/]\s?(?={L}{L})|(?<=\w)-(?={L}{{3}}))+")
-# names that start an expression: "sin x"; those without a vowel are no words anyway
-FUNCTIONS = frozenset(
-    re.findall(r"\w+", "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp lim mod det arg deg dim")
-)
-# other pairs of letters are products: ab, at, pq
-SHORT = frozenset(re.findall(r"\w+", "no on up in if go he we us ok"))
 SHAPE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[A-Z][a-z]+[A-Z][a-z]{2,}")  # even, YES, McDonald; not nRT, NaCl
 VOWEL = re.compile(r"[aeiou]|[hklr]y")
 VERB = re.compile(r"\b(?:is|are|not)\b")
@@ -55,13 +49,6 @@ PHRASES = [
         (r"\bno solutions\b", "no solution"),
     ]
 ]
-SPELLED = dict(
-    re.findall(
-        r"(\w+) (\w+)",
-        "zero 0 one 1 two 2 three 3 four 4 five 5 six 6 seven 7 eight 8 nine 9 ten 10 eleven 11 twelve 12 first 1st "
-        "second 2nd third 3rd fourth 4th fifth 5th sixth 6th seventh 7th eighth 8th ninth 9th tenth 10th",
-    )
-)
 TOKEN = re.compile(r"(?<!\w)(?<!\w )-|\d+(?:[.:/-]\d+)*\w*|\w+(?:'\w+)*|[^\w\s.,;:!?()\"'/-]")
 
 
@@ -94,8 +81,8 @@ def is_word(run: str) -> bool:
     """A run of letters that is no variable, function or product of variables.
 
     A product has no vowel (xy, pqr, mgh), or its letters follow each other in the alphabet (ab, abc, mno, ABCD) or are
-    some of a, b, c, d, x, y, z in this order (abd, axy). Of two letters, only SHORT and roman numerals are words; of
-    Greek letters, none.
+    some of a, b, c, d, x, y, z in this order (abd, axy). Two letters are a word only in SHORT and as a roman numeral;
+    Greek letters never are.
     """
     if not run.isascii():
         return not re.search(r"[\u0370-\u03ff]", run) and (len(run) > 1 or run >= "\u3000")
@@ -110,7 +97,7 @@ def is_word(run: str) -> bool:
 def same_text(answer: list[str], gold: list[str]) -> bool:
     """Items in any order, as those of a list of numbers, or the same words with other punctuation.
 
-    Of a time, either may leave out the half of the day, as an answer may leave out a unit: 4:30 is 4:30 p.m., and so is
+    Either may leave out the half of the day of a time, as an answer may leave out a unit: 4:30 is 4:30 p.m., and so is
     16:30, but not 4:30 a.m.
     """
     if sorted(answer) == sorted(gold) or " ".join(answer) == " ".join(gold):
@@ -147,17 +134,20 @@ def spelled(text: str) -> str:
     return text.strip()
 
 
-def accented(match: re.Match) -> str:
-    return match[2] + COMBINING[match[1]]
+def accented(match: re.Match[str]) -> str:
+    """For ACCENT: the letter with its accent, two characters."""
+    return f"{match[2]}{COMBINING[match[1]]}"
 
 
-def one_time(match: re.Match) -> str:
+def one_time(match: re.Match[str]) -> str:
+    """For TIME: hour:minute and half of the day, such as 4:30pm."""
     if match["name"]:
         return "12:00pm" if match["name"] == "noon" else "12:00am"
     return f"{int(match['hour'])}:{match['minute'] or '00'}{match['half'] or ''}"
 
 
-def one_date(match: re.Match) -> str:
+def one_date(match: re.Match[str]) -> str:
+    """For DATE: month, day, year if given, such as jun 20 2004."""
     day, month = match["day"] or match["day2"], match["month"] or match["month2"]
     return f"{month[:3]} {int(day)} {match['year'] or ''}"
 
