@@ -1,6 +1,6 @@
 """Kill a small run again and again: in the end its files are those of a run that nobody touched.
 
-python tests/train/drill.py --kills 30
+python tests/helpers/drill.py --kills 30
 """
 
 import argparse
