@@ -155,6 +155,14 @@ def test_sample_shows_thought_and_continuation_apart_and_repeats_itself(model, c
     assert call(*argv, "--seed", "1")[1] != out
 
 
+def test_sample_takes_a_tokenizer_that_spells_the_tags_in_ordinary_tokens(call, tmp_path):
+    call("sft", *world.sft_flags(tmp_path), "--fresh.tags=plain")
+    capped = ("--max-think", "9", "--max-suffix", "4", "--temperature", "0")
+    code, out, _ = call("sample", str(tmp_path / "sft" / "export"), "Ana has 2 coins.", *capped)
+    assert code == 0
+    assert out.startswith("thought (")
+
+
 def test_samples_seed_does_not_depend_on_how_many_are_drawn(model, call):
     argv = ("sample", str(model), "Ana has 2 coins.", "--max-think", "8", "--max-suffix", "4")
     assert call(*argv, "--n", "2")[1].startswith("--- 1 of 2\n" + call(*argv)[1])
