@@ -5,6 +5,7 @@
 # make test-vllm   the tests that need vLLM; both in .venv-vllm, because vLLM pins its own versions
 # make gpu         the GPU session: kernels, training step, RL step against predictions; needs a GPU, benchmarks/session.md
 # make lint        ruff: style and format
+# make types       mypy, strict
 # make docs        the documentation as a site in build/docs; no network once .venv-docs is there
 # make setup       .venv alone: pinned packages, csrc, an editable install
 # make clean       removes environments, builds, caches and the miniature's runs
@@ -27,7 +28,7 @@ PIP := -m pip install -q --disable-pip-version-check
 
 DOCS_PY := .venv-docs/bin/python
 
-.PHONY: help rlmt mini rlmt-vllm test test-vllm gpu lint docs setup clean
+.PHONY: help rlmt mini rlmt-vllm test test-vllm gpu lint types docs setup clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -86,6 +87,9 @@ gpu:
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m mypy
 
 docs: .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --quiet
