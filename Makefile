@@ -1,13 +1,17 @@
-# make rlmt   the main job in miniature: corpus, base, SFT, RL mid-training, curves; minutes on two CPU cores
-# make test   the test suite
-# make mini   the paper's rows in miniature: every stage, before and after RLPT, a table and a picture; SEEDS=0,1,2
-# make rlmt-vllm   the same with vLLM inside two ranks and a model as judge, 20 steps
-# make test-vllm   the tests that need vLLM; both in an environment of its own, .venv-vllm, for it pins its own versions
-# make gpu    the GPU session: kernels, training step, RL step against their predictions; needs a GPU, see benchmarks/session.md
-# make lint   ruff
-# make clean  removes the environment, the build and the miniature's runs
+# make rlmt        the main job in miniature: corpus, base model, SFT, RL mid-training, curves; minutes on two CPU cores
+# make test        the test suite
+# make mini        the paper's rows in miniature: every stage, before and after RLPT, a table, a picture; SEEDS=0,1,2
+# make rlmt-vllm   the main job with vLLM inside two ranks and a model as judge, 20 steps
+# make test-vllm   the tests that need vLLM; both in .venv-vllm, because vLLM pins its own versions
+# make gpu         the GPU session: kernels, training step, RL step against predictions; needs a GPU, benchmarks/session.md
+# make lint        ruff: style and format
+# make types       mypy, strict
+# make docs        the documentation as a site in build/docs; no network once .venv-docs is there
+# make setup       .venv alone: pinned packages, csrc, an editable install
+# make clean       removes environments, builds, caches and the miniature's runs
+# make help        this list
 #
-# Each sets up what it needs: .venv, pinned packages, csrc. The second call finds it there.
+# Each sets up what it needs; the second call finds it there.
 
 PYTHON ?= python3
 RANKS ?= 1
@@ -22,7 +26,12 @@ VLLM_PY := .venv-vllm/bin/python
 VLLM_READY := .venv-vllm/.ready
 PIP := -m pip install -q --disable-pip-version-check
 
-.PHONY: rlmt mini rlmt-vllm test test-vllm gpu lint setup clean
+DOCS_PY := .venv-docs/bin/python
+
+.PHONY: help rlmt mini rlmt-vllm test test-vllm gpu lint types docs setup clean
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
 
 rlmt: runs/mini-rlmt/export/thinkmid.json
 
@@ -79,6 +88,13 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+types: $(READY)
+	$(PY) -m mypy
+
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --quiet
+	@echo build/docs/index.html
+
 setup: $(READY)
 
 $(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
@@ -96,9 +112,15 @@ $(VLLM_READY): requirements-vllm.txt setup.py pyproject.toml $(wildcard csrc/*)
 	$(VLLM_PY) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+.venv-docs/.ready: requirements-docs.txt
+	@$(GOOD_PYTHON)
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS_PY) $(PIP) -r requirements-docs.txt
+	@touch $@
+
 GOOD_PYTHON = $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	{ echo "error: thinkmid needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=" >&2; exit 2; }
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info thinkmid/*.so runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt \
-		runs/mini-judge runs/mini-vllm
+	rm -rf .venv .venv-vllm .venv-docs build *.egg-info thinkmid/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt runs/mini-judge runs/mini-vllm

@@ -1,13 +1,19 @@
-"""Builds csrc/ with pybind11: C++17, OpenMP, no torch headers. Without a compiler the Python twins do its work."""
+"""Builds csrc/ with pybind11 (C++17, OpenMP, no torch headers) and puts configs/ into the wheel.
 
+Without a compiler thinkmid is complete: the Python twins of csrc/ do its work.
+"""
+
+import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
-class BuildOrSaySo(build_ext):
+class BuildIfPossible(build_ext):
     def run(self):
         try:
             super().run()
@@ -24,8 +30,20 @@ class BuildOrSaySo(build_ext):
             try:
                 super().copy_extensions_to_source()
             except (FileNotFoundError, OSError):
-                print(f"thinkmid: {ext.name} is not there to copy", file=sys.stderr)
+                print(f"thinkmid: {ext.name} was not built, there is nothing to copy", file=sys.stderr)
             return
+
+
+class BuildWithConfigs(build_py):
+    """configs/*.toml become thinkmid/configs/ of a wheel. An editable install and a checkout read configs/ itself."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "thinkmid", "configs")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in glob("configs/*.toml"):
+                shutil.copy(path, folder)
 
 
 ParallelCompile().install()  # one compiler per core
@@ -41,12 +59,5 @@ setup(
             extra_link_args=["-fopenmp"],
         )
     ],
-    cmdclass={"build_ext": BuildOrSaySo},
-    package_data={
-        "thinkmid.mini": ["wordings.toml"],
-        "thinkmid.report": ["page.css", "page.js", "paper.toml", "templates/*.html"],
-        "thinkmid.run": ["curves.mplstyle"],
-        "thinkmid.rollout.judge": ["*.toml"],
-        "thinkmid.rollout.grade": ["*.toml"],
-    },
+    cmdclass={"build_ext": BuildIfPossible, "build_py": BuildWithConfigs},
 )

@@ -20,7 +20,7 @@ LEVELS = [
     {"rollout", "plan"},
     {"train", "augment", "eval"},
     {"report", "mini"},
-    {name.removeprefix("thinkmid.") for name in PROGRAMS},
+    {"cli"} | {name.removeprefix("thinkmid.") for name in PROGRAMS},
 ]
 
 

@@ -1,0 +1,89 @@
+"""A thought and a continuation of a text, drawn from a model's folder by the native engine.
+
+thinkmid sample runs/mini-rlmt/export "The box contains 26 cards. At seven Eva takes out 4."
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from thinkmid import config
+from thinkmid.data import templates
+from thinkmid.errors import UserError, plain
+from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.thoughts import OPEN
+from thinkmid.tokenizer import Tokenizer
+from thinkmid.types import Prompt, Sample
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if not args.model.is_dir():
+        raise UserError(f"{args.model}: no such folder; expected a Hugging Face model folder")
+
+    import torch
+
+    from thinkmid.model import weights
+    from thinkmid.model.hf_config import read_config
+    from thinkmid.rollout.engine.native import NativeEngine
+
+    model_cfg, tokenizer = read_config(args.model), Tokenizer.load(args.model)
+    prompt = Prompt(id="sample", tokens=templates.tokens(tokenizer, args.text + OPEN))
+    sampling = sampling_of(args)
+    longest = len(prompt.tokens) + sampling.max_new
+    if longest > model_cfg.max_positions:
+        sizes = f"{len(prompt.tokens)} prompt tokens and {sampling.max_new} new ones"
+        raise UserError(f"{sizes} exceed the model's context of {model_cfg.max_positions}; lower --max-think")
+    engine = NativeEngine(model_cfg, tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
+    engine.load_weights(weights.stream_folder(args.model, "float32", weights.stamps(args.model)), 0)
+    seeds = [seed(args.seed, 0, prompt.id, i) for i in range(args.n)]
+    drawn = {i: sample for _, i, sample in engine.generate([prompt], [seeds], sampling)}
+    for i in range(args.n):
+        if args.n > 1:
+            print(f"--- {i + 1} of {args.n}")
+        show(drawn[i], tokenizer)
+    return 0
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """UserError names the flag that is out of range."""
+    try:
+        return Sampling(
+            temperature=args.temperature, max_think=args.max_think, max_suffix=args.max_suffix, max_batch=args.n
+        )
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def show(sample: Sample, tokenizer: Tokenizer) -> None:
+    """Print a sample: thought and continuation, each under a line with its number of tokens."""
+    split = tokenizer.split_at_close(sample.tokens)
+    closed = split.num_tags > 0
+    print(f"thought ({sample.num_think} tokens{'' if closed else ', not closed'})")
+    print(plain(split.thought).strip())
+    print(f"continuation ({len(sample.tokens) - sample.num_think} tokens, {sample.finish})")
+    if closed:
+        print(plain(split.suffix).strip())
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        prog="thinkmid sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face folder of the model")
+    parser.add_argument("text", metavar="TEXT", help="the text before the thought")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-think", type=int, default=256, help="tokens of the thought (default: %(default)s)")
+    parser.add_argument("--max-suffix", type=int, default=64, help="tokens after the thought (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=1, help="number of samples (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.n < 1:
+        raise UserError(f"--n: expected at least 1, got {args.n}")
+    return args
+
+
+if __name__ == "__main__":
+    config.run(main)
