@@ -25,7 +25,7 @@ from thinkmid.mini.world import LARGEST
 from thinkmid.rollout.judge.rule import NUMBER, first_sentence, match
 from thinkmid.rollout.judge.templates import ANSWERS, render
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.optim import OptimConfig
+from thinkmid.train.config import OptimConfig
 
 PROGRAM = "thinkmid.mini.judge"
 TEMPLATE = "short"

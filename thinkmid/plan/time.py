@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
 PEAK = 989e12  # FLOP/s of an H100 SXM, bf16 dense: the vendor's figure
 BANDWIDTH = 3.35e12  # bytes/s of its memory: the vendor's figure
@@ -37,21 +41,23 @@ def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: floa
     )
 
 
-def training_seconds(model_cfg: ModelConfig, section, world: int, *, tokens: float, span: float, rows: float) -> float:
+def training_seconds(
+    model_cfg: ModelConfig, section: ModelSection, world: int, *, tokens: float, span: float, rows: float
+) -> float:
     """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
     head = forward_flops(model_cfg, 0, 0, rows)
     blocks = forward_flops(model_cfg, tokens, span, 0)
     return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
 
 
-def of_sft(cfg, model_cfg: ModelConfig, world: int) -> dict[str, float]:
-    """Seconds of a step: every sequence has max_len tokens, of which a token sees half."""
+def of_sft(cfg: Any, model_cfg: ModelConfig, world: int) -> dict[str, float]:
+    """Seconds of a step of SFTConfig: every sequence has max_len tokens, of which a token sees half."""
     tokens, span = cfg.data.batch_tokens, cfg.data.max_len / 2
     return {"training": training_seconds(model_cfg, cfg.model, world, tokens=tokens, span=span, rows=tokens)}
 
 
 def of_answers(
-    model_cfg: ModelConfig, engine, sampling, *, prompts: float, siblings: int, prompt: int
+    model_cfg: ModelConfig, engine: EngineConfig, sampling: Sampling, *, prompts: float, siblings: int, prompt: int
 ) -> dict[str, float]:
     """Seconds in which one engine draws siblings of prompts, all of full length.
 
@@ -74,8 +80,9 @@ def of_answers(
     }
 
 
-def of_rl(cfg, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
-    """Seconds of a step at most: longest prefixes, samples of full length, no dead groups. Judge and sync left out."""
+def of_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
+    """Seconds of a step of RLConfig at most: longest prefixes, samples of full length, no dead groups. Judge and sync
+    are left out."""
     b, new = cfg.batch, cfg.sampling.max_new
     samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
     trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new

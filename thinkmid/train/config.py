@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+from thinkmid.model.init import ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
-from thinkmid.run.config import RunConfig
-from thinkmid.train.optim import OptimConfig
+from thinkmid.run.config import ProgramConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model to start from."""
+class OptimConfig:
+    """AdamW, fused; moments and master weights in fp32."""
 
-    folder: str = ""  # Hugging Face folder
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
-    checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
-    deterministic: bool = True  # fixed order of sums in a GPU's attention backward; off: faster, not measured how much
+    lr: float  # peak learning rate
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, over the steps that remain
+    floor: float = 0.1  # last learning rate as a share of the peak; not for "constant"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.0  # on matrices only
+    clip: float = 1.0  # gradient norm
+    offload: bool = False  # moments wait in host memory while the engine samples: room for KV cache, two copies a step
+    max_skipped: int = 5  # non-finite updates in a row before the run stops
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("warmup", "floor", "weight_decay", "clip", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of update number `step`, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, num_steps - self.warmup))
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.lr if self.schedule == "constant" else self.lr * (self.floor + (1 - self.floor) * shape)
+
+
+class TrainConfig(ProgramConfig, Protocol):
+    """The config of a training program, as far as all of them agree."""
+
+    @property
+    def model(self) -> ModelSection: ...
+
+    @property
+    def optim(self) -> OptimConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +63,7 @@ class BatchConfig:
     pack_tokens: int = 8192  # tokens of one forward on one rank
     share_prefix: bool = True  # a group's prefix goes through the network once; off only to measure what that saves
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in (("prompts", 1), ("siblings", 2), ("updates", 1), ("pack_tokens", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -53,7 +86,7 @@ class LossConfig:
     entropy: float = 0.0  # weight of an entropy bonus
     next_token: float = 0.0  # RLMT: weight of the next-token loss on the true suffix, as raw text, in the same forward
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.denom > 0:
             raise ValueError(f"denom must be positive, got {self.denom}")
         for name in ("clip_low", "clip_high", "is_cap", "kl", "next_token"):
@@ -84,7 +117,7 @@ class RewardConfig:
     decay: float = 0.999  # of the moving average, a step
     unclosed: float = 0.5  # likelihood, gain: nats of a thought that never closed below the worst of its siblings'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("judge", "likelihood", "gain", "prefix", "unclosed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -119,7 +152,7 @@ class RLConfig:
     loss: LossConfig
     optim: OptimConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model.folder:
             raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
         if not self.sampling.temperature:
@@ -136,5 +169,5 @@ class RLConfig:
 
     @property
     def ema_decay(self) -> float:
-        """Of a moving average of the weights; 0 where nobody asks for one."""
+        """Decay of a moving average of the weights, per step; 0 without one."""
         return 0.0

@@ -5,10 +5,12 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from thinkmid import config
 from thinkmid.errors import UserError
@@ -21,8 +23,19 @@ from thinkmid.rollout.judge.config import (
     read_judge,
     resident_engine,
 )
-from thinkmid.rollout.verdict import Verdict
+from thinkmid.rollout.verdict import Pending, Verdict
 from thinkmid.train.config import RewardConfig, RLConfig
+from thinkmid.types import Prompt, Sample, Tally
+
+if TYPE_CHECKING:
+    from thinkmid.data.source import Document
+    from thinkmid.model.transformer import ModelConfig
+    from thinkmid.rollout.engine.protocol import Engine
+    from thinkmid.run.log import Log
+    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.train.draw import Reward
+    from thinkmid.train.job import Job
+    from thinkmid.train.likelihood import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +47,11 @@ class DataConfig:
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
     max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
-    val_paths: tuple[str, ...] = ()  # held-out text, looked at before the first step: is there something to learn?
-    val_prompts: int = 32  # its prefixes that are looked at, each with batch.siblings samples
-    val_every: int = 0  # steps between further looks; 0: none
+    val_paths: tuple[str, ...] = ()  # held-out text, validated on before the first step: is there something to learn?
+    val_prompts: int = 32  # number of its prefixes, each with batch.siblings samples
+    val_every: int = 0  # steps between further validations; 0: none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
         for name, low in (("max_prefix", 0), ("val_prompts", 1), ("val_every", 0)):
@@ -56,7 +69,7 @@ class RLMTConfig(RLConfig):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         needs = {"reward.likelihood": self.reward.likelihood, "reward.gain": self.reward.gain}
         needs |= {"reward.prefix": self.reward.prefix, "loss.next_token": self.loss.next_token}
@@ -75,89 +88,152 @@ class RLMTConfig(RLConfig):
         return self.reward.decay if "ema" in self.reward.weights else 0.0
 
 
-class NoJudge:
-    """The judge of a run whose rewards come from the text alone."""
+class Unjudged:
+    """The verdicts of a run whose rewards come from the text alone: 0 for every sample, and nobody is asked."""
 
-    def __call__(self, prompt, sample):
-        return lambda: NOT_ASKED
+    def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
+        return _not_asked
 
-    def finish(self, step):
+    def finish(self, step: int) -> Tally:
         return {}
 
 
-NOT_ASKED = Verdict(0, "")
+def _not_asked() -> Verdict:
+    return Verdict(0, "")
 
 
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
 
-    from thinkmid.model import weights
     from thinkmid.plan import memory
-    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.run.interrupt import Stopped
     from thinkmid.train import corpus, rl
-    from thinkmid.train.likelihood import Scores
+    from thinkmid.train.job import Inputs, Source, fingerprint_of
+    from thinkmid.train.sampler import Sampler
 
-    source = Path(cfg.model.folder)
-    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
-    max_prefix = rl.longest_prompt(cfg, model_cfg, cfg.data.max_prefix, len(tokenizer.close_ids))
+    source = Source.read(cfg.model.folder)
+    max_prefix = rl.longest_prompt(cfg, source.model_cfg, cfg.data.max_prefix, len(source.tokenizer.close_ids))
     if dry_run:
-        return memory.dry_run_rl(cfg, model_cfg, max_prefix, judge_phase(cfg))
-    asks = bool(cfg.reward.judge)
-    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, model_cfg) if asks else None
-    if asks and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
+        return memory.dry_run_rl(cfg, source.model_cfg, max_prefix, judge_phase(cfg))
+    judge = read_own_judge(cfg, source.model_cfg)
+
+    ranks, interrupt = rl.start(cfg, source)
+    corpus.name_left_out([*cfg.data.paths, *cfg.data.val_paths], ranks)
+    make = prompt_maker(cfg.data, source.tokenizer, max_prefix, cfg.run.seed)
+    held_out = ranks.run_on_all(read_held_out, cfg.data, make)
+    decides = what_decides(cfg, source.tokenizer, max_prefix)
+    prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run, ranks, interrupt)
+    longest = max([prompts.longest, *(len(p.tokens) for p in held_out)])
+    rl.check_room(cfg, longest)
+
+    inputs = Inputs(
+        data=digest,
+        held_out=fingerprint_of(held_out),
+        num_steps=cfg.run.steps,
+        frozen={"judge's weights": Path(cfg.judge.folder)} if judge else {},
+    )
+    job = rl.begin(cfg, source, inputs, ranks, interrupt)
+    job.log.say(f"{len(prompts)} prompts, at most {prompts.longest} tokens; starts at step {job.start}")
+    note_untaught_suffix(cfg, job.log)
+    questions = question_tokens(cfg.judge, cfg.sampling.max_suffix) if cfg.reward.judge else 0
+    max_len = min(max(longest + cfg.sampling.max_new, questions), source.model_cfg.max_positions)
+    with ExitStack() as stack:
+        stack.callback(job.watch.rest)
+        engine = rl.open_engine(job, cfg, max_len)
+        reward = open_reward(stack, job, cfg, engine, judge, prompts, max_len)
+        validation = rl.Validation(prompts=held_out, every=cfg.data.val_every) if held_out else None
+        try:
+            rl.train(job, cfg, Sampler(job, cfg, engine, reward), prompts, scores_of(job, cfg), validation)
+        except Stopped:
+            return job.stop()
+    return rl.finish(job)
+
+
+def read_own_judge(cfg: RLMTConfig, model_cfg: ModelConfig) -> tuple[ModelConfig, Tokenizer] | None:
+    """(config, tokenizer) of a judge that has weights of its own; None for others. UserError if it cannot judge."""
+    if not cfg.reward.judge:
+        return None
+    if cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
         check_vllm()
-    make = prompt_maker(cfg.data, tokenizer, max_prefix, cfg.run.seed)
-
-    def read(ranks, interrupt):
-        corpus.name_left_out([*cfg.data.paths, *cfg.data.val_paths], ranks)
-        held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
-        decides = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
-        if cfg.data.prefix != "thought":
-            decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
-        prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run, ranks, interrupt)
-        more = {"held_out": held_out, "notes": notes(cfg)}
-        return rl.PromptSet(prompts=prompts, longest=prompts.longest, digest=digest, **more)
-
-    def reward(prompts, engine, max_len, device, note):
-        if not asks:
-            return NoJudge(), lambda: None
-        ask, close = make_ask(cfg.judge, cfg.engine, cfg.sampling, engine, tokenizer, theirs, device, max_len, note)
-        return make_reward(cfg.judge, cfg.sampling, tokenizer, ask, prompts, cfg.run.seed), close
-
-    def scores(run, frozen):
-        if cfg.reward.is_verdict:
-            return None
-        models = {"policy": run.model, "frozen": frozen, "ema": run.ema}
-        sizes = {"max_suffix": cfg.sampling.max_suffix, "pack_tokens": cfg.batch.pack_tokens}
-        return Scores(cfg.reward, models, tokenizer, run.ranks, **sizes)
-
-    at_least = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
-    more = {"at_least": at_least, "make_scores": scores, "look_every": cfg.data.val_every}
-    more["judge_folder"] = cfg.judge.folder if theirs else ""
-    return rl.run(cfg, source, model_cfg, tokenizer, read, reward, **more)
+    return read_judge(cfg.judge, cfg.engine, cfg.model.folder, model_cfg)
 
 
 def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
     """Bytes per rank of a resident judge, by owner; {} for others."""
-    from thinkmid.model import weights
+    from thinkmid.model.hf_config import read_config
     from thinkmid.plan import memory
 
     if not cfg.reward.judge or cfg.judge.kind != "resident":
         return {}
-    model_cfg = weights.read_config(cfg.judge.folder)
+    model_cfg = read_config(cfg.judge.folder)
     engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, model_cfg)
     rows, room = cfg.sampling.max_batch, longest - cfg.sampling.max_new
     owners = memory.rollout_phase(model_cfg, cfg.sampling, engine, room, rows)
     return {f"judge's {owner}": size for owner, size in owners.items()}
 
 
-def notes(cfg: RLMTConfig) -> list[str]:
-    if cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought":
-        return []
-    return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
+def open_reward(
+    stack: ExitStack,
+    job: Job,
+    cfg: RLMTConfig,
+    engine: Engine,
+    judge: tuple[ModelConfig, Tokenizer] | None,
+    prompts: Sequence[Prompt],
+    max_len: int,
+) -> Reward:
+    """The judge that the configuration names, closed with the stack. max_len: tokens of the policy's engine."""
+    if not cfg.reward.judge:
+        return Unjudged()
+    ask, close = make_ask(
+        cfg.judge,
+        cfg.engine,
+        cfg.sampling,
+        engine,
+        job.tokenizer,
+        judge,
+        job.ranks.device,
+        cfg.engine.max_len or max_len,
+        job.log.note,
+    )
+    stack.callback(close)
+    return make_reward(cfg.judge, cfg.sampling, job.tokenizer, ask, prompts, cfg.run.seed)
 
 
-def prompt_maker(data: DataConfig, tokenizer, max_prefix: int, seed: int):
+def scores_of(job: Job, cfg: RLMTConfig) -> Scores | None:
+    """The terms of the reward beside the judge's verdict; None where that is all."""
+    from thinkmid.train.likelihood import Scores
+
+    if cfg.reward.is_verdict:
+        return None
+    models = {"policy": job.model, "frozen": job.frozen, "ema": job.ema}
+    return Scores(
+        cfg.reward,
+        {name: model for name, model in models.items() if model is not None},
+        job.tokenizer,
+        job.ranks,
+        max_suffix=cfg.sampling.max_suffix,
+        pack_tokens=cfg.batch.pack_tokens,
+    )
+
+
+def note_untaught_suffix(cfg: RLMTConfig, log: Log) -> None:
+    if not (cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought"):
+        log.say(
+            "note: no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"
+        )
+
+
+def what_decides(cfg: RLMTConfig, tokenizer: Tokenizer, max_prefix: int) -> dict[str, Any]:
+    """What decides the prompts, beside the documents."""
+    decides = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
+    if cfg.data.prefix != "thought":
+        decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
+    return decides
+
+
+def prompt_maker(
+    data: DataConfig, tokenizer: Tokenizer, max_prefix: int, seed: int
+) -> Callable[[Iterable[Document]], Iterable[Prompt]]:
     """documents -> their prompts."""
     from thinkmid.data.prompts import at_thoughts, in_raw_text
 
@@ -168,7 +244,7 @@ def prompt_maker(data: DataConfig, tokenizer, max_prefix: int, seed: int):
     )
 
 
-def read_held_out(data: DataConfig, make) -> list:
+def read_held_out(data: DataConfig, make: Callable[[Iterable[Document]], Iterable[Prompt]]) -> list[Prompt]:
     """val_prompts prefixes spread evenly over the held-out text; [] without any."""
     from thinkmid.data.source import read_documents
     from thinkmid.data.store import blocks
