@@ -34,12 +34,7 @@ def device_of(dtype: str, engine: EngineConfig | None = None) -> str:
 
 
 def rollout_phase(
-    model_cfg: ModelConfig,
-    sampling: Sampling,
-    engine: EngineConfig,
-    max_prefix: int,
-    rows: int,
-    prompts: int = 0,
+    model_cfg: ModelConfig, sampling: Sampling, engine: EngineConfig, max_prefix: int, rows: int, prompts: int = 0
 ) -> dict[str, float]:
     """Bytes per rank while sampling, by owner. prompts: whose prefixes are stored once each; 0: one for each row."""
     token = cache_bytes(model_cfg, engine.dtype)

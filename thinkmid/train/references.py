@@ -61,11 +61,7 @@ def _reference(prompt: Prompt, suffix: np.ndarray, tokenizer: Tokenizer) -> Refe
     assert np.array_equal(tokens[len(before) :], tag), f"{prompt.id} does not end with the opened tag"
     lead = suffix[: not len(before)]
     return Reference(
-        name=prompt.id,
-        before=before if len(before) else lead,
-        tag=tag,
-        lead=lead,
-        targets=suffix[len(lead) :],
+        name=prompt.id, before=before if len(before) else lead, tag=tag, lead=lead, targets=suffix[len(lead) :]
     )
 
 
