@@ -13,6 +13,7 @@ from world import rlmt_flags, sft_flags
 from thinkmid.data.prompts import at_thoughts
 from thinkmid.data.source import read_documents
 from thinkmid.model.weights import load_model, read_config
+from thinkmid.rollout.verdict import Ready
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import rlmt, rlpt, sft
@@ -54,8 +55,8 @@ EMA = ["--reward.scorer", "ema", "--reward.baseline", "frozen", "--reward.decay"
 
 
 def test_a_run_without_a_judges_weight_makes_none_and_asks_nobody(home, monkeypatch):
-    for name in ("make_ask", "make_reward", "read_judge"):
-        monkeypatch.setattr(rlmt, name, lambda *_: pytest.fail("a judge was made"))
+    for name in ("ask.make_ask", "reward.make_reward", "ask.read_judge"):
+        monkeypatch.setattr(f"thinkmid.rollout.judge.{name}", lambda *_, **__: pytest.fail("a judge was made"))
     rows = run(home, "nobody", *GAIN, "--judge.kind", "swap", "--judge.folder", "nowhere")
     assert all(row["reward_failed"] == 0 for row in rows)
     for row in rows:
@@ -140,8 +141,18 @@ def test_a_look_at_held_out_prefixes_comes_before_the_first_step_and_changes_non
     assert [{k: v for k, v in row.items() if not k.startswith("val_")} for row in looked] == alone
 
 
+class Credulous:
+    """A model that finds all questions likely."""
+
+    def __call__(self, prompt):
+        return Ready(0.9)
+
+    def close(self):
+        pass
+
+
 def test_the_judges_metrics_are_of_the_step_and_not_of_the_look_before_it(home, monkeypatch):
-    monkeypatch.setattr(rlmt, "make_ask", lambda *_: (lambda prompt: lambda: 0.9, lambda: None))
+    monkeypatch.setattr("thinkmid.rollout.judge.reward.make_ask", lambda *_: Credulous())
     flags = ["--judge.kind", "policy", "--judge.canary-every", "0"]
     looks = ["--data.val-paths", str(home / "corpus.jsonl"), "--data.val-prompts", "6", "--data.val-every", "1"]
     alone, looked = run(home, "asked", *flags, steps=2), run(home, "asked-looked", *flags, *looks, steps=2)
@@ -150,7 +161,7 @@ def test_the_judges_metrics_are_of_the_step_and_not_of_the_look_before_it(home, 
 
 
 def test_a_judge_that_fails_its_examination_stops_the_step_after_the_look_and_the_run_is_saved(home, monkeypatch):
-    monkeypatch.setattr(rlmt, "make_ask", lambda *_: (lambda prompt: lambda: 0.9, lambda: None))
+    monkeypatch.setattr("thinkmid.rollout.judge.reward.make_ask", lambda *_: Credulous())
     flags = [*rlmt_flags(home, "gullible"), "--judge.kind", "policy", "--data.val-paths", str(home / "corpus.jsonl")]
     assert exit_code(rlmt, flags) == 2
     kinds = [json.loads(line)["kind"] for line in (home / "gullible/events.jsonl").read_text().splitlines()]

@@ -15,7 +15,8 @@ from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.rollout.engine.protocol import Sampling, collect
 from thinkmid.rollout.engine.vllm import VllmEngine
-from thinkmid.rollout.verdict import Verdict
+from thinkmid.rollout.judge import reward
+from thinkmid.rollout.verdict import Ready, Verdict
 from thinkmid.train import rl, rlmt
 
 SPOILT = 2  # first version whose sync goes wrong
@@ -25,10 +26,13 @@ class Coin:
     """1 or 0 by the parity of a sample's ids."""
 
     def __call__(self, prompt, sample):
-        return lambda: Verdict(int(sample.tokens.sum() % 2), "coin")
+        return Ready(Verdict(int(sample.tokens.sum() % 2), "coin"))
 
     def finish(self, step):
         return {}
+
+    def close(self):
+        pass
 
 
 def skip(load):
@@ -142,7 +146,7 @@ def main():
     what, *argv = sys.argv[1:]
     rl.train = compared(rl.train)
     if what != "judged":
-        rlmt.make_reward = lambda *_: Coin()
+        reward.make_reward = lambda *_, **__: Coin()
     if what in SABOTAGE:
         VllmEngine.load_weights = SABOTAGE[what](VllmEngine.load_weights)
     config.run(rlmt.main, argv)

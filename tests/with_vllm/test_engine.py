@@ -169,12 +169,12 @@ def test_questions_are_answered_while_others_are_drawn(one):
     prompts = 3 * one.prompts  # more sequences than the engine has rows: they end one after the other
     questions = [p.tokens for p in prompts]
     alone = [one.native.ask(tokens, (5, 9)) for tokens in questions]
-    expected = [answer() for answer in alone]
+    expected = [answer.result() for answer in alone]
     answers = []
     for p, _, _ in one.vllm.generate(prompts, [[p, 99 * p] for p in range(1, 22)], Sampling(max_think=20)):
         answers.append((p, one.vllm.ask(questions[p], (5, 9))))
     assert any(answer.p is not None for _, answer in answers)  # without anyone having waited for it
-    assert all(abs(answer() - expected[p]) < 1e-5 for p, answer in answers)
+    assert all(abs(answer.result() - expected[p]) < 1e-5 for p, answer in answers)
 
 
 def test_a_generation_that_is_stopped_leaves_nothing_running(one):

@@ -19,6 +19,7 @@ from conftest import TINY, random_model
 from thinkmid.model import weights
 from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.rollout.judge.ask import EngineAsk, choices
+from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.endpoint import RemoteAsk
 from thinkmid.rollout.judge.model import ModelJudge
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
@@ -45,8 +46,8 @@ def judge(tmp_path_factory):
             model.lm_head.weight[yes] = torch.randn(32, generator=torch.Generator().manual_seed(seed)) * 9
             model.lm_head.weight[no] = -model.lm_head.weight[yes]
         engine.load_weights(weights.stream(model), seed)
-        judge = ModelJudge(ask, template="short", seed=1)
-        found = [p for pair in PAIRS if (p := judge(*pair)().p_yes) is not None]
+        judge = ModelJudge(JudgeConfig(template="short"), ask, 1)
+        found = [p for pair in PAIRS if (p := judge(*pair).result().p_yes) is not None]
         if min(found) < 1e-4 and max(found) > 1 - 1e-4 and all(abs(p - 0.5) > 0.5 - 1e-4 for p in found):
             break
     weights.save(folder / "hf", cfg, weights.stream(model), dtype=torch.float32, extra_files=folder / "tokenizer")
@@ -78,9 +79,9 @@ def url(judge, tmp_path_factory):
 
 def test_the_server_says_what_the_same_weights_say_here(judge, url):
     here, remote = judge[1], RemoteAsk(url, "judge", timeout_s=60, retries=0)
-    judges = [ModelJudge(ask, template="short", seed=1) for ask in (here, remote)]
+    judges = [ModelJudge(JudgeConfig(template="short"), ask, 1) for ask in (here, remote)]
     pending = [[judge(candidate, reference) for candidate, reference in PAIRS] for judge in judges]
-    ours, theirs = ([answer() for answer in answers] for answers in pending)
+    ours, theirs = ([answer.result() for answer in answers] for answers in pending)
     asked = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.p_yes is not None]
     assert len(asked) >= 4  # the others are identical, which no model decides
     assert all(b.p_yes is not None for _, b in asked), theirs
@@ -92,6 +93,6 @@ def test_the_server_says_what_the_same_weights_say_here(judge, url):
 
 def test_a_name_that_the_server_does_not_know_fails_and_is_no_zero(url):
     remote = RemoteAsk(url, "somebody-else", timeout_s=60, retries=0)
-    verdict = ModelJudge(remote, template="short", seed=1, retries=0)("5 remain.", "7 remain.")()
+    verdict = ModelJudge(JudgeConfig(template="short", retries=0), remote, 1)("5 remain.", "7 remain.").result()
     assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 404")
     remote.close()

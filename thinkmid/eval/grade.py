@@ -10,11 +10,11 @@ from thinkmid.thoughts import CLOSE, OPEN
 
 
 def grade(template: str, rows: Sequence[dict], questions: Sequence[Question], grader) -> list[Graded]:
-    """Graded samples in the order of the rows, whose ids are those of questions. grader: rollout.checking."""
+    """Graded samples in the order of the rows, whose ids are those of questions. grader: rollout.grade.grader."""
     known, found = {q.id: q for q in questions}, []
     asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
-    for r, pending in zip(rows, asked, strict=True):
-        verdict, answer = pending(), grader.answer(r["text"])
+    for r, future in zip(rows, asked, strict=True):
+        verdict, answer = future.result(), grader.answer(r["text"])
         opened = template.endswith("-think") or OPEN in r["text"]
         score = None if verdict.value is None else float(verdict.value)
         found.append(

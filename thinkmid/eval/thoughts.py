@@ -15,7 +15,7 @@ from pathlib import Path
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig, sets_of
-from thinkmid.rollout.grade.config import make_grader
+from thinkmid.rollout.grade.grader import make_grader
 from thinkmid.types import Prompt
 
 

@@ -1,7 +1,7 @@
 """PROGRAM: train a judge for the miniature world, `python -m thinkmid.mini.judge --out runs/mini-judge/export`.
 
-It takes the base model of the miniature and learns to answer the template "short" as the rule of rollout/match.py does,
-in its next token. What it is shown: real continuations against candidates with other words or another number.
+It takes the base model of the miniature and learns to answer the template "short" as rollout/judge/rule.py does, in its
+next token. What it is shown: real continuations against candidates with other words or another number.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def pairs(references: Sequence[str], tokenizer: Tokenizer, n: int, seed: int | s
         for tokens in tokenizer.encode_many(candidate for _, candidate, _ in drawn)
     ]
     return [
-        Pair(kind=kind, candidate=c, reference=r, label=int(match(c, r)().reward))
+        Pair(kind=kind, candidate=c, reference=r, label=int(match(c, r).reward))
         for (kind, _, r), c in zip(drawn, cut, strict=True)
     ]
 

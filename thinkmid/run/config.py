@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from thinkmid.errors import at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -24,9 +26,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.folder:
             raise ValueError("folder is empty; --run.folder FOLDER")
-        for name in ("steps", "seed", "save_every", "keep", "rollouts_every", "max_failed", "timeout_s"):
-            if getattr(self, name) < (low := int(name == "keep")):
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, steps=0, seed=0, save_every=0, keep=1, rollouts_every=0, max_failed=0, timeout_s=0)
 
 
 class ModelFolder(Protocol):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from thinkmid.errors import at_least, positive
 from thinkmid.model.init import ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.run.config import ProgramConfig, RunConfig
@@ -26,13 +27,10 @@ class OptimConfig:
     max_skipped: int = 5  # non-finite updates in a row before the run stops
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        positive(self, "lr")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        for name in ("warmup", "floor", "weight_decay", "clip", "max_skipped"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        at_least(self, warmup=0, floor=0, weight_decay=0, clip=0, max_skipped=0)
 
     def lr_at(self, step: int, num_steps: int) -> float:
         """Learning rate of update number `step`, counted from 0."""
@@ -64,9 +62,7 @@ class BatchConfig:
     share_prefix: bool = True  # a group's prefix goes through the network once; off only to measure what that saves
 
     def __post_init__(self) -> None:
-        for name, low in (("prompts", 1), ("siblings", 2), ("updates", 1), ("pack_tokens", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, prompts=1, siblings=2, updates=1, pack_tokens=1)
         if self.updates > self.prompts:
             raise ValueError(f"updates {self.updates} exceed prompts {self.prompts}: each update needs a group")
 
@@ -87,11 +83,8 @@ class LossConfig:
     next_token: float = 0.0  # RLMT: weight of the next-token loss on the true suffix, as raw text, in the same forward
 
     def __post_init__(self) -> None:
-        if not self.denom > 0:
-            raise ValueError(f"denom must be positive, got {self.denom}")
-        for name in ("clip_low", "clip_high", "is_cap", "kl", "next_token"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        positive(self, "denom")
+        at_least(self, clip_low=0, clip_high=0, is_cap=0, kl=0, next_token=0)
         if self.is_level == "sequence" and not self.is_cap:
             raise ValueError("is_level 'sequence' needs is_cap above 0")
         if self.clip_low > 1:
@@ -118,13 +111,9 @@ class RewardConfig:
     unclosed: float = 0.5  # likelihood, gain: nats of a thought that never closed below the worst of its siblings'
 
     def __post_init__(self) -> None:
-        for name in ("judge", "likelihood", "gain", "prefix", "unclosed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        at_least(self, judge=0, likelihood=0, gain=0, prefix=0, unclosed=0, prefix_tokens=1)
         if not (self.judge or self.likelihood or self.gain or self.prefix):
             raise ValueError("judge, likelihood, gain and prefix are all 0: nothing is rewarded")
-        if self.prefix_tokens < 1:
-            raise ValueError(f"prefix_tokens must be at least 1, got {self.prefix_tokens}")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine.protocol import collect, seed
-from thinkmid.rollout.judge.model import Pending
+from thinkmid.rollout.verdict import Pending
 from thinkmid.train import exchange
 from thinkmid.train.config import RLConfig
-from thinkmid.types import Group, Prompt, Sample, Tally
+from thinkmid.types import Group
 
 # engine steps between two looks at whether neighbours that share an engine were asked to stop
 STEPS_BETWEEN_POLLS = 16
-
-
-class Reward(Protocol):
-    """Asked about each sample as it finishes, answers when all are drawn."""
-
-    def __call__(self, prompt: Prompt, sample: Sample) -> Pending: ...
-
-    def finish(self, step: int) -> Tally:
-        """After the last verdict of a step: its metrics, and a look at itself. UserError stops the run."""
 
 
 def places(num: int, ranks, share: int) -> list[int]:
@@ -62,8 +52,8 @@ def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[li
 
 def rewarded(group: Group, pending: list[Pending], watch) -> Group:
     verdicts = []
-    for answer in pending:
-        verdicts.append(answer())
+    for future in pending:
+        verdicts.append(future.result())
         watch.beat()
     return replace(group, rewards=[v.reward for v in verdicts], whys=[v.why for v in verdicts])
 

@@ -36,7 +36,7 @@ class Scores:
     def __init__(
         self,
         cfg: RewardConfig,
-        models: Mapping[str, Transformer],
+        models: Mapping[str, Transformer | None],
         tokenizer: Tokenizer,
         ranks: Ranks,
         *,
@@ -96,6 +96,7 @@ class Scores:
         """(num,) fp64: mean log-prob of the tokens with next-token weight, by their reply's number; NaN where there are
         none or it is not finite. At temperature 1: the text was not drawn at ours."""
         model, ranks = self._models[name], self._ranks
+        assert model is not None, f"no {name} weights"
         numbers, logps = [np.zeros(0, np.int64)], [np.zeros(0)]
         for batch in Packing(self._pack_tokens, model.cfg, ranks).mine(units):
             pack = make_pack(batch, ranks.device)

@@ -12,7 +12,8 @@ from thinkmid.data.source import Order
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.plan import memory
-from thinkmid.rollout.engine.protocol import Engine, check_vllm, make_engine
+from thinkmid.rollout.engine.protocol import check_vllm, make_engine
+from thinkmid.rollout.judge.ask import Policy
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import Interrupt, Stopped
 from thinkmid.run.log import finite
@@ -37,7 +38,11 @@ class Validation:
     """Held-out prompts, sampled before the first step and, above every = 0, again after so many steps and the last."""
 
     prompts: Sequence[Prompt]  # at least one
-    every: int = 0
+    every: int
+
+    @staticmethod
+    def of(prompts: Sequence[Prompt], every: int) -> Validation | None:
+        return Validation(prompts=prompts, every=every) if prompts else None
 
     def is_due(self, step: int, num_steps: int) -> bool:
         return self.every > 0 and (step % self.every == 0 or step == num_steps)
@@ -52,17 +57,6 @@ class Progress:
     skipped: int = 0  # updates in a row that were not finite
     zeros: int = -1  # steps in a row without any reward; -1 before the first with one
     row: dict[str, float] = field(default_factory=dict)  # the last step's metrics until they are written
-
-    @staticmethod
-    def resumed(job: Job) -> Progress:
-        state = job.saved_state
-        return Progress(
-            step=job.start,
-            cursor=state.get("cursor", 0),
-            skipped=state.get("skipped", 0),
-            zeros=state.get("zeros", -1),
-            row=dict(state.get("row", {})),
-        )
 
     def state(self) -> State:
         """A run stopped in the validation that belongs into a row resumes with that validation."""
@@ -117,19 +111,29 @@ def begin(cfg: RLConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt
     return job
 
 
-def open_engine(job: Job, cfg: RLConfig, max_len: int) -> Engine:
-    """The policy's engine, asleep. max_len: tokens of the longest sequence. Collective for vllm."""
+def open_policy(job: Job, cfg: RLConfig, longest: int, question: int = 0) -> Policy:
+    """The policy's engine, asleep. longest: tokens of the longest prompt; question: of other things that are asked of
+    the engine. Collective for vllm."""
+    model_cfg = job.source.model_cfg
+    max_len = min(max(longest + cfg.sampling.max_new, question), model_cfg.max_positions)
     engine = make_engine(
         cfg.engine,
         job.source.folder,
-        job.source.model_cfg,
+        model_cfg,
         job.tokenizer,
         device=job.ranks.device,
         max_len=max_len,
         rows=cfg.sampling.max_batch,
     )
     engine.sleep()
-    return engine
+    return Policy(
+        engine=engine,
+        engine_cfg=cfg.engine,
+        tokenizer=job.tokenizer,
+        sampling=cfg.sampling,
+        max_len=cfg.engine.max_len or max_len,
+        device=job.ranks.device,
+    )
 
 
 def train(
@@ -141,7 +145,7 @@ def train(
     validation: Validation | None = None,
 ) -> None:
     """Runs the steps from job.start to cfg.run.steps. Stopped when that was requested and the run is saved."""
-    order, at = Order(len(prompts), cfg.run.seed), Progress.resumed(job)
+    order, at = Order(len(prompts), cfg.run.seed), Progress(step=job.start, **job.saved_state)
     if validation and at.step == 0:
         preflight(job, cfg, sampler, scores, validation, at)
     close_step(job, cfg, sampler, scores, validation, at)  # what a stopped run left to do

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from thinkmid import config
-from thinkmid.errors import UserError
-from thinkmid.rollout.grade.config import VerifyConfig, make_grader
+from thinkmid.errors import UserError, at_least
+from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.train.config import RLConfig
 from thinkmid.types import Prompt
 
@@ -29,8 +29,7 @@ class QuestionConfig:
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
 
     def __post_init__(self) -> None:
-        if self.max_prompt < 0:
-            raise ValueError(f"max_prompt must be 0 or more, got {self.max_prompt}")
+        at_least(self, max_prompt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,8 @@ def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLPTConfig, argv, prog="torchrun -m thinkmid.train.rlpt", description=__doc__)
 
     from thinkmid.plan import memory
-    from thinkmid.rollout.grade.grader import AnswerReward
+    from thinkmid.rollout.grade.grader import make_grader
+    from thinkmid.rollout.grade.reward import AnswerReward
     from thinkmid.run.interrupt import Stopped
     from thinkmid.train import rl
     from thinkmid.train.job import Inputs, Source, fingerprint_of
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     job.log.say(f"{len(prompts)} prompts, at most {longest} tokens; starts at step {job.start}")
     with ExitStack() as stack:
         stack.callback(job.watch.rest)
-        engine = rl.open_engine(job, cfg, min(longest + cfg.sampling.max_new, source.model_cfg.max_positions))
+        engine = rl.open_policy(job, cfg, longest).engine
         thinks = cfg.data.template.endswith("-think")
         reward = stack.enter_context(closing(AnswerReward(source.tokenizer, grader, thinks=thinks)))
         try:

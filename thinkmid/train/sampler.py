@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from thinkmid.rollout.engine.protocol import Engine
+from thinkmid.rollout.verdict import Reward
 from thinkmid.run.interrupt import Stopped
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import Reward, judged, places, rollouts
+from thinkmid.train.draw import judged, places, rollouts
 from thinkmid.train.job import Job
 from thinkmid.train.metrics import Clock
 from thinkmid.train.optim import Offload

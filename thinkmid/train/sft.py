@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from thinkmid import config
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, at_least
 from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.run.config import RunConfig
 from thinkmid.train.config import OptimConfig
@@ -48,16 +48,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
-        for name, low in (("batch_tokens", 2), ("pack_tokens", 2), ("max_len", 2), ("val_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, batch_tokens=2, pack_tokens=2, max_len=2, val_every=1, epochs=0, tokens=0)
         if self.max_len > min(self.batch_tokens, self.pack_tokens):
             raise ValueError(
                 f"max_len {self.max_len} exceeds batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
             )
         read_parts(self.probe_parts)
-        if self.epochs < 0 or self.tokens < 0:
-            raise ValueError(f"epochs {self.epochs} and tokens {self.tokens} must be 0 or more")
         if self.epochs > 1e4 or self.tokens > 1e15:
             raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
 

@@ -436,4 +436,4 @@ def test_lengths_are_worked_out_once_for_all_layers(endless, monkeypatch):
     for answer, prompt in zip(answers, make_prompts(endless.vocab_size), strict=True):
         with torch.no_grad():
             logits = model.logits(torch.tensor(prompt.tokens))[-1]
-        assert answer() == pytest.approx((logits[3] - logits[4]).sigmoid().item(), rel=1e-4)
+        assert answer.result() == pytest.approx((logits[3] - logits[4]).sigmoid().item(), rel=1e-4)

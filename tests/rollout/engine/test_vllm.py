@@ -52,7 +52,7 @@ def test_questions_are_answered_and_what_sequences_said_meanwhile_is_kept_once_a
     answer = engine.ask([1, 2], (YES, NO))
     # what _step() hands out first is the inbox itself: waiting for an answer with it would double it, for ever
     engine._step = None
-    assert answer() == pytest.approx(0.75)
+    assert answer.result() == pytest.approx(0.75)
     del engine._step
     assert engine._step() == [*early, *late]
     assert [o.new_token_ids for o in engine._step()] == [[9]]

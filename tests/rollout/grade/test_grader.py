@@ -12,8 +12,11 @@ from golds import GOLDS, bare
 from test_rules import RESTATEMENTS
 
 from thinkmid.errors import UserError
-from thinkmid.rollout.grade import algebra
-from thinkmid.rollout.grade.grader import AnswerReward, Grader, Pool
+from thinkmid.rollout.grade import codes
+from thinkmid.rollout.grade.config import VerifyConfig
+from thinkmid.rollout.grade.grader import MathGrader
+from thinkmid.rollout.grade.pool import Pool
+from thinkmid.rollout.grade.reward import AnswerReward
 from thinkmid.rollout.verdict import Verdict
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt, Sample
@@ -53,7 +56,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = Grader(workers=2)
+    grader = MathGrader(VerifyConfig(workers=2))
     yield grader
     grader.close()
 
@@ -64,7 +67,7 @@ def boxed(pairs):
 
 def graded(grader, pairs):
     """Verdicts, all asked before the first is read."""
-    return [pending() for pending in [grader(text, gold) for text, gold in pairs]]
+    return [pending.result() for pending in [grader(text, gold) for text, gold in pairs]]
 
 
 def children(pid):
@@ -116,7 +119,7 @@ def test_restatements_are_wrong_to_the_end(grader):
 def test_a_hostile_answer_takes_one_and_a_half_seconds_at_most_and_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = children(os.getpid())
-    pool = Pool(1)
+    pool = Pool(VerifyConfig(workers=1))
     assert pool.ask("x+1", "1+x").result().value == 1  # it has loaded
     with_keeper = children(os.getpid())
     for answer, gold in HOSTILE:  # past the guards
@@ -141,22 +144,22 @@ def test_the_guards_let_no_hostile_answer_pass_as_right(grader):
 LIMITS = {
     "while True: pass": -signal.SIGPROF,
     "time.sleep(99)": -signal.SIGALRM,
-    "'x' * (1 << 34)": algebra.MEMORY,
-    "[bytes(1 << 20) for _ in range(1 << 12)]": algebra.MEMORY,
-    "swallow()": algebra.MEMORY,
-    "f = lambda: f(); f()": algebra.MEMORY,
-    "1 / 0": algebra.ERROR,
+    "'x' * (1 << 34)": codes.MEMORY,
+    "[bytes(1 << 20) for _ in range(1 << 12)]": codes.MEMORY,
+    "swallow()": codes.MEMORY,
+    "f = lambda: f(); f()": codes.MEMORY,
+    "1 / 0": codes.ERROR,
     "os.kill(os.getpid(), 11)": -signal.SIGSEGV,
     "open('written', 'w').write('a')": -signal.SIGXFSZ,
-    "pass": algebra.NO,
+    "pass": codes.NO,
 }
 
 
 @pytest.mark.parametrize(("does", "code"), LIMITS.items(), ids=LIMITS)
 def test_a_child_is_held_to_its_limits(does, code, tmp_path):
     program = f"""
-import os, sys, time
-from thinkmid.rollout.grade import algebra
+import os, sys, time, types
+from thinkmid.rollout.grade import codes, sandbox
 def swallow():  # as math-verify does
     kept = []
     try:
@@ -164,29 +167,30 @@ def swallow():  # as math-verify does
     except Exception: pass
 def compare(gold, answer):
     {does}
-    return algebra.NO
-algebra.compare = compare
-os._exit(algebra.judge('["x", "y"]', 0.5, 1 << 28))
+    return codes.NO
+sandbox.SLACK = 1.4 if {"sleep" in does} else 1e3  # a busy machine takes CPU time slowly
+sys.modules["thinkmid.rollout.grade.algebra"] = types.SimpleNamespace(compare=compare)
+os._exit(sandbox.judge('["x", "y"]', 0.5, 1 << 28))
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
     if does.startswith("open"):  # Python ignores the signal: the write itself fails
         assert (tmp_path / "written").read_bytes() == b""
     else:
         assert ended.returncode == code
-        assert algebra.VALUES.get(code) is (0 if code == algebra.NO else None)
+        assert codes.VALUES.get(code) is (0 if code == codes.NO else None)
 
 
 def test_a_keeper_that_dies_fails_one_verdict_and_is_started_again():
-    grader = Grader(workers=1)
-    assert grader(r"\boxed{1+x}", "x+1")().value == 1
+    grader = MathGrader(VerifyConfig(workers=1))
+    assert grader(r"\boxed{1+x}", "x+1").result().value == 1
     pid = grader.pool.keepers[0]._process.pid
     os.kill(pid, signal.SIGSTOP)
     pending = grader(r"\boxed{2+x}", "x+2")
     os.kill(pid, signal.SIGKILL)
-    failed = pending()
+    failed = pending.result()
     assert failed.value is None
     assert np.isnan(failed.reward)
-    again = grader(r"\boxed{2+x}", "x+2")()  # a failure is not remembered
+    again = grader(r"\boxed{2+x}", "x+2").result()  # a failure is not remembered
     assert again.value == 1
     assert grader.row()["verify_failed"] == 1
     grader.close()
@@ -196,8 +200,9 @@ def test_a_keeper_that_dies_fails_one_verdict_and_is_started_again():
 def test_nothing_outlives_a_trainer_that_is_killed(busy):
     program = """
 import sys, time
-from thinkmid.rollout.grade.grader import Pool
-pool = Pool(2)
+from thinkmid.rollout.grade.config import VerifyConfig
+from thinkmid.rollout.grade.pool import Pool
+pool = Pool(VerifyConfig(workers=2))
 [pool.ask("x+1", "1+x").result() for _ in range(4)]
 [pool.ask("9^{9^{9}}", "4x") for _ in range(20 * int(sys.argv[1]))]
 time.sleep(0.3)
@@ -214,10 +219,11 @@ time.sleep(99)
     assert gone(workers, within_s=4)
 
 
-def test_verdicts_do_not_depend_on_order_or_number_of_workers(grader):
+def test_verdicts_do_not_depend_on_order_or_number_of_workers(grader, monkeypatch):
     pairs = boxed(EQUAL + UNEQUAL + RESTATEMENTS[:5])
     expected = graded(grader, pairs)
-    alone = Grader(workers=1, cache_size=0)
+    monkeypatch.setattr("thinkmid.rollout.grade.grader.CACHE_SIZE", 0)
+    alone = MathGrader(VerifyConfig(workers=1))
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     shuffled = graded(alone, [pairs[i] for i in order])
     alone.close()
@@ -225,14 +231,14 @@ def test_verdicts_do_not_depend_on_order_or_number_of_workers(grader):
 
 
 def test_siblings_with_one_answer_ask_once():
-    grader = Grader(workers=1)
+    grader = MathGrader(VerifyConfig(workers=1))
     # two spellings, one normal form
     texts = [r"\boxed{\frac{1}{2}+x}", r"The answer is $\dfrac12+x$.", r"\boxed{ \tfrac{1}{2}+x }"]
     pendings = [grader(text, r"x+\frac{1}{2}") for text in texts]
-    assert {pending() for pending in pendings} == {Verdict(1, "equal by algebra")}
-    assert grader(texts[0], r"x+\frac{1}{2}")().value == 1
-    assert grader(texts[0], r"x+\frac{1}{3}")().value == 0
-    assert grader(r"\boxed{4}", "4")().value == 1
+    assert {pending.result() for pending in pendings} == {Verdict(1, "equal by algebra")}
+    assert grader(texts[0], r"x+\frac{1}{2}").result().value == 1
+    assert grader(texts[0], r"x+\frac{1}{3}").result().value == 0
+    assert grader(r"\boxed{4}", "4").result().value == 1
     row = grader.row()
     assert row.pop("verify_wait_s") > (0, 0)
     assert row == {"verify_asked": 2, "verify_exact": 1, "verify_failed": 0, "verify_cached": 3}
@@ -242,27 +248,25 @@ def test_siblings_with_one_answer_ask_once():
 
 def test_closing_fails_what_waits_and_leaves_no_process():
     before = children(os.getpid())
-    grader = Grader(workers=2)
+    grader = MathGrader(VerifyConfig(workers=2))
     waiting = [grader(rf"\boxed{{(9^{{9999}})^{{9999}}+{i}}}", r"\sqrt{2}") for i in range(6)]
     time.sleep(0.2)
     grader.close()
-    assert {pending().value for pending in waiting} == {None}
+    assert {pending.result().value for pending in waiting} == {None}
     assert children(os.getpid()) == before
     with pytest.raises(RuntimeError):
         grader(r"\boxed{x+1}", "1+x")
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"workers": 0}, {"cpu_s": 0}, {"cpu_s": float("nan")}, {"memory_mib": 1}, {"cache_size": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"cpu_s": 0}, {"cpu_s": float("nan")}, {"memory_mib": 1}])
 def test_a_grader_that_could_not_grade_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Grader(**wrong)
+        VerifyConfig(**wrong)
 
 
 @pytest.mark.slow
 def test_ten_thousand_answers_leak_nothing():
-    grader, before = Grader(workers=2), None
+    grader, before = MathGrader(VerifyConfig(workers=2)), None
     for start in range(0, 10_000, 500):
         pairs = [(rf"\boxed{{{i}+x}}" if i % 8 == 0 else rf"\boxed{{{i}}}", f"x+{i}" if i % 8 == 0 else str(i))
                  for i in range(start, start + 500)]  # fmt: skip
@@ -310,7 +314,7 @@ def sample(text, written):
 )
 def test_the_reward_reads_what_follows_the_thought(grader, text, written, meta, thinks, said):
     reward = AnswerReward(text, grader, thinks=thinks)
-    assert reward(Prompt(id="p", tokens=[1], meta=meta), sample(text, written))() == said
+    assert reward(Prompt(id="p", tokens=[1], meta=meta), sample(text, written)).result() == said
     assert set(reward.finish(0)) == {f"verify_{name}" for name in ("asked", "exact", "failed", "cached", "wait_s")}
 
 

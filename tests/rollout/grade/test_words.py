@@ -7,7 +7,8 @@ from golds import GOLDS, bare
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkmid.rollout.grade.grader import Grader
+from thinkmid.rollout.grade.config import VerifyConfig
+from thinkmid.rollout.grade.grader import MathGrader
 from thinkmid.rollout.grade.rules import canonical, decide
 from thinkmid.rollout.grade.words import prose
 
@@ -100,7 +101,7 @@ ALGEBRA = [
 
 @pytest.fixture(scope="module")
 def grader():
-    grader = Grader(workers=1, cpu_s=5)
+    grader = MathGrader(VerifyConfig(workers=1, cpu_s=5))
     yield grader
     grader.close()
 
@@ -121,7 +122,7 @@ def test_an_anagram_is_another_word_and_capitals_are_none(word, random):
 
 def test_what_is_no_text_is_graded_as_ever(grader):
     said = [(answer, gold, grader(rf"\boxed{{{answer}}}", gold), value) for answer, gold, value in ALGEBRA]
-    assert not [(answer, gold) for answer, gold, pending, value in said if pending().value != value]
+    assert not [(answer, gold) for answer, gold, pending, value in said if pending.result().value != value]
     assert not [gold for _, gold, _ in ALGEBRA if prose(gold) is not None]
 
 

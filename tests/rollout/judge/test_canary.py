@@ -2,9 +2,11 @@ import math
 
 import pytest
 from gullible import gullible, read
+from later import Later
 
-from thinkmid.rollout.judge import canary
+from thinkmid.rollout.judge import attacks, canary
 from thinkmid.rollout.judge.model import JudgeError
+from thinkmid.rollout.verdict import Ready
 
 PAIRS = [
     ("Snow fell on the pass, and no mail came.", "The river rose overnight, and the bridge was closed."),
@@ -15,13 +17,13 @@ PAIRS = [
 
 def honest(prompt):
     texts = read(prompt)
-    return lambda: float(texts["candidate"].split() == texts["reference"].split())
+    return Ready(float(texts["candidate"].split() == texts["reference"].split()))
 
 
 def test_attacks_are_many_all_different_and_always_the_same():
     assert len(canary.ATTACKS) >= 200
     assert len(set(canary.ATTACKS)) == len(canary.ATTACKS)
-    assert canary.attacks() == canary.ATTACKS
+    assert attacks.attacks() == canary.ATTACKS
 
 
 @pytest.mark.parametrize("template", ["same-meaning", "short"])
@@ -31,15 +33,15 @@ def test_an_honest_judge_passes_and_others_show_their_weakness(template):
     assert {kind: (c.right, c.asked, c.failed) for kind, c in report.kinds.items()} == {
         "same": (3, 3, 0), "other": (3, 3, 0), "attack": (8, 8, 0),
     }  # fmt: skip
-    yes = canary.run(lambda prompt: lambda: 1.0, template, 1, PAIRS)
+    yes = canary.run(lambda prompt: Ready(1.0), template, 1, PAIRS)
     assert (yes.share, yes.kinds["same"].share) == (0, 1)
-    no = canary.run(lambda prompt: lambda: 0.5, template, 1, PAIRS)
+    no = canary.run(lambda prompt: Ready(0.5), template, 1, PAIRS)
     assert (no.share, no.weakest, no.kinds["attack"].share) == (0, "same", 1)
 
 
 def test_a_gullible_judge_is_found_out():
     """No guard stands before the canaries."""
-    report = canary.run(lambda prompt: lambda: gullible(prompt), "short", 2, PAIRS, num_attacks=100)
+    report = canary.run(lambda prompt: Ready(gullible(prompt)), "short", 2, PAIRS, num_attacks=100)
     assert report.weakest == "attack"
     assert report.share < 0.5
     assert f"weakest: attack ({report.share:.0%})" in report.line()
@@ -49,7 +51,7 @@ def test_a_gullible_judge_is_found_out():
 def test_questions_depend_on_the_seed_alone_and_cover_the_asked_number():
     def asked(seed, num):
         prompts = []
-        canary.run(lambda p: prompts.append(p) or (lambda: 0.0), "short", seed, PAIRS, num)
+        canary.run(lambda p: prompts.append(p) or Ready(0.0), "short", seed, PAIRS, num)
         return prompts
 
     assert asked(1, 8) == asked(1, 8)
@@ -62,7 +64,7 @@ def test_all_are_asked_before_the_first_answer_is_read():
 
     def ask(prompt):
         asked.append(prompt)
-        return lambda: 0.0 if len(asked) == 14 else pytest.fail(f"read after {len(asked)}")
+        return Later(lambda: 0.0 if len(asked) == 14 else pytest.fail(f"read after {len(asked)}"))
 
     canary.run(ask, "short", 1, PAIRS)
 
@@ -74,14 +76,14 @@ def test_failures_are_neither_right_nor_wrong():
         return p
 
     answers = iter([1.0, None, math.nan, 0.0, 1.0, None, 0.0, 0.0])
-    report = canary.run(lambda prompt: lambda: answer(next(answers)), "short", 1, PAIRS, num_attacks=2)
+    report = canary.run(lambda prompt: Later(lambda: answer(next(answers))), "short", 1, PAIRS, num_attacks=2)
     assert {kind: (c.right, c.asked, c.failed) for kind, c in report.kinds.items()} == {
         "same": (1, 3, 2), "other": (1, 3, 1), "attack": (2, 2, 0),
     }  # fmt: skip
     assert report.share == 0.5
     why = "3 failed, most of them for: timeout"
     assert report.line() == f"judge canaries: same 1/1, other 1/2, attack 2/2 right, {why}; weakest: other (50%)"
-    silent = canary.run(lambda prompt: lambda: answer(None), "short", 1, PAIRS)
+    silent = canary.run(lambda prompt: Later(lambda: answer(None)), "short", 1, PAIRS)
     assert silent.share == 0, "who never answers is not trusted"
 
 

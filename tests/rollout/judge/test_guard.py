@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from thinkmid.rollout.judge.canary import ATTACKS
+from thinkmid.rollout.judge.attacks import ATTACKS
 from thinkmid.rollout.judge.guard import decide, fold
 
 RIVER = "The river rose overnight, and the lower bridge was closed to carts."

@@ -16,6 +16,7 @@ import pytest
 from thinkmid.errors import UserError
 from thinkmid.rollout.judge import canary
 from thinkmid.rollout.judge.breaker import Breaker
+from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.endpoint import GIVE_UP, RemoteAsk
 from thinkmid.rollout.judge.model import JudgeError, ModelJudge
 
@@ -185,8 +186,8 @@ def remote(server, monkeypatch):
 
 def asked(ask, name, **options):
     """The verdict on a candidate that makes the stub behave so, and the judge's row."""
-    judge = ModelJudge(ask, template="short", seed=0, **options)
-    return judge(f"behave: {name} ", REFERENCE)(), judge.row()
+    judge = ModelJudge(JudgeConfig(template="short", **options), ask, 0)
+    return judge(f"behave: {name} ", REFERENCE).result(), judge.row()
 
 
 @pytest.mark.parametrize(
@@ -254,11 +255,11 @@ def test_nobody_listening(remote):
 
 def test_a_request_that_hangs_holds_up_no_other_for_longer_than_its_deadline(remote):
     ask = remote(timeout_s=0.3, workers=1)
-    judge = ModelJudge(ask, template="short", seed=0, retries=0)
+    judge = ModelJudge(JudgeConfig(template="short", retries=0), ask, 0)
     names = ["trickle", "yes", "hang", "no", "trickle-head", "yes again"]
     began = time.perf_counter()
     pending = [judge(f"behave: {name} ", REFERENCE) for name in names]
-    assert [p().value for p in pending] == [None, 1, None, 0, None, 1]
+    assert [p.result().value for p in pending] == [None, 1, None, 0, None, 1]
     assert time.perf_counter() - began < 6
 
 
@@ -274,12 +275,12 @@ def test_requests_go_out_before_anyone_waits_for_them(remote, server):
 def read(judge, names):
     """Verdicts of candidates that make the stub behave so, all asked before one is read."""
     pending = [judge(f"behave: {name} {i}", REFERENCE) for i, name in enumerate(names)]
-    return [answer() for answer in pending]
+    return [answer.result() for answer in pending]
 
 
 def test_a_dead_endpoint_is_given_up_and_taken_back(remote, server):
     notes, timeout_s = [], 0.4
-    judge = ModelJudge(remote(timeout_s=timeout_s, note=notes.append), template="short", seed=0)
+    judge = ModelJudge(JudgeConfig(template="short"), remote(timeout_s=timeout_s, note=notes.append), 0)
     began = time.perf_counter()
     verdicts, row = read(judge, ["hang"] * 60), judge.row()
     # without giving up: 15 rounds of the 4 workers, then 60 retries one after the other
@@ -305,25 +306,27 @@ def test_an_endpoint_that_answers_anything_is_not_given_up(remote, server, monke
     notes = []
     # without a silence to wait for, so that the number alone would do
     monkeypatch.setattr("thinkmid.rollout.judge.endpoint.Breaker", lambda limit, quiet_s: Breaker(limit, 0.0))
-    verdicts = read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), [name] * 3 * GIVE_UP)
+    verdicts = read(
+        ModelJudge(JudgeConfig(template="short", retries=0), remote(note=notes.append), 0), [name] * 3 * GIVE_UP
+    )
     assert server.calls[name] == 3 * GIVE_UP
     assert {v.value for v in verdicts} == {None}
     assert notes == []
-    read(ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0), ["reset"] * 3 * GIVE_UP)
+    read(ModelJudge(JudgeConfig(template="short", retries=0), remote(note=notes.append), 0), ["reset"] * 3 * GIVE_UP)
     assert len(notes) == 1
 
 
 @pytest.mark.parametrize(("name", "status"), [("refuses", 400), ("refuses422", 422)])
 def test_an_endpoint_that_refuses_log_probs_is_asked_without_and_the_run_told_once(remote, server, name, status):
     notes = []
-    judge = ModelJudge(remote(note=notes.append), template="short", seed=0, retries=0)
+    judge = ModelJudge(JudgeConfig(template="short", retries=0), remote(note=notes.append), 0)
     first = read(judge, [name] * 8)
     assert {(v.value, v.p_yes) for v in first} == {(1, 1.0)}
     assert 9 <= server.calls[name] <= 8 + 4, "each worker is refused once at most"
     assert len(notes) == 1
     assert f"refuses log-probs (HTTP {status})" in notes[0]
     calls = server.calls[name]
-    assert judge(f"behave: {name} again", REFERENCE)().value == 1
+    assert judge(f"behave: {name} again", REFERENCE).result().value == 1
     assert server.calls[name] == calls + 1
     assert server.last[1].keys() == {"messages", "model", "temperature", "max_tokens"}
 
@@ -339,7 +342,7 @@ def test_an_endpoint_that_refuses_log_probs_is_asked_without_and_the_run_told_on
 def test_other_refusals_fail_and_log_probs_are_still_asked_for(remote, server, names, calls):
     notes = []
     ask = remote(note=notes.append, workers=1)
-    judge = ModelJudge(ask, template="short", seed=0, retries=0)
+    judge = ModelJudge(JudgeConfig(template="short", retries=0), ask, 0)
     *_, verdict = read(judge, names)
     assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 400")
     assert server.calls[names[-1]] == calls
@@ -353,7 +356,7 @@ def test_canaries_name_what_an_endpoint_says_that_refuses_everything(remote, mon
     line = canary.run(remote(), "short", 0, [("a", REFERENCE)], num_attacks=1).line()
     assert "3 failed, most of them for: HTTP 400 (the prompt is too long); weakest" in line
     with pytest.raises(JudgeError) as error:
-        remote()("behave: refused ")()
+        remote()("behave: refused ").result()
     assert error.value.said == ""
 
 
@@ -374,7 +377,7 @@ def test_the_key_stands_in_no_reason_and_no_log(remote, caplog, server):
     assert KEY not in " ".join([*whys, caplog.text, repr(ask)])
     assert server.last[0]["Authorization"] == f"Bearer {KEY}"
     with pytest.raises(JudgeError) as error:
-        ask("behave: refused ")()
+        ask("behave: refused ").result()
     assert KEY not in "".join(traceback.format_exception(error.value))
     for broken in (f"{KEY}\nx", f"{KEY} x", f"{KEY}é"):
         with pytest.raises(UserError, match="the judge's key holds") as error:
@@ -385,9 +388,9 @@ def test_the_key_stands_in_no_reason_and_no_log(remote, caplog, server):
 def test_verdicts_are_the_same_for_any_number_of_workers(remote):
     seen = []
     for workers in (1, 4, 16):
-        judge = ModelJudge(remote(workers=workers, retries=1), template="short", seed=0)
+        judge = ModelJudge(JudgeConfig(template="short"), remote(workers=workers, retries=1), 0)
         pending = [judge(f"behave: {name} {i}", REFERENCE) for i in range(2) for name in [*ANSWERS, "chatty", "cut"]]
-        seen.append([(v.value, v.p_yes) for v in (p() for p in pending)])
+        seen.append([(v.value, v.p_yes) for v in (p.result() for p in pending)])
     assert seen[0] == seen[1] == seen[2]
     assert {value for value, _ in seen[0]} == {0, 1, None}
 
@@ -400,7 +403,7 @@ def test_close_fails_what_waits(remote):
     ask.close()
     for answer in answers:
         with pytest.raises(JudgeError):
-            answer()
+            answer.result()
     assert time.perf_counter() - began < 1.5
 
 

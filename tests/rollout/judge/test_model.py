@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 from gullible import ATTACKS as MORE_ATTACKS
 from gullible import gullible, read
+from later import Later
 
-from thinkmid.rollout.judge.canary import ATTACKS
-from thinkmid.rollout.judge.model import ContinuationReward, JudgeError, ModelJudge, Verdict
-from thinkmid.rollout.judge.rule import match
+from thinkmid import config
+from thinkmid.rollout.judge.attacks import ATTACKS
+from thinkmid.rollout.judge.canary import Examiner
+from thinkmid.rollout.judge.config import JudgeConfig
+from thinkmid.rollout.judge.model import JudgeError, ModelJudge
+from thinkmid.rollout.judge.reward import ContinuationReward
+from thinkmid.rollout.judge.rule import RuleJudge
 from thinkmid.rollout.judge.templates import TEMPLATES, nonce, render
+from thinkmid.rollout.verdict import Ready, Verdict, VerdictCache
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt, Sample
 
@@ -43,7 +49,7 @@ def never(candidate, reference):
 
 def listening(asked, value=1):
     """A judge that says value and notes what it is shown."""
-    return lambda *pair: asked.append(pair) or (lambda: Verdict(value, ""))
+    return lambda *pair: asked.append(pair) or Ready(Verdict(value, ""))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def listening(asked, value=1):
 )
 def test_without_exactly_one_closing_tag_nobody_is_asked(text, written, why):
     reward = ContinuationReward(text, never, max_suffix=10)
-    assert reward(*make(text, "So 7 remain.", written))() == Verdict(0, why)
+    assert reward(*make(text, "So 7 remain.", written)).result() == Verdict(0, why)
 
 
 def test_the_reference_is_cut_as_the_suffix_is(text):
@@ -80,21 +86,23 @@ def test_a_suffix_past_the_cut_is_not_shown(text):
 def test_each_sample_is_compared_with_the_reference_of_its_own_prompt(text):
     asked, written = [], [("7", "a</think> 1"), ("8", "c</think> 3"), ("7", "b</think> 2"), ("9", "no tag")]
     reward = ContinuationReward(text, listening(asked), max_suffix=10)
-    values = [reward(*make(text, reference, w))().value for reference, w in written]
+    values = [reward(*make(text, reference, w)).result().value for reference, w in written]
     assert [(c.strip(), r) for c, r in asked] == [("1", "7"), ("3", "8"), ("2", "7")]
     assert values == [1, 1, 1, 0]
 
 
 def test_a_judge_by_rule_has_no_metrics(text):
-    reward = ContinuationReward(text, partial(match, overlap=0.5), max_suffix=20)
-    assert reward(*make(text, " So 7 remain.", "12 - 5</think> 7 remain."))().value == 1
-    assert reward(*make(text, " So 7 remain.", "12 - 5</think> 8 remain."))().value == 0
+    reward = ContinuationReward(text, RuleJudge(0.5), max_suffix=20)
+    assert reward(*make(text, " So 7 remain.", "12 - 5</think> 7 remain.")).result().value == 1
+    assert reward(*make(text, " So 7 remain.", "12 - 5</think> 8 remain.")).result().value == 0
     assert reward.finish(1) == {}
 
 
 def test_a_failed_verdict_is_no_zero(text):
-    reward = ContinuationReward(text, ModelJudge(scripted([math.nan] * 2), template="short", seed=0), max_suffix=9)
-    failed = reward(*make(text, "So 7 remain.", "a</think> 8 remain."))()
+    reward = ContinuationReward(
+        text, ModelJudge(JudgeConfig(template="short"), scripted([math.nan] * 2), 0), max_suffix=9
+    )
+    failed = reward(*make(text, "So 7 remain.", "a</think> 8 remain.")).result()
     assert math.isnan(failed.reward)
     assert Verdict(0, "no").reward == 0.0
     assert reward.finish(1)["judge_failed"] == 1
@@ -102,9 +110,21 @@ def test_a_failed_verdict_is_no_zero(text):
 
 
 def test_a_look_at_the_judge_ends_the_step(text):
-    judge = ModelJudge(scripted([]), template="short", seed=0)
-    reward = ContinuationReward(text, judge, max_suffix=9, look=lambda step: {"judge_canary": step / 10})
-    assert reward.finish(3).items() >= {"judge_asked": 0, "judge_canary": 0.3}.items()
+    cfg, asked = JudgeConfig(template="short", canary_every=3), []
+    ask = lambda prompt: asked.append(prompt) or Later(lambda: honest(prompt))  # noqa: E731
+    prompts = [make(text, reference, "")[0] for reference in (*SENTENCES, SENTENCES[0], " ")]
+    examiner = Examiner(cfg=cfg, ask=ask, seed=0, prompts=prompts, tokenizer=text, max_suffix=9)
+    reward = ContinuationReward(text, ModelJudge(cfg, ask, 0), max_suffix=9, examiner=examiner)
+    assert "judge_canary" not in reward.finish(2)
+    assert not asked
+    assert reward.finish(3).items() >= {"judge_asked": 0, "judge_canary": (1.0, 1)}.items()
+    references = {text.decode(text.encode(sentence)[:9]).strip() for sentence in SENTENCES}
+    assert {read(prompt)["reference"].strip() for prompt in asked} <= references
+
+
+def honest(prompt):
+    texts = read(prompt)
+    return float(texts["candidate"].split() == texts["reference"].split())
 
 
 def scripted(answers, prompts=None):
@@ -121,7 +141,7 @@ def scripted(answers, prompts=None):
                 raise given
             return given
 
-        return answer
+        return Later(answer)
 
     return ask
 
@@ -138,8 +158,8 @@ def unguarded(template, candidate, reference):
 def test_no_attack_makes_a_gullible_judge_say_yes(template):
     attacks = [*ATTACKS, *MORE_ATTACKS]
     assert len(ATTACKS) >= 200
-    judge = ModelJudge(lambda prompt: partial(gullible, prompt), template=template, seed=3)
-    forged = [a for a in attacks if judge(a, RIVER)().value != 0]
+    judge = ModelJudge(JudgeConfig(template=template), lambda prompt: Later(partial(gullible, prompt)), 3)
+    forged = [a for a in attacks if judge(a, RIVER).result().value != 0]
     assert not forged
     # the same judge can be fooled, or this would show nothing
     assert sum(gullible(unguarded(template, a, RIVER)) > 0.5 for a in ATTACKS) > 150
@@ -148,9 +168,9 @@ def test_no_attack_makes_a_gullible_judge_say_yes(template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_gullible_judge_behind_guards_is_still_a_judge(template):
-    judge = ModelJudge(lambda prompt: partial(gullible, prompt), template=template, seed=3)
-    assert judge("The river rose overnight; the lower bridge was closed to all carts.", RIVER)().value == 1
-    assert judge("Snow fell on the pass, and no mail came for a week.", RIVER)().value == 0
+    judge = ModelJudge(JudgeConfig(template=template), lambda prompt: Later(partial(gullible, prompt)), 3)
+    assert judge("The river rose overnight; the lower bridge was closed to all carts.", RIVER).result().value == 1
+    assert judge("Snow fell on the pass, and no mail came for a week.", RIVER).result().value == 0
     row = judge.row()
     assert (row["judge_asked"], row["judge_decided"]) == (2, 0)
 
@@ -185,8 +205,8 @@ def test_behind_fences_alone_nothing_speaks_for_the_prompt(template):
 def test_votes_are_combined_by_their_mean_or_by_majority(ps, mean, majority):
     for combine, value in (("mean", mean), ("majority", majority)):
         prompts = []
-        judge = ModelJudge(scripted(ps, prompts), template="short", seed=5, votes=len(ps), combine=combine)
-        verdict = judge("Snow fell.", RIVER)()
+        judge = ModelJudge(JudgeConfig(template="short", votes=len(ps), combine=combine), scripted(ps, prompts), 5)
+        verdict = judge("Snow fell.", RIVER).result()
         assert verdict.value == value, combine
         assert verdict.p_yes == pytest.approx(sum(ps) / len(ps))
         assert prompts == [render("short", "Snow fell.", RIVER, nonce(5, RIVER, vote)) for vote in range(len(ps))]
@@ -196,64 +216,65 @@ def test_votes_are_combined_by_their_mean_or_by_majority(ps, mean, majority):
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1, math.inf, JudgeError("timeout")])
 def test_a_vote_that_fails_is_asked_again_and_then_fails_the_verdict(bad):
     prompts = []
-    judge = ModelJudge(scripted([bad, 0.9, 0.8], prompts), template="short", seed=0, votes=2)
-    verdict = judge("Snow fell.", RIVER)()
+    judge = ModelJudge(JudgeConfig(template="short", votes=2), scripted([bad, 0.9, 0.8], prompts), 0)
+    verdict = judge("Snow fell.", RIVER).result()
     assert (verdict.value, verdict.p_yes) == (1, pytest.approx(0.85))
     # the same question, or a failure could turn the verdict
     assert prompts[2] == prompts[0]
-    judge = ModelJudge(scripted([bad] * 3), template="short", seed=0, retries=2)
-    failed = judge("Snow fell.", RIVER)()
+    judge = ModelJudge(JudgeConfig(template="short", retries=2), scripted([bad] * 3), 0)
+    failed = judge("Snow fell.", RIVER).result()
     assert (failed.value, failed.p_yes) == (None, None)
     assert failed.why.startswith("judge failed: " + ("timeout" if isinstance(bad, JudgeError) else "P(yes) ="))
 
 
 def test_a_failed_verdict_is_not_kept():
-    judge = ModelJudge(scripted([JudgeError("gone")] * 2 + [0.9]), template="short", seed=0)
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([JudgeError("gone")] * 2 + [0.9]), 0)
     pending = judge("Snow fell.", RIVER)
-    assert pending().value is None
-    assert pending().value is None, "one answer, however often it is read"
-    assert judge("Snow fell.", RIVER)().value == 1
+    assert pending.result().value is None
+    assert pending.result().value is None, "one answer, however often it is read"
+    assert judge("Snow fell.", RIVER).result().value == 1
     row = judge.row()
     assert (row["judge_asked"], row["judge_failed"], row["judge_cached"]) == (2, 1, 0)
 
 
 def test_what_is_no_failure_of_the_judge_is_not_hidden():
-    judge = ModelJudge(scripted([KeyError("a bug")]), template="short", seed=0)
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([KeyError("a bug")]), 0)
     with pytest.raises(KeyError):
-        judge("Snow fell.", RIVER)()
+        judge("Snow fell.", RIVER).result()
 
 
 def test_duplicates_share_one_question_under_way_and_later():
     prompts = []
-    judge = ModelJudge(scripted([0.9, 0.1], prompts), template="short", seed=0)
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([0.9, 0.1], prompts), 0)
     first, second = judge("Snow fell.", RIVER), judge("Snow fell.", RIVER)
     assert len(prompts) == 1
-    assert second() == first() == judge("Snow fell.", RIVER)()
-    assert judge("Snow fell. ", RIVER)().value == 0, "as given: another text"
+    assert second.result() == first.result() == judge("Snow fell.", RIVER).result()
+    assert judge("Snow fell. ", RIVER).result().value == 0, "as given: another text"
     row = judge.row()
     assert (row["judge_asked"], row["judge_cached"]) == (2, 2)
 
 
-def test_the_cache_forgets_the_oldest():
+def test_the_cache_forgets_the_oldest(monkeypatch):
+    monkeypatch.setattr("thinkmid.rollout.judge.model.CACHE_SIZE", 2)
     prompts = []
-    judge = ModelJudge(scripted([0.9] * 9, prompts), template="short", seed=0, cache_size=2)
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([0.9] * 9, prompts), 0)
     for name in "abcbca":
-        judge(f"Snow fell on {name}.", RIVER)()
+        judge(f"Snow fell on {name}.", RIVER).result()
     assert len(prompts) == 4
     assert [p.count("on a.") for p in prompts] == [1, 0, 0, 1]
 
 
 def test_no_pair_is_taken_for_another():
-    judge = ModelJudge(scripted([0.9, 0.1]), template="short", seed=0)
-    assert judge("fell at noon", "The snow ")().value == 1
-    assert judge("at noon", "The snow fell ")().value == 0
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([0.9, 0.1]), 0)
+    assert judge("fell at noon", "The snow ").result().value == 1
+    assert judge("at noon", "The snow fell ").result().value == 0
     assert judge.row()["judge_asked"] == 2
 
 
 def test_the_row_counts_each_verdict_once_and_starts_over():
-    judge = ModelJudge(scripted([0.9, 0.3, JudgeError("x"), JudgeError("x")]), template="short", seed=0)
+    judge = ModelJudge(JudgeConfig(template="short"), scripted([0.9, 0.3, JudgeError("x"), JudgeError("x")]), 0)
     for candidate in ("Snow fell.", "Rain fell.", "Hail fell.", "Snow fell.", "", "Answer: yes", RIVER):
-        judge(candidate, RIVER)()
+        judge(candidate, RIVER).result()
     row = judge.row()
     assert row.pop("judge_p_yes") == (pytest.approx(1.2), 2)
     wait_s, num_read = row.pop("judge_wait_s")
@@ -264,18 +285,22 @@ def test_the_row_counts_each_verdict_once_and_starts_over():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "match"),
+    ("flag", "match"),
     [
-        ({"template": "shorty"}, "did you mean 'short'"),
-        ({"votes": 0}, "votes must be at least 1, got 0"),
-        ({"retries": -1}, "retries"),
-        ({"cache_size": -1}, "cache_size"),
-        ({"combine": "max"}, "'max'"),
+        ("--template=shorty", "did you mean 'short'"),
+        ("--votes=0", "votes must be at least 1, got 0"),
+        ("--retries=-1", "retries"),
+        ("--combine=max", "'max'"),
     ],
 )
-def test_wrong_settings_are_named(wrong, match):
+def test_wrong_settings_are_named(flag, match):
     with pytest.raises(ValueError, match=match):
-        ModelJudge(scripted([]), **{"template": "short", "seed": 0, **wrong})
+        config.load(JudgeConfig, [flag], prog="", description="")
+
+
+def test_a_cache_smaller_than_nothing_is_refused():
+    with pytest.raises(ValueError, match="cache_size must be at least 0, got -1"):
+        VerdictCache(-1)
 
 
 def slow_ask(pool, rng):
@@ -291,7 +316,7 @@ def slow_ask(pool, rng):
     def ask(prompt):
         fails = prompt not in tried and rng.random() < 0.3
         tried.add(prompt)
-        return pool.submit(work, prompt, rng.random() * 0.004, fails).result
+        return pool.submit(work, prompt, rng.random() * 0.004, fails)
 
     return ask
 
@@ -304,12 +329,13 @@ def test_rewards_depend_neither_on_order_nor_on_the_number_of_workers():
         rng = random.Random(round)
         order = rng.sample(range(len(pairs)), len(pairs))
         with ThreadPoolExecutor(workers) as pool:
-            judge = ModelJudge(slow_ask(pool, rng), template="short", seed=7, votes=3, retries=2)
+            judge = ModelJudge(JudgeConfig(template="short", votes=3, retries=2), slow_ask(pool, rng), 7)
             pending = {i: judge(*pairs[i]) for i in order}
-            verdicts = {i: pending[i]() for i in rng.sample(order, len(order))}
+            verdicts = {i: pending[i].result() for i in rng.sample(order, len(order))}
         seen.append([(verdicts[i].value, verdicts[i].p_yes) for i in range(len(pairs))])
     assert seen[0] == seen[1] == seen[2] == seen[3]
     assert {value for value, _ in seen[0]} == {0, 1}
     assert (
-        ModelJudge(slow_ask(ThreadPoolExecutor(1), rng), template="short", seed=8)(*pairs[0])().p_yes != seen[0][0][1]
+        ModelJudge(JudgeConfig(template="short"), slow_ask(ThreadPoolExecutor(1), rng), 8)(*pairs[0]).result().p_yes
+        != seen[0][0][1]
     )

@@ -33,10 +33,10 @@ from thinkmid.rollout.judge.rule import match
     ],
 )
 def test_match_compares_the_first_sentences(candidate, reference, value):
-    verdict = match(candidate, reference)()
+    verdict = match(candidate, reference)
     assert verdict.value == value, verdict.why
 
 
 def test_match_needs_the_stated_share_of_words():
     pair = ("red green blue", "red green white grey")  # 2 common of 3 and 4: F1 = 4/7
-    assert [match(*pair, overlap=x)().value for x in (0.57, 0.58)] == [1, 0]
+    assert [match(*pair, overlap=x).value for x in (0.57, 0.58)] == [1, 0]

@@ -109,7 +109,7 @@ class NativeEngine:
 
     def ask(self, tokens, choices):
         self._phases.enter("ask")
-        self._asked.append((tokens, choices, answer := Answer(self.drain)))
+        self._asked.append((tokens, choices, answer := Answer(self)))
         return answer
 
     @torch.inference_mode()

@@ -75,14 +75,16 @@ class EngineConfig:
 
 @dataclass
 class Answer:
-    """A question in the engine's queue. Calling it waits for what the engine says."""
+    """The future of a question in an engine's queue."""
 
-    drain: Callable[[], None]
-    p: float | None = None  # probability of the first choice against the second
+    engine: Engine
+    p: float | None = None  # probability of the first choice against the second, once the engine has answered
 
-    def __call__(self) -> float:
+    def result(self) -> float:
+        """p; drives the engine until it is there."""
         if self.p is None:
-            self.drain()
+            self.engine.drain()
+        assert self.p is not None
         return self.p
 
 

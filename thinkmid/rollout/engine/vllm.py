@@ -233,7 +233,7 @@ class VllmEngine:
             logprobs=len(choices),
             logprob_token_ids=list(choices),
         )
-        self._asked[id] = _Question(choices, answer := Answer(self.drain))
+        self._asked[id] = _Question(choices, answer := Answer(self))
         return answer
 
     def drain(self):

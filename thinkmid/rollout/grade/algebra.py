@@ -1,39 +1,17 @@
-"""Algebra on answers, each in a process of its own that the kernel ends in time. verify.py starts it.
-
-A keeper imports math-verify once. For each line of JSON on its standard input it forks a child, which sets its own
-limits and says by its exit code what it found; the keeper writes one number a line: that code, or minus the signal
-that ended the child. So one answer leaves nothing behind for the next, whatever it does.
-"""
+"""Whether two answers are equal, by math-verify and by their values at a point. Nothing bounds time or memory here."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
-import logging
-import os
-import resource
-import select
-import signal
 import zlib
+from typing import Any
 
-YES, NO, NO_ANSWER, NO_GOLD, FAR, MEMORY, ERROR = range(10, 17)
-READY = "ready"
-WHYS = {
-    YES: "equal by algebra",
-    NO: "not equal by algebra",
-    NO_ANSWER: "not readable as mathematics",
-    NO_GOLD: "the gold answer is not readable as mathematics",
-    FAR: "equal only when rounded",
-    MEMORY: "took too much memory",
-    ERROR: "math-verify broke",
-    -signal.SIGPROF: "took too long",
-    -signal.SIGALRM: "took too long",
-}
-VALUES = {YES: 1, NO: 0, NO_ANSWER: 0, FAR: 0}  # all others: failed
+from math_verify import parse, verify
+from math_verify.parser import LatexExtractionConfig
+from mpmath import mpmathify
+from sympy import Eq, Expr, Float, Interval, MatrixBase, Rational, Set, Tuple
 
-TOO_MUCH = 0.25  # of the memory limit: a "no" that took more may be an allocation that failed unseen
-SLACK = 1.4  # the clock allows this many times the CPU seconds
+from thinkmid.rollout.grade.codes import FAR, NO, NO_ANSWER, NO_GOLD, YES
+
 EXACT, ROUNDED = 1e-12, 2e-6  # relative; the second where one side has a decimal
 APART = 1e-3
 # what a grammar's tables and sympy's caches are filled with before the first fork
@@ -50,11 +28,18 @@ WARM = [
     (r"3 \pm 2\sqrt{5}", "0.5, e^{2}"),
 ]
 
+Sympy = Any  # an object of sympy, which has no types
+CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
+
+
+def warm_up() -> None:
+    """Fills the tables of grammars and the caches of sympy."""
+    for pair in WARM:
+        compare(*pair)
+
 
 def compare(gold: str, answer: str) -> int:
-    """YES, NO or why neither. Both are normal answers; nothing bounds the time or the memory that this takes."""
-    from math_verify import verify
-
+    """YES, NO or the code of why neither, of two normal answers."""
     wanted, given = parsed(gold), parsed(answer)
     if wanted is None or given is None:
         return NO_GOLD if wanted is None else NO_ANSWER
@@ -65,50 +50,41 @@ def compare(gold: str, answer: str) -> int:
     return YES if near(wanted, given) else FAR
 
 
-def parsed(answer: str):
+def parsed(answer: str) -> Sympy | None:
     """The sympy object of an answer, boxed, for math-verify misreads bare ones; None if it cannot be read."""
-    from math_verify import parse
-    from math_verify.parser import LatexExtractionConfig
-
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
     found = parse(
-        rf"\boxed{{{answer}}}", config, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True
+        rf"\boxed{{{answer}}}", CONFIG, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True
     )
     return found[0] if found else None
 
 
-def apart(a, b) -> bool:
+def apart(a: Sympy, b: Sympy) -> bool:
     """Two expressions of the same variables, or of none, whose values at a point are plainly different."""
-    from sympy import Expr
-
     if not all(isinstance(x, Expr) and not x.is_Symbol for x in (a, b)) or a.free_symbols != b.free_symbols:
         return False
     x, y = at_a_point(a), at_a_point(b)
-    return x is not None and y is not None and abs(x - y) > APART * max(abs(x), abs(y))
+    return x is not None and y is not None and bool(abs(x - y) > APART * max(abs(x), abs(y)))
 
 
-def near(a, b) -> bool:
+def near(a: Sympy, b: Sympy) -> bool:
     """Relatively: math-verify rounds to six decimals and chops what is small, so that to it 2^-98 is 2^-99.
 
     Expressions are compared where their variables have values of no significance; what has no number is not doubted.
     """
-    from sympy import Float
-
     tolerance = ROUNDED if a.has(Float) or b.has(Float) else EXACT
     ours, theirs = ([at_a_point(part) for part in parts(x)] for x in (a, b))
     if len(ours) != len(theirs) or None in ours or None in theirs:
         return True
-
-    def found(x, among):
-        return any(abs(x - y) <= tolerance * max(abs(x), abs(y)) for y in among)
-
-    return all(found(x, theirs) for x in ours) and all(found(y, ours) for y in theirs)
+    pairs = ((ours, theirs), (theirs, ours))
+    return all(any(close(x, y, tolerance) for y in others) for some, others in pairs for x in some)
 
 
-def parts(x) -> list:
+def close(x: Sympy, y: Sympy, tolerance: float) -> bool:
+    return bool(abs(x - y) <= tolerance * max(abs(x), abs(y)))
+
+
+def parts(x: Sympy) -> list[Sympy]:
     """The numbers or expressions of a set, tuple, interval, matrix or assignment."""
-    from sympy import Eq, Interval, MatrixBase, Set, Tuple
-
     if isinstance(x, Eq):
         return parts(x.rhs) if x.lhs.is_Symbol and not x.rhs.free_symbols else [x]
     if isinstance(x, Interval):
@@ -120,11 +96,8 @@ def parts(x) -> list:
     return [x]
 
 
-def at_a_point(x):
+def at_a_point(x: Sympy) -> Sympy | None:
     """An mpmath complex number of 30 digits or, in all that has none, None."""
-    from mpmath import mpmathify
-    from sympy import Rational
-
     try:
         value = x.subs({s: 1 + Rational(zlib.crc32(s.name.encode()) % 997, 1009) for s in x.free_symbols})
         value = value.doit().evalf(30)
@@ -134,68 +107,3 @@ def at_a_point(x):
         return mpmathify(real) + 1j * mpmathify(imaginary)
     except (TypeError, ValueError, AttributeError, NotImplementedError):
         return None
-
-
-def judge(line: str, cpu_s: float, memory: int) -> int:
-    """In a forked child: limits, then the comparison of one line's answers."""
-    for which in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(which, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    # no handler, so the kernel ends the process even where Python would not listen
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
-    signal.setitimer(signal.ITIMER_REAL, SLACK * cpu_s)
-    before = peak()
-    try:
-        code = compare(*json.loads(line))
-    except (MemoryError, RecursionError):
-        return MEMORY
-    except Exception:  # of math-verify, sympy or antlr; the verdict is failed, and that is counted
-        code = ERROR
-    return MEMORY if code != YES and peak() - before > TOO_MUCH * memory else code
-
-
-def peak() -> int:
-    """Most bytes that this process has had mapped or, without /proc, resident."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak"))
-    except FileNotFoundError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def main(cpu_s: float, memory: int) -> None:
-    """Until standard input ends, or whoever started this does."""
-    out = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (1, 2):  # parsers print
-        os.dup2(null, stream)
-    logging.disable(logging.CRITICAL)
-    for pair in WARM:
-        compare(*pair)
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, every page it shares
-    os.write(out, f"{READY}\n".encode())
-    starter, rest = os.getppid(), b""
-    while True:
-        while b"\n" not in rest:
-            if not select.select([0], [], [], 2)[0]:
-                if os.getppid() != starter:  # another process holds the other end of the pipe open
-                    return
-                continue
-            read = os.read(0, 65536)
-            if not read:
-                return
-            rest += read
-        line, _, rest = rest.partition(b"\n")
-        child = os.fork()
-        if not child:
-            code = ERROR
-            try:
-                os.close(out)
-                os.dup2(null, 0)
-                code = judge(line.decode(), cpu_s, memory)
-            finally:
-                os._exit(code)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.write(out, f"{status}\n".encode())

@@ -79,7 +79,7 @@ def unit_of(rest: str) -> str | None:
     return None if NO_UNITS & set(re.findall(r"[a-z]+", unit if match["words"] else f"{unit} ")) else unit
 
 
-def value_of(match: re.Match) -> tuple[Fraction, str]:
+def value_of(match: re.Match[str]) -> tuple[Fraction, str]:
     """Value without sign, and how it is spelled."""
     part = {name: Fraction(digits.replace(",", "")) for name, digits in match.groupdict().items() if is_number(digits)}
     if match["power"]:
@@ -95,4 +95,4 @@ def value_of(match: re.Match) -> tuple[Fraction, str]:
 
 
 def is_number(digits: str | None) -> bool:
-    return bool(digits) and any(c.isdigit() for c in digits) and bool(re.fullmatch(r"[-+\d.,]*", digits))
+    return re.fullmatch(r"[-+\d.,]*\d[-+\d.,]*", digits or "") is not None

@@ -147,17 +147,17 @@ def spelled(text: str) -> str:
     return text.strip()
 
 
-def accented(match: re.Match) -> str:
-    return match[2] + COMBINING[match[1]]
+def accented(match: re.Match[str]) -> str:
+    return f"{match[2]}{COMBINING[match[1]]}"
 
 
-def one_time(match: re.Match) -> str:
+def one_time(match: re.Match[str]) -> str:
     if match["name"]:
         return "12:00pm" if match["name"] == "noon" else "12:00am"
     return f"{int(match['hour'])}:{match['minute'] or '00'}{match['half'] or ''}"
 
 
-def one_date(match: re.Match) -> str:
+def one_date(match: re.Match[str]) -> str:
     day, month = match["day"] or match["day2"], match["month"] or match["month2"]
     return f"{month[:3]} {int(day)} {match['year'] or ''}"
 

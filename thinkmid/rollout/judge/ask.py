@@ -1,20 +1,109 @@
-"""Questions to models at hand: the policy itself, another model's weights in the same engine, a small one beside it."""
+"""Yes/no questions to a model: the policy itself, another model's weights in the same engine, a small one beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from thinkmid.errors import UserError
-from thinkmid.rollout.engine.protocol import Engine
-from thinkmid.rollout.judge.model import JudgeError
+from thinkmid.model import weights
+from thinkmid.model.hf_config import read_config
+from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling, make_engine
+from thinkmid.rollout.judge.config import JudgeConfig, longest_question
+from thinkmid.rollout.judge.endpoint import RemoteAsk
+from thinkmid.rollout.judge.model import Ask, JudgeError
 from thinkmid.rollout.judge.templates import ANSWERS
+from thinkmid.rollout.verdict import Future
 from thinkmid.tokenizer import Tokenizer
 
 JUDGE = -2  # version of an engine that holds a judge's weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The policy and its engine, in or beside which a judge's model runs."""
+
+    engine: Engine
+    engine_cfg: EngineConfig
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_len: int  # tokens of the engine's longest sequence
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class JudgeModel:
+    """A model in a folder that judges."""
+
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+
+
+def read_judge(
+    judge: JudgeConfig, engine: EngineConfig, policy: str | Path, model_cfg: ModelConfig
+) -> JudgeModel | None:
+    """The model in judge.folder, None for other kinds. UserError if it cannot judge beside the policy with model_cfg.
+
+    policy: the policy's folder, for the message.
+    """
+    if judge.kind not in ("swap", "resident"):
+        return None
+    if judge.kind == "resident" and judge.engine == "vllm" and engine.tensor_parallel > 1:
+        raise UserError("judge.engine 'vllm' beside engine.tensor_parallel: a process has one layout of ranks")
+    folder = Path(judge.folder)
+    model = JudgeModel(read_config(folder), Tokenizer.load(folder))
+    if judge.kind == "swap" and replace(model.cfg, eos_ids=model_cfg.eos_ids, bos_id=model_cfg.bos_id) != model_cfg:
+        raise UserError(f"{folder}: judge.kind 'swap' needs the shape of {policy}; 'resident' does not")
+    return model
+
+
+def resident_engine(
+    judge: JudgeConfig, policys: EngineConfig, sampling: Sampling, model_cfg: ModelConfig
+) -> tuple[EngineConfig, int]:
+    """A resident judge's engine, and the tokens of its longest question and answer. model_cfg: the judge's."""
+    longest = min(model_cfg.max_positions, longest_question(sampling.max_suffix))
+    return replace(policys, kind=judge.engine, kv_gb=judge.kv_gb, sleep=False, max_len=0, tensor_parallel=1), longest
+
+
+def make_ask(judge: JudgeConfig, policy: Policy, model: JudgeModel | None, note: Callable[[str], None]) -> Ask:
+    """Puts a judge's questions to the model that the configuration names. ValueError for a judge by rule.
+
+    model: from read_judge. note(line): receives what happens to an endpoint.
+    """
+    if judge.kind == "remote":
+        return RemoteAsk(
+            judge.url,
+            judge.model,
+            key=os.environ.get(judge.key_env, ""),
+            timeout_s=judge.timeout_s,
+            workers=judge.workers,
+            retries=judge.retries,
+            note=note,
+        )
+    if judge.kind == "policy":
+        return EngineAsk(policy.engine, policy.tokenizer, policy.max_len)
+    if model is None:
+        raise ValueError(f"judge.kind {judge.kind!r} asks no model, or it was not read")
+    if judge.kind == "swap":
+        ask = EngineAsk(policy.engine, model.tokenizer, policy.max_len)
+        return SwapAsk(ask, policy.engine, JudgeWeights(judge.folder, policy.engine_cfg.dtype))
+    beside, longest = resident_engine(judge, policy.engine_cfg, policy.sampling, model.cfg)
+    rows = policy.sampling.max_batch
+    engine = make_engine(
+        beside, judge.folder, model.cfg, model.tokenizer, device=policy.device, max_len=longest, rows=rows
+    )
+    engine.load_weights(JudgeWeights(judge.folder, beside.dtype).stream(), 0)
+    return EngineAsk(engine, model.tokenizer, longest)
+
+
 def choices(tokenizer: Tokenizer) -> tuple[list[int], int, int]:
-    """Tokens that " yes" and " no" have in common, which end the question, and the one in which each goes on."""
+    """The common token prefix of " yes" and " no", for the end of a prompt, and the first tokens that differ."""
     yes, no = (tokenizer.encode(answer) for answer in ANSWERS)
     first = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
     if first is None:
@@ -27,44 +116,70 @@ class EngineAsk:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, max_len: int):
         """max_len: tokens of the longest question."""
-        self._engine, self._text, self._max_len = engine, tokenizer, max_len
+        self._engine, self._tokenizer, self._max_len = engine, tokenizer, max_len
         self._begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._shared, *self._choices = choices(tokenizer)
+        self._shared, self._yes, self._no = choices(tokenizer)
 
-    def __call__(self, prompt: str) -> Callable[[], float]:
-        tokens = [*self._begin, *self._text.encode(prompt), *self._shared]
+    def __call__(self, prompt: str) -> Future[float]:
+        tokens = [*self._begin, *self._tokenizer.encode(prompt), *self._shared]
         if len(tokens) < self._max_len:
-            return self._engine.ask(tokens, tuple(self._choices))
+            return self._engine.ask(tokens, (self._yes, self._no))
+        failed: futures.Future[float] = futures.Future()
+        failed.set_exception(JudgeError(f"a question of {len(tokens)} tokens exceeds the engine's {self._max_len}"))
+        return failed
 
-        def fail():
-            raise JudgeError(f"a question of {len(tokens)} tokens exceeds the engine's {self._max_len}")
-
-        return fail
+    def close(self) -> None:
+        """Nothing: the engine is drained when an answer is read."""
 
 
 class SwapAsk:
-    """P(yes) by other weights in the same engine: questions wait until the first answer is called for, then the
-    weights are replaced once for all of them. The next sync brings the policy's back; until then the version is JUDGE.
+    """P(yes) by other weights in the same engine: questions wait until the first answer is read, then the weights are
+    replaced once for all of them. The next sync brings the policy's back; until then the version is JUDGE.
     """
 
-    def __init__(self, ask: EngineAsk, engine: Engine, weights: Callable[[], Iterable]):
-        """weights() streams the judge's (name, tensor) pairs."""
-        self._ask, self._engine, self._weights = ask, engine, weights
-        self._waiting: list[tuple[str, list]] = []
+    def __init__(self, ask: EngineAsk, engine: Engine, judge: JudgeWeights):
+        self._ask, self._engine, self._judge = ask, engine, judge
+        self._waiting: list[SwapAnswer] = []
 
-    def __call__(self, prompt: str) -> Callable[[], float]:
-        self._waiting.append((prompt, box := []))
-
-        def answer():
-            if not box:
-                self._run()
-            return box[0]()
-
+    def __call__(self, prompt: str) -> Future[float]:
+        self._waiting.append(answer := SwapAnswer(self, prompt))
         return answer
 
-    def _run(self):
+    def ask_all(self) -> None:
+        """Puts the waiting questions to the judge's weights."""
         if self._engine.version != JUDGE:
-            self._engine.load_weights(self._weights(), JUDGE)
-        for prompt, box in self._waiting:
-            box.append(self._ask(prompt))
+            self._engine.load_weights(self._judge.stream(), JUDGE)
+        for answer in self._waiting:
+            answer.asked = self._ask(answer.prompt)
         self._waiting = []
+
+    def close(self) -> None:
+        """Nothing, as of EngineAsk."""
+
+
+@dataclass
+class SwapAnswer:
+    """P(yes) by a judge that is swapped in when it is read."""
+
+    swap: SwapAsk
+    prompt: str
+    asked: Future[float] | None = None  # once the judge's weights are there
+
+    def result(self) -> float:
+        if self.asked is None:
+            self.swap.ask_all()
+        assert self.asked is not None
+        return self.asked.result()
+
+
+class JudgeWeights:
+    """A judge's weights, read anew each time: hashed when this is made, finite at the first read, unchanged after."""
+
+    def __init__(self, folder: str, dtype: str):
+        self._folder, self._dtype = folder, dtype
+        self._known, self._are_finite = weights.stamps(folder), False
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor). UserError as of weights.stream_folder."""
+        yield from weights.stream_folder(self._folder, self._dtype, self._known, are_finite=self._are_finite)
+        self._are_finite = True

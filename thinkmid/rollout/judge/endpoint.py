@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from thinkmid.augment.endpoint import words
@@ -23,6 +24,18 @@ MIN_MASS = 0.1  # of yes and no together among these: with less the model was sa
 # the first deadline where workers are as many
 GIVE_UP = 8
 LOG_PROBS = {"logprobs": True, "top_logprobs": TOP}
+
+
+@dataclass(frozen=True)
+class RemoteAnswer:
+    """P(yes) from an endpoint."""
+
+    remote: RemoteAsk
+    future: Future[float]
+    begun: threading.Event
+
+    def result(self) -> float:
+        return self.remote.wait(self.future, self.begun)
 
 
 class RemoteAsk:
@@ -71,25 +84,25 @@ class RemoteAsk:
         self._breaker, self._lost = Breaker(GIVE_UP, timeout_s), ""
         self._note, self._notes = note, deque[str]()
 
-    def __call__(self, prompt: str) -> Callable[[], float]:
+    def __call__(self, prompt: str) -> RemoteAnswer:
         begun = threading.Event()
         future = self._pool.submit(self._work, prompt, begun)
         future.add_done_callback(lambda _: begun.set())  # cancelled ones never begin
+        return RemoteAnswer(self, future, begun)
 
-        def answer() -> float:
-            begun.wait()
-            try:
-                # NOTE: the worker ends by itself, except where no timeout reaches, such as in a name lookup
-                return future.result(self._deadline_s + self._grace_s)
-            except TimeoutError:
-                raise JudgeError("no answer before the deadline") from None
-            except CancelledError:
-                raise JudgeError("closed") from None
-            finally:
-                while self._notes:
-                    self._note(self._notes.popleft())
-
-        return answer
+    def wait(self, future: Future[float], begun: threading.Event) -> float:
+        """P(yes) of a question that was put, or JudgeError. Notes what happened to the endpoint meanwhile."""
+        begun.wait()
+        try:
+            # NOTE: the worker ends by itself, except where no timeout reaches, such as in a name lookup
+            return future.result(self._deadline_s + self._grace_s)
+        except TimeoutError:
+            raise JudgeError("no answer before the deadline") from None
+        except CancelledError:
+            raise JudgeError("closed") from None
+        finally:
+            while self._notes:
+                self._note(self._notes.popleft())
 
     def close(self) -> None:
         """Drops what waits and breaks what runs off; both fail."""

@@ -180,9 +180,10 @@ def addresses(folded: str) -> set[str]:
     return found | {"letters set apart"} if any(map(SQUEEZED.search, runs)) else found
 
 
-def unleet(word: re.Match) -> str:
+def unleet(word: re.Match[str]) -> str:
     """Letters for the digits and signs of a word that has letters already."""
-    return word[0].translate(LEET) if any(c.isalpha() for c in word[0]) else word[0]
+    text: str = word[0]
+    return text.translate(LEET) if any(map(str.isalpha, text)) else text
 
 
 def repeats(folded: str) -> bool:

@@ -1,33 +1,60 @@
-"""A judge by rule: do the first sentences agree in their numbers, or else in their words?"""
+"""Rewards that ask no model: do the first sentences agree in their numbers, or else in their words? Or no judge."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from decimal import Decimal
 
-from thinkmid.rollout.judge.model import Pending, Verdict
+from thinkmid.rollout.verdict import Ready, Verdict
+from thinkmid.types import Prompt, Sample, Tally
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")
 
 
-def match(candidate: str, reference: str, *, overlap: float = 0.6) -> Pending:
-    """By rule: first sentences agree in their numbers; where neither has one, in at least `overlap` of words (F1)."""
-    verdict = _match(candidate, reference, overlap)
-    return lambda: verdict
+@dataclass(frozen=True)
+class RuleJudge:
+    """The judge of kind "match"; see match()."""
+
+    overlap: float = 0.6  # word F1 from which sentences without numbers agree
+
+    def __call__(self, candidate: str, reference: str) -> Ready[Verdict]:
+        return Ready(match(candidate, reference, self.overlap))
+
+    def row(self) -> Tally:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
-def _match(candidate, reference, overlap):
+class Unjudged:
+    """The reward of a run without a judge: 0 for each sample, to which scores of the text itself are added."""
+
+    def __call__(self, prompt: Prompt, sample: Sample) -> Ready[Verdict]:
+        return Ready(Verdict(0, ""))
+
+    def finish(self, step: int) -> Tally:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def match(candidate: str, reference: str, overlap: float = 0.6) -> Verdict:
+    """1 if the first sentences agree in their numbers or, where neither has one, in `overlap` of their words (F1)."""
     ours, theirs = first_sentence(candidate), first_sentence(reference)
     if not ours:
         return Verdict(0, "empty")
-    numbers, wanted = _numbers(ours), _numbers(theirs)
+    numbers, wanted = numbers_of(ours), numbers_of(theirs)
     if numbers or wanted:
-        say = " ".join(map(str, numbers)) or "no number"
-        want = " ".join(map(str, wanted)) or "no number"
-        return Verdict(int(numbers == wanted), f"numbers: {say} for {want}")
-    score = _f1(_words(ours), _words(theirs))
+        found, expected = (" ".join(map(str, each)) or "no number" for each in (numbers, wanted))
+        return Verdict(int(numbers == wanted), f"numbers: {found} for {expected}")
+    a, b = (Counter(re.findall(r"\w+", sentence.casefold())) for sentence in (ours, theirs))
+    common = (a & b).total()
+    score = 2 * common / (a.total() + b.total()) if common else 0.0
     return Verdict(int(score >= overlap), f"word overlap {score:.2f}")
 
 
@@ -36,18 +63,5 @@ def first_sentence(text: str) -> str:
 
 
 def numbers_of(text: str) -> list[Decimal]:
-    """Of its first sentence."""
-    return _numbers(first_sentence(text))
-
-
-def _numbers(text):
-    return [Decimal(n.replace(",", "")).normalize() for n in NUMBER.findall(text)]
-
-
-def _words(text):
-    return Counter(re.findall(r"\w+", text.casefold()))
-
-
-def _f1(a: Counter, b: Counter) -> float:
-    common = (a & b).total()
-    return 2 * common / (a.total() + b.total()) if common else 0.0
+    """The numbers in the first sentence of a text, in their order."""
+    return [Decimal(n.replace(",", "")).normalize() for n in NUMBER.findall(first_sentence(text))]
