@@ -180,7 +180,7 @@ def test_the_gate_warns_where_no_thought_closes_and_says_so_once(home, capsys):
     ("program", "flags", "named"),
     [
         (rlmt, ["--reward.judge", "0"], "nothing is rewarded"),
-        (rlmt, ["--reward.gain", "-1"], "gain must be 0 or more"),
+        (rlmt, ["--reward.gain", "-1"], "gain must be at least 0"),
         (rlmt, ["--reward.decay", "1"], "decay"),
         (rlmt, ["--reward.gain", "1", "--sampling.max-suffix", "0"], "reward.gain needs sampling.max_suffix"),
         (rlmt, ["--loss.next-token", "1", "--sampling.max-suffix", "0"], "loss.next_token needs sampling.max_suffix"),

@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     job.log.say(f"{len(prompts)} prompts, at most {prompts.longest} tokens; starts at step {job.start}")
     if not (cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought"):
         job.log.say(
-            "note: no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves them out"
+            "note: no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"
         )
     with ExitStack() as stack:
         stack.callback(job.watch.rest)
