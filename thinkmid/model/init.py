@@ -43,21 +43,8 @@ def fresh_model_cfg(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> M
     """A fresh model in Qwen3's form. UserError where the sizes make no model."""
     from thinkmid.model.transformer import ModelConfig
 
+    sizes = {name: value for name, value in vars(cfg).items() if name not in ("vocab", "tokenizer_data", "tags")}
     try:
-        return ModelConfig(
-            kind="qwen3",
-            vocab=vocab,
-            width=cfg.width,
-            layers=cfg.layers,
-            heads=cfg.heads,
-            kv_heads=cfg.kv_heads,
-            head_dim=cfg.head_dim,
-            ffn=cfg.ffn,
-            rope_theta=cfg.rope_theta,
-            norm_eps=1e-6,
-            tied=cfg.tied,
-            max_positions=cfg.max_positions,
-            eos_ids=eos_ids,
-        )
+        return ModelConfig(kind="qwen3", vocab=vocab, norm_eps=1e-6, eos_ids=eos_ids, **sizes)
     except ValueError as error:
         raise UserError(f"fresh: {error}") from None

@@ -74,8 +74,31 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     check = {"samples scored again (engine.check_every)": scoring(model_cfg, cfg.model, scored, world, device)}
     if not cfg.engine.check_every:
         check = {}
+    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
+    judge, always = judge or {}, ("weights", "graphs", "KV")
+    judge_kept = _kept(judge, always)
+    resident |= judge_kept
+    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
+    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
+    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
+    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
+    _print(
+        cfg,
+        model_cfg,
+        _rl_arithmetic(cfg, max_prefix, world) + _cache_room(cfg, model_cfg, max_prefix, rows),
+        phases,
+        device,
+    )
+    if cfg.model.dtype == "bfloat16":
+        _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
+    return 0
+
+
+def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
+    b, s = cfg.batch, cfg.sampling
+    samples = b.prompts * b.siblings
     shared = b.prompts * max_prefix + samples * s.max_new
-    arithmetic = [
+    return [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
         f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
         f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
@@ -85,18 +108,6 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
         f"at most {shared:,} tokens through the layers, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
-    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
-    judge, always = judge or {}, ("weights", "graphs", "KV")
-    judge_kept = _kept(judge, always)
-    resident |= judge_kept
-    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
-    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
-    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
-    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
-    _print(cfg, model_cfg, arithmetic + _cache_room(cfg, model_cfg, max_prefix, rows), phases, device)
-    if cfg.model.dtype == "bfloat16":
-        _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
-    return 0
 
 
 def dry_run_sft(cfg: Any) -> int:

@@ -184,10 +184,7 @@ def open_job(
     validated: with run.fresh the run folder is cleared here.
     """
     folder = Path(cfg.run.folder)
-    clear_folder(cfg, ranks)
-    saved = checkpoint.latest(folder / "checkpoints", warn=_warn)
-    if not saved and begun(cfg.run):
-        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
+    saved = _latest(cfg, ranks)
     compared, moved = _compared_folders(cfg, source, inputs, ranks, saved)
     parts = _parts(source, compared, ranks)
     model = _start_model(source, cfg.model, ranks, saved)
@@ -198,9 +195,8 @@ def open_job(
         state = checkpoint.load(saved, _tensors(model, optimizer, ema), verified=True)
         known = ({"weights": None} if moved else {}) | state.get("model", {})
         same_model(known, parts, {"config.json": source.folder, "tokenizer": source.folder, **compared})
+        _same_inputs(state, inputs, folder)
         parts = known | parts
-        same_data(state["data"], inputs.data, folder)
-        same_data(state.get("held_out", inputs.held_out), inputs.held_out, folder, "held-out data")
     start = checkpoint.step(saved) if saved else 0
     rate = {"steps": inputs.num_steps, "lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay}
     same: State = {"data": inputs.data, "held_out": inputs.held_out, "model": parts, "rate": rate}
@@ -224,6 +220,17 @@ def open_job(
         ema=ema,
         ema_decay=ema_decay,
     )
+
+
+def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
+    """The checkpoint to resume from, if one is whole; run.fresh clears the folder. UserError if there are only broken
+    ones. Collective."""
+    checkpoints = Path(cfg.run.folder, "checkpoints")
+    clear_folder(cfg, ranks)
+    saved = checkpoint.latest(checkpoints, warn=_warn)
+    if not saved and begun(cfg.run):
+        raise UserError(f"{checkpoints}: no checkpoint is whole; --run.fresh starts over")
+    return saved
 
 
 def _warn(line: str) -> None:
@@ -255,6 +262,11 @@ def _parts(source: Source, compared: Mapping[str, Path], ranks: Ranks) -> State:
     parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
     parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
     return parts | {"tokenizer": source.tokenizer.digest}
+
+
+def _same_inputs(state: State, inputs: Inputs, folder: Path) -> None:
+    same_data(state["data"], inputs.data, folder)
+    same_data(state.get("held_out", inputs.held_out), inputs.held_out, folder, "held-out data")
 
 
 def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: State) -> Log:

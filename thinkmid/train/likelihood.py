@@ -200,9 +200,7 @@ def _reply(thought: np.ndarray, reference: Reference, number: int) -> Numbered:
 
 
 def _numbered(reply: Reply, number: int) -> Numbered:
-    return Numbered(
-        tokens=reply.tokens, ce_w=reply.ce_w, pg_w=reply.pg_w, adv=reply.adv, logp_old=reply.logp_old, number=number
-    )
+    return Numbered(**vars(reply), number=number)
 
 
 def _numbers(batch: list[Unit]) -> np.ndarray:

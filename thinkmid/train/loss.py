@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from thinkmid.kernels import fused_linear_dr_grpo, linear_cross_entropy, linear_logprob
+from thinkmid.kernels.policy import Metrics
 from thinkmid.model.attention import attend_pack
 from thinkmid.model.transformer import Transformer
 from thinkmid.train.config import LossConfig
@@ -44,10 +45,6 @@ def policy_loss(
     """DrGRPO on one pack, and next-token loss where ce_w is not 0. With one update per rollout the ratio is 1 and the
     sampler's gap is an importance weight; later updates clip the ratio to the sampler itself, which needs no pass over
     old weights."""
-    ref_logp = None
-    if reference is not None:
-        with torch.no_grad():
-            ref_logp = logprobs(reference, pack, temperature)
     adv, by_token = pack.adv, first_update and cfg.is_cap and cfg.is_level == "token"
     if first_update and cfg.is_level == "sequence":
         adv = adv * sequence_weights(model, pack, temperature, cfg.is_cap)
@@ -62,7 +59,7 @@ def policy_loss(
         old_logp=None if first_update else pack.logp_old,
         sampler_logp=pack.logp_old if by_token else None,
         is_cap=cfg.is_cap if by_token else None,
-        ref_logp=ref_logp,
+        ref_logp=_frozen_logprobs(reference, pack, temperature),
         beta=cfg.kl,
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
@@ -77,13 +74,23 @@ def policy_loss(
     )
     both = partial(_both, policy=head, text=ce if cfg.next_token else None)
     (loss, metrics, logp, _), text = _through(model, pack, both)
-    sums = metrics._asdict() | ({"next_token": text.detach() / cfg.next_token} if cfg.next_token else {})
+    sums = _sums(metrics, logp, pack)
+    return loss + text, sums | ({"next_token": text.detach() / cfg.next_token} if cfg.next_token else {})
+
+
+@torch.no_grad()
+def _frozen_logprobs(reference: Transformer | None, pack: Pack, temperature: float) -> torch.Tensor | None:
+    return None if reference is None else logprobs(reference, pack, temperature)
+
+
+def _sums(metrics: Metrics, logp: torch.Tensor, pack: Pack) -> Sums:
+    sums = metrics._asdict()
     sums["tokens"] = sums.pop("rows")
     sums["clipped"] = sums.pop("clipped_low") + sums.pop("clipped_high")
     gap = torch.where(pack.pg_w != 0, logp - pack.logp_old, 0)
     # the estimator r - 1 - log r of KL(sampler || trainer)
     sums |= {"gap": gap.abs().sum(), "sampler_kl": (gap.expm1() - gap).sum()}
-    return loss + text, sums | {"gap_max": gap.abs().max() if len(gap) else gap.sum()}
+    return sums | {"gap_max": gap.abs().max() if len(gap) else gap.sum()}
 
 
 @torch.no_grad()

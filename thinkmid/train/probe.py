@@ -116,15 +116,7 @@ def _marked(
 
 
 def _unit(name: str, tokens: np.ndarray, marks: np.ndarray) -> Unit:
-    text = Reply.text(tokens[1:], 1.0)
-    marked = Marked(
-        tokens=text.tokens,
-        ce_w=text.ce_w,
-        pg_w=text.pg_w,
-        adv=text.adv,
-        logp_old=text.logp_old,
-        marks=marks[1:].astype(np.float32),
-    )
+    marked = Marked(**vars(Reply.text(tokens[1:], 1.0)), marks=marks[1:].astype(np.float32))
     return Unit(name=name, prefix=tokens[:1], replies=[marked])
 
 

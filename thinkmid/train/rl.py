@@ -7,11 +7,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from thinkmid.data.pack import duplicated, plan
+from thinkmid.data.pack import duplicated
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.plan import memory
 from thinkmid.rollout.engine.protocol import check_vllm, make_engine
 from thinkmid.rollout.judge.ask import Policy
 from thinkmid.run.folder import claim_folder
@@ -25,6 +24,7 @@ from thinkmid.train.job import Inputs, Job, Source, State, check_source, open_jo
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.metrics import Clock, Update
+from thinkmid.train.packing import Packing
 from thinkmid.train.references import next_token_units
 from thinkmid.train.sampler import Sampler, refuse_stopped
 from thinkmid.train.step import train_step
@@ -188,12 +188,9 @@ def update(job: Job, cfg: RLConfig, groups: list[Group], lr: float, *, is_first:
     )
     if cfg.loss.next_token:
         units = next_token_units(units, groups, job.tokenizer, cfg.sampling.max_suffix, cfg.loss.next_token)
-    packs_of_ranks = plan(
-        units if cfg.batch.share_prefix else [part for unit in units for part in duplicated(unit)],
-        capacity=cfg.batch.pack_tokens,
-        ranks=job.ranks.world,
-        pair_cost=memory.pair_cost(job.model.cfg),
-    )
+    if not cfg.batch.share_prefix:
+        units = [part for unit in units for part in duplicated(unit)]
+    packs_of_ranks = Packing(cfg.batch.pack_tokens, job.model.cfg, job.ranks).of_ranks(units)
     loss_fn = partial(
         policy_loss,
         job.model,
@@ -261,7 +258,7 @@ def close_step(
         if validation and validation.is_due(at.step, cfg.run.steps):
             with saved_where_stopped(job, at):
                 row = validate(job, cfg, sampler, scores, validation, at.step)
-            at.row |= {f"val_{name}": value for name, value in row.items()}
+            at.row = at.row | {f"val_{name}": value for name, value in row.items()}
         job.log.write(at.step, at.row)
         at.row = {}
     is_due = cfg.run.save_every and at.step % cfg.run.save_every == 0 and at.step > 0

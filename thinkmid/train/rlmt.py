@@ -106,10 +106,8 @@ def main(argv: list[str]) -> int:
     inputs = Inputs(data=digest, held_out=fingerprint_of(held_out), num_steps=cfg.run.steps, frozen=frozen)
     job = rl.begin(cfg, source, inputs, ranks, interrupt)
     job.log.say(f"{len(prompts)} prompts, at most {prompts.longest} tokens; starts at step {job.start}")
-    if not (cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought"):
-        job.log.say(
-            "note: no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"
-        )
+    for note in notes(cfg):
+        job.log.say(f"note: {note}")
     with ExitStack() as stack:
         stack.callback(job.watch.rest)
         policy = rl.open_policy(job, cfg, longest, question_tokens(cfg.judge, cfg.sampling.max_suffix) * is_judged)
@@ -138,6 +136,12 @@ def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
     rows, room = cfg.sampling.max_batch, longest - cfg.sampling.max_new
     owners = memory.rollout_phase(model_cfg, cfg.sampling, engine, room, rows)
     return {f"judge's {owner}": size for owner, size in owners.items()}
+
+
+def notes(cfg: RLMTConfig) -> list[str]:
+    if cfg.reward.judge or cfg.reward.prefix or cfg.loss.scope == "thought":
+        return []
+    return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
 
 
 def read_data(

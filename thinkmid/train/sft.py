@@ -20,6 +20,7 @@ from thinkmid.run.config import RunConfig
 from thinkmid.train.config import OptimConfig
 
 if TYPE_CHECKING:
+    from thinkmid.data.pack import Unit
     from thinkmid.data.sequences import Sequences
     from thinkmid.data.source import Order
     from thinkmid.train.job import Job
@@ -85,11 +86,10 @@ def main(argv: list[str]) -> int:
     from thinkmid.run.ranks import start_ranks
     from thinkmid.train import corpus, init, probe
     from thinkmid.train.job import Inputs, Source, check_source, fingerprint, open_job
-    from thinkmid.train.packing import Packing
 
     if dry_run:
-        at_least = -(-cfg.data.tokens // cfg.data.batch_tokens)  # epochs would need the data
-        return memory.dry_run_sft(of_length(cfg, cfg.run.steps or at_least))
+        least = -(-cfg.data.tokens // cfg.data.batch_tokens)  # epochs would need the data
+        return memory.dry_run_sft(of_length(cfg, cfg.run.steps or least))
     interrupt, ranks = Interrupt(), start_ranks()
     claim_folder(cfg, ranks)
     read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
@@ -113,11 +113,7 @@ def main(argv: list[str]) -> int:
     try:
         learn(job, of_length(cfg, steps), sequences, held_out)
         exported = job.export()
-        if probed:
-            packing = Packing(cfg.data.pack_tokens, job.model.cfg, ranks)
-            accuracy = probe.thought_accuracy(job.model, probed, packing, parts)
-            job.log.event("probe", **{name.removesuffix("?"): share for name, share in accuracy.items()})
-            job.log.say(probe.advice(accuracy))
+        report_thoughts(job, cfg, probed)
     except Stopped:
         return job.stop()
     finally:
@@ -137,8 +133,9 @@ def learn(job: Job, cfg: SFTConfig, sequences: Sequences, held_out: list[tuple[n
     while step < cfg.run.steps:
         job.watch.beat("train", step)
         began = time.perf_counter()
+        num, _ = batch_size(order, state["cursor"], sequences.lengths, cfg.data.batch_tokens)
         # what one rank alone reads wrong ends all
-        batch = job.ranks.run_on_all(take_batch, order, state["cursor"], sequences, cfg.data.batch_tokens)
+        batch = job.ranks.run_on_all(read_batch, sequences, order.take(state["cursor"], num))
         num_targets = sum(len(tokens) - 1 for tokens in batch)
         lr = cfg.optim.lr_at(step, cfg.run.steps)
         try:
@@ -149,7 +146,7 @@ def learn(job: Job, cfg: SFTConfig, sequences: Sequences, held_out: list[tuple[n
         if stats.broken:  # the update before may be why
             job.refuse_broken(step)
         skipped = job.count_skips(step, stats.broken, state["skipped"], cfg.optim.max_skipped)
-        step, state = step + 1, {"cursor": state["cursor"] + len(batch), "skipped": skipped}
+        step, state = step + 1, {"cursor": state["cursor"] + num, "skipped": skipped}
         step_s = time.perf_counter() - began
         row = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "tokens": num_targets}
         row |= {"step_s": step_s, "tokens_per_s": num_targets / step_s}
@@ -198,6 +195,18 @@ def read_parts(texts: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
     return parts
 
 
+def report_thoughts(job: Job, cfg: SFTConfig, probed: list[Unit]) -> None:
+    """Are thoughts predictable enough for RLMT to start? probed: of probe.read_thoughts, may be empty."""
+    from thinkmid.train import probe
+    from thinkmid.train.packing import Packing
+
+    if probed:
+        packing = Packing(cfg.data.pack_tokens, job.model.cfg, job.ranks)
+        accuracy = probe.thought_accuracy(job.model, probed, packing, read_parts(cfg.data.probe_parts))
+        job.log.event("probe", **{name.removesuffix("?"): share for name, share in accuracy.items()})
+        job.log.say(probe.advice(accuracy))
+
+
 def of_length(cfg: SFTConfig, steps: int) -> SFTConfig:
     """The config with the number of steps that its epochs or tokens come to."""
     return replace(cfg, run=replace(cfg.run, steps=steps), data=replace(cfg.data, epochs=0.0, tokens=0))
@@ -212,24 +221,23 @@ def num_steps(cfg: SFTConfig, lengths: np.ndarray) -> int:
         return cfg.run.steps
     order, step, cursor, seen = Order(len(lengths), cfg.run.seed), 0, 0, 0
     while cursor < passes * len(lengths) or seen < tokens:
-        size = 0
-        while not size or size + lengths[order.take(cursor, 1)[0]] <= cfg.data.batch_tokens:
-            size += int(lengths[order.take(cursor, 1)[0]])
-            cursor += 1
-        step, seen = step + 1, seen + size
+        num, size = batch_size(order, cursor, lengths, cfg.data.batch_tokens)
+        step, cursor, seen = step + 1, cursor + num, seen + size
     return step
 
 
-def take_batch(order: Order, cursor: int, sequences: Sequences, batch_tokens: int) -> list[np.ndarray]:
-    """The next sequences that fit into batch_tokens, at least one."""
-    batch: list[np.ndarray] = []
-    size = 0
+def batch_size(order: Order, cursor: int, lengths: np.ndarray, batch_tokens: int) -> tuple[int, int]:
+    """How many of the next sequences fit into batch_tokens, at least one, and their tokens."""
+    num = size = 0
     while True:
-        tokens = sequences[order.take(cursor + len(batch), 1)[0]]
-        if batch and size + len(tokens) > batch_tokens:
-            return batch
-        batch.append(tokens)
-        size += len(tokens)
+        length = int(lengths[order.take(cursor + num, 1)[0]])
+        if num and size + length > batch_tokens:
+            return num, size
+        num, size = num + 1, size + length
+
+
+def read_batch(sequences: Sequences, indices: list[int]) -> list[np.ndarray]:
+    return [sequences[i] for i in indices]
 
 
 if __name__ == "__main__":
