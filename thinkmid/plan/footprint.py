@@ -9,7 +9,7 @@ from thinkmid.plan.time import BYTES, block_parameters
 
 # CUDA's own context, cuBLAS, loaded kernels; NCCL's buffers between ranks. By users' reports, no allocator sees them
 CUDA_CONTEXT, NCCL = 1.0e9, 1.0e9
-# of a process on the CPU: thread pools, packed matrices, what Python makes on the way. 20, 7 and 27 MB were in use
+# a process on the CPU: thread pools, packed matrices, what Python makes on the way. 20, 7 and 27 MB were in use
 # beyond what is counted with 7 and 16 million parameters and in mini-rlmt
 CPU_PROCESS = 20e6
 # glibc keeps holes between freed activations of packs that differ in length, as a share of these: 0.2 to 0.7 in twelve

@@ -18,8 +18,8 @@ from thinkmid.plan.footprint import outside, scoring, training_phase
 from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
-H100_BYTES = 84.9e9  # of an 80 GB card, as the driver shows them
-VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
+H100_BYTES = 84.9e9  # an 80 GB card, as the driver reports it
+VLLM_RESIDUE = 3e9  # 8B model on an H100, by users' reports; stays allocated during sleep
 
 
 def pair_cost(model_cfg: ModelConfig) -> float:
@@ -59,7 +59,7 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
-    # of a group's tokens the prefix's need no mask
+    # the tokens of a group's prefix need no mask
     replies = b.siblings * s.max_new
     span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
     train = training_phase(model_cfg, cfg.model, b.pack_tokens, world, copies, device=device, span=span)

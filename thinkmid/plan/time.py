@@ -19,22 +19,22 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def block_parameters(model_cfg: ModelConfig) -> int:
-    """Of all blocks: what each token is multiplied with, head and embedding aside."""
+    """Parameters of all blocks, head and embedding left out: what each token is multiplied with."""
     return model_cfg.num_parameters - model_cfg.vocab * model_cfg.width * (1 if model_cfg.tied else 2) - model_cfg.width
 
 
 def pair_flops(model_cfg: ModelConfig) -> float:
-    """Of one query-key pair over all layers, forward."""
+    """FLOPs of one query-key pair over all layers, forward."""
     return model_cfg.layers * 4 * model_cfg.heads * model_cfg.head_dim
 
 
 def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
-    """Of one token's keys and values."""
+    """Bytes of one token's keys and values."""
     return 2 * model_cfg.layers * model_cfg.kv_heads * model_cfg.head_dim * BYTES[dtype]
 
 
 def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
-    """Of tokens that each see `span` keys; `rows` of them go through the head. 2 a parameter, and attention."""
+    """FLOPs of tokens that each attend to `span` keys; `rows` of them pass the head. 2 per parameter, and attention."""
     return (
         tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
         + rows * 2 * model_cfg.vocab * model_cfg.width
@@ -86,7 +86,7 @@ def of_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict
     b, new = cfg.batch, cfg.sampling.max_new
     samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
     trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new
-    span = max_prefix + new / 2  # of a new token; those of a prefix see less
+    span = max_prefix + new / 2  # keys of a new token; those of a prefix have fewer
     out = of_answers(
         model_cfg, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
     )

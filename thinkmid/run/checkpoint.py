@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or older ones not deleted. Those that stand are whole; training can go on."""
+    """A checkpoint could not be written, or older ones not deleted. The others are whole; training can continue."""
 
 
 def save(root: str | Path, step: int, tensors: dict[str, Tensor], state: State, *, keep: int) -> Path:
@@ -88,7 +88,7 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
 
 
 def step(folder: str | Path) -> int:
-    """Of a checkpoint, whatever its folder is called."""
+    """The step of a checkpoint, whatever its folder is called."""
     return int(_read_manifest(Path(folder))["step"])
 
 
@@ -294,7 +294,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _step_folders(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    """(step, folder), newest first; a symlink is nobody's checkpoint. Names break ties: step-* before .old-step-*."""
+    """(step, folder), newest first; a symlink is no checkpoint. Names break ties: step-* before .old-step-*."""
     matches = [(pattern.fullmatch(path.name), path) for path in root.iterdir() if not path.is_symlink()]
     return sorted(((int(m[1]), path) for m, path in matches if m and path.is_dir()), reverse=True)
 
@@ -323,7 +323,7 @@ def _read_manifest(folder: Path) -> State:
 
 
 def _check_manifest(manifest: State, raw: bytes) -> None:
-    """UserError, or what Python says of missing keys, unless the rest of this file may rely on every field."""
+    """UserError, or Python's own error for a missing key, unless the rest of this file may rely on every field."""
     if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != raw:
         raise UserError("its bytes changed since it was saved")
     if manifest["format"] != _FORMAT:

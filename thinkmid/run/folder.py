@@ -95,7 +95,7 @@ def _refuse_own_files(folder: Path, values: dict[str, Any]) -> None:
 def hold(folder: Path) -> None:
     """The folder is this process's until it ends. A record lock: no child inherits it, and a second call is free."""
     try:
-        os.stat(folder)  # of a link that leads in a circle it says so, mkdir that the folder exists
+        os.stat(folder)  # for a circular link its message is right, mkdir's is not: "exists"
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""Training data in a run's folder: tokenised once by all ranks, and found there by the run that resumes."""
+"""Training data in a run's folder: tokenised once by all ranks, and read from there by the run that resumes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def shard(model: Transformer, ranks: Ranks, *, compute_dtype: torch.dtype) -> Tr
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     if not model.cfg.tied:
         fully_shard(model.embed_tokens, mesh=ranks.mesh, mp_policy=policy)
-        model.embed_tokens.set_unshard_in_backward(False)  # its gradient does not look at its weights
+        model.embed_tokens.set_unshard_in_backward(False)  # its gradient does not depend on its weights
         fully_shard([model.norm, model.lm_head], mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
     # FSDP2 averages by default: neither it nor the backend may divide. A single rank does not divide

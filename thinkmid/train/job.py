@@ -34,7 +34,7 @@ from thinkmid.train import fsdp, optim
 from thinkmid.train.config import TrainConfig
 from thinkmid.types import Prompt
 
-State = dict[str, Any]  # of a checkpoint, beside its tensors
+State = dict[str, Any]  # what a checkpoint holds beside its tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Source:
 
     @staticmethod
     def read(folder: str | Path) -> Source:
+        """UserError where a file is missing or damaged. Weights are not read."""
         return Source(folder=Path(folder), model_cfg=read_config(folder), tokenizer=Tokenizer.load(folder))
 
 
@@ -56,7 +57,7 @@ class Inputs:
 
     data: str  # fingerprint of the training data
     held_out: str = ""  # fingerprint of the validation data
-    num_steps: int  # of the whole run
+    num_steps: int  # length of the whole run
     frozen: Mapping[str, Path] = field(default_factory=dict)  # folders of weights that every start reads, by their part
 
 

@@ -188,7 +188,7 @@ def closed(sample: Sample, tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of those that there are; NaN without any."""
+    """Mean of the values that are not NaN; NaN without any."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 

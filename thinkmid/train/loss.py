@@ -16,7 +16,7 @@ from thinkmid.train.config import LossConfig
 from thinkmid.types import Pack
 
 Sums = dict[str, torch.Tensor]  # to log
-Head = Callable[[torch.Tensor, torch.Tensor], Any]  # of hidden rows and the head's weight
+Head = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden rows, the head's weight) -> its result
 
 
 def logprobs(model: Transformer, pack: Pack, temperature: float = 1.0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from thinkmid.tokenizer import Tokenizer
 from thinkmid.train.loss import logprobs
 from thinkmid.train.packing import Packing
 
-ENOUGH = 0.75  # of what must be predicted well before RL can sharpen the rest; runs that began below it gained little
+ENOUGH = 0.75  # accuracy of required parts; RLMT runs that began below it gained little
 
 
 @dataclass(frozen=True, kw_only=True)

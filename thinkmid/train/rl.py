@@ -75,7 +75,7 @@ def start(cfg: RLConfig, source: Source) -> tuple[Ranks, Interrupt]:
 
 
 def longest_prompt(cfg: RLConfig, model_cfg: ModelConfig, asked: int, num_close: int) -> int:
-    """Tokens a prompt may have; asked: what the configuration says, 0 for nothing.
+    """Tokens a prompt may have. asked: the configured limit, 0 for none; num_close: tokens of </think>.
 
     UserError if the context or a pack does not hold it and the new tokens.
     """
@@ -112,8 +112,8 @@ def begin(cfg: RLConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt
 
 
 def open_policy(job: Job, cfg: RLConfig, longest: int, question: int = 0) -> Policy:
-    """The policy's engine, asleep. longest: tokens of the longest prompt; question: of other things that are asked of
-    the engine. Collective for vllm."""
+    """The policy's engine, asleep. longest: tokens of the longest prompt; question: tokens of a judge's longest
+    question to the same engine. Collective for vllm."""
     model_cfg = job.source.model_cfg
     max_len = min(max(longest + cfg.sampling.max_new, question), model_cfg.max_positions)
     engine = make_engine(

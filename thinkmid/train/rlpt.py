@@ -88,18 +88,18 @@ def read_prompts(data: QuestionConfig, tokenizer: Tokenizer, max_prompt: int) ->
     from thinkmid.data import questions, templates
 
     loaded = questions.load(data.task, data.path)
-    found = []
+    prompts = []
     for q in loaded.questions:
         posed = questions.posed(q)
         tokens = templates.tokens(tokenizer, templates.render(data.template, posed.text, choice=q.kind == "choice"))
         if len(tokens) <= max_prompt:
-            found.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
-    if not found:
+            prompts.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
+    if not prompts:
         raise UserError(f"{data.path}: no question fits into {max_prompt} tokens")
     notes = list(loaded.notes)
-    if left := len(loaded.questions) - len(found):
+    if left := len(loaded.questions) - len(prompts):
         notes.append(f"{left} of {len(loaded.questions)} questions exceed {max_prompt} tokens and are left out")
-    return found, notes
+    return prompts, notes
 
 
 if __name__ == "__main__":

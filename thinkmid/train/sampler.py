@@ -51,7 +51,7 @@ class Sampler:
         job, tensor_parallel = self._job, self._cfg.engine.tensor_parallel
         clock.begin("rollout")
         mine = places(len(indices), job.ranks, tensor_parallel)
-        # read from the run's store, and found damaged, by this rank alone
+        # this rank alone reads these from the run's store, and may find it damaged
         asked = job.ranks.run_on_all(_take, prompts, [indices[i] for i in mine])
         drawn, pending_P_G = rollouts(job, self._engine, asked, self._cfg, step, self.reward)
         refuse_stopped(job, drawn is None)
