@@ -20,8 +20,7 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.model.weights import hf_name
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.train import advantage
-from thinkmid.train.config import LossConfig
-from thinkmid.train.optim import OptimConfig, adamw
+from thinkmid.train.config import LossConfig, OptimConfig, adamw
 
 SHARED, UNSHARED, DEAD = "shared prefixes", "prefixes of each reply", "three of four groups dead"
 PADDED = "padded batches, logits kept"

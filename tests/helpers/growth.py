@@ -39,7 +39,8 @@ def measure(argv):
         found["packs"] = [sum(unit.length for unit in units) for units in batches]
         return stats
 
-    job.open_job, step.train_step, rl.train_step = opened, stepped, stepped
+    job.open_job = rl.open_job = opened
+    step.train_step = rl.train_step = stepped
     atexit.register(lambda: print(json.dumps(found)))
     config.run({"sft": sft, "rlmt": rlmt}[argv[0]].main, argv[1:])
 

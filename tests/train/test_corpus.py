@@ -181,7 +181,7 @@ def test_what_a_killed_run_left_goes_before_more_is_written(home, monkeypatch):
 
 def test_long_work_says_how_far_it_is(home, monkeypatch, capsys):
     monkeypatch.setattr(store, "BLOCK_DOCUMENTS", 10)
-    monkeypatch.setattr(corpus, "TELL_S", -1)
+    monkeypatch.setattr(corpus, "REPORT_S", -1)
     sequences(home)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" documents")[0] for line in said] == ["data: 10", "data: 20", "data: 24"]

@@ -12,7 +12,7 @@ from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train import fsdp
 from thinkmid.train.config import RewardConfig
 from thinkmid.train.likelihood import Layout, Scores
-from thinkmid.train.references import truths
+from thinkmid.train.references import references
 from thinkmid.types import Group, Prompt, Sample
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -122,7 +122,7 @@ def test_equal_thoughts_are_worth_the_same_to_the_last_bit_and_a_group_of_them_i
     assert len(set(found[2])) == len(set(found[3])) == 1
     # 3, 3, 0 and 3 distinct thoughts, and 4 prompts: rounding cannot tell equal ones apart if they are scored once
     groups = groups_of(text)
-    assert Layout(groups, truths([g.prompt for g in groups], text, MAX_SUFFIX), text).num == 13
+    assert Layout(groups, references([g.prompt for g in groups], text, MAX_SUFFIX), text).num == 13
 
 
 def test_terms_are_summed_with_their_weights_and_no_verdict_stays_none(text):

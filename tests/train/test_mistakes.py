@@ -268,9 +268,11 @@ def test_an_export_that_fails_says_where_the_run_goes_on(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(weights, "save", full)
     monkeypatch.setattr(weights, "stream", lambda model: [])
-    run = SimpleNamespace(folder=tmp_path, source=tmp_path, model=SimpleNamespace(cfg=None), saved_step=saved_step)
+    run = SimpleNamespace(
+        folder=tmp_path, source=SimpleNamespace(folder=tmp_path), model=SimpleNamespace(cfg=None), saved_step=saved_step
+    )
     run.refuse_broken = lambda step: None
-    with pytest.raises(UserError, match=rf"goes on from step {max(0, saved_step)}$"):
+    with pytest.raises(UserError, match=rf"resumes from step {max(0, saved_step)}$"):
         job.Job.export(run)
 
 

@@ -28,13 +28,13 @@ def test_moments_that_were_away_are_the_same_bit_for_bit(sharded, tmp_path):
         moments = optim.Offload(optimizer)
         for seed in range(3):
             if away:
-                moments.away()
-                moments.away()  # twice is once
-                assert moments.is_away
+                moments.offload()
+                moments.offload()  # twice is once
+                assert moments.is_offloaded
                 held = [x for s in optimizer.state.values() for x in (s["exp_avg"], s["exp_avg_sq"])]
                 local = [x.to_local() if hasattr(x, "to_local") else x for x in held]
                 assert all(x.untyped_storage().nbytes() == 0 for x in local)
-                moments.back()
+                moments.restore()
             step(model, optimizer, seed)
             checkpoint.save(tmp_path, seed, optim.state_tensors(model, optimizer), {}, keep=1)  # takes hold of none
         states.append({name: t.clone() for name, t in optim.state_tensors(model, optimizer).items()})

@@ -130,7 +130,7 @@ def test_a_look_at_held_out_prefixes_comes_before_the_first_step_and_changes_non
     alone = run(home, "alone", steps=3)
     assert run(home, "looked", *flags, steps=0) == []
     said = capsys.readouterr().out
-    assert "gate, 6 held-out prompts: reward" in said
+    assert "preflight, 6 held-out prompts: reward" in said
     looked = run(home, "looked", *flags, steps=3)
     events = map(json.loads, (home / "looked/events.jsonl").read_text().splitlines())
     seen = next(e for e in events if e["kind"] == "gate")
@@ -173,14 +173,14 @@ def test_the_gate_warns_where_no_thought_closes_and_says_so_once(home, capsys):
     run(home, "open", *flags, "--sampling.max-think", "2", steps=1)
     said = capsys.readouterr().out
     assert said.count("100% of the thoughts do not close") == 1
-    assert said.index("gate, ") < said.index("do not close") < said.index("step 1/1")
+    assert said.index("preflight, ") < said.index("do not close") < said.index("step 1/1")
 
 
 @pytest.mark.parametrize(
     ("program", "flags", "named"),
     [
         (rlmt, ["--reward.judge", "0"], "nothing is rewarded"),
-        (rlmt, ["--reward.gain", "-1"], "gain must be 0 or more"),
+        (rlmt, ["--reward.gain", "-1"], "gain must be at least 0"),
         (rlmt, ["--reward.decay", "1"], "decay"),
         (rlmt, ["--reward.gain", "1", "--sampling.max-suffix", "0"], "reward.gain needs sampling.max_suffix"),
         (rlmt, ["--loss.next-token", "1", "--sampling.max-suffix", "0"], "loss.next_token needs sampling.max_suffix"),

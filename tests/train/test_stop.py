@@ -19,7 +19,7 @@ from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.rollout.engine.protocol import make_engine
 from thinkmid.run.interrupt import Interrupt
 from thinkmid.run.ranks import start_ranks
-from thinkmid.train import loss, rl, rlmt, sft
+from thinkmid.train import loss, metrics, rl, rlmt, sft
 from thinkmid.train.draw import STEPS_BETWEEN_POLLS, rollouts
 from thinkmid.train.optim import Offload
 from thinkmid.types import Prompt
@@ -35,19 +35,19 @@ def home(tmp_path_factory):
 @pytest.fixture
 def engine_states(monkeypatch):
     """What the engine did each time Adam's moments came back to the device."""
-    engines, seen, back = [], [], Offload.back
+    engines, seen, restore = [], [], Offload.restore
 
     def make(*args, **options):
         engines.append(make_engine(*args, **options))
         return engines[-1]
 
     def noted(self):
-        if self.is_away:
+        if self.is_offloaded:
             seen.append(engines[-1]._phases.state)
-        back(self)
+        restore(self)
 
     monkeypatch.setattr(rl, "make_engine", make)
-    monkeypatch.setattr(Offload, "back", noted)
+    monkeypatch.setattr(Offload, "restore", noted)
     return seen
 
 
@@ -300,10 +300,10 @@ def test_words_that_nobody_reads_any_more_cost_no_stop(monkeypatch):
 
 
 def test_a_reward_that_turns_zero_is_noted_once_over_a_restart_too(home, monkeypatch, capsys):
-    rewards, describe = [math.nan, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], rl.describe
+    rewards, describe = [math.nan, 0.5, 0.0, math.nan, 0.0, 0.0, 0.0, 0.2, 0.0], metrics.describe
     given = iter(rewards)
     monkeypatch.setattr(rl, "ZEROS", 3)
-    monkeypatch.setattr(rl, "describe", lambda groups: describe(groups) | {"reward": next(given)})
+    monkeypatch.setattr(metrics, "describe", lambda groups: describe(groups) | {"reward": next(given)})
     for num in (5, len(rewards)):
         assert exit_code(rlmt, rlmt_flags(home, "collapse", steps=num)) == 0
     events = [json.loads(line) for line in (home / "collapse" / "events.jsonl").read_text().splitlines()]

@@ -115,10 +115,9 @@ SABOTAGE = {
 def compared(train):
     """rl.train, then the engine against the native one, both with the weights of the end."""
 
-    def run(job, cfg, engine, prompts, reward, **options):
-        code = train(job, cfg, engine, prompts, reward, **options)
-        if code:
-            return code
+    def run(job, cfg, sampler, prompts, *given):
+        train(job, cfg, sampler, prompts, *given)
+        engine = sampler._engine
         native = NativeEngine(job.model.cfg, job.tokenizer)
         engine.wake_weights()
         for e in (engine, native):
@@ -137,7 +136,6 @@ def compared(train):
         gap = max(float(abs(a.logp - b.logp).max()) for a, b in pairs if len(a.logp) == len(b.logp))
         row = {"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap, "names": names}
         print(json.dumps(row), flush=True)
-        return code
 
     return run
 

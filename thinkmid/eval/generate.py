@@ -68,7 +68,7 @@ def draw(
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys): row for row in stored(folder, name, keys)}
-        ranks.agree(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
+        ranks.run_on_all(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
         ranks.barrier()  # all have looked before one writes
         left = [p for p in prompts if key(p.meta, keys) not in have]
         mine = left[ranks.rank // share :: ranks.world // share]

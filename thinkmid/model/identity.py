@@ -25,7 +25,7 @@ class Ranks(Protocol):
     @property
     def world(self) -> int: ...
 
-    def agree(self, work: Callable[[], bytes]) -> bytes: ...
+    def run_on_all(self, work: Callable[[], bytes]) -> bytes: ...
 
     def gather_bytes(self, payload: bytes) -> list[bytes]: ...
 
@@ -34,7 +34,7 @@ def verified(folder: Path, ranks: Ranks) -> dict[str, Stamp]:
     """weights.stamps() of all files. Collective: each is hashed by one rank, a damaged one is a UserError on all."""
     from thinkmid.model import weights
 
-    mine = ranks.agree(lambda: json.dumps(weights.stamps(folder, ranks.rank, ranks.world)).encode())
+    mine = ranks.run_on_all(lambda: json.dumps(weights.stamps(folder, ranks.rank, ranks.world)).encode())
     parts = map(json.loads, ranks.gather_bytes(mine))
     return {file: weights.Stamp(*stamp) for part in parts for file, stamp in part.items()}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from thinkmid.kernels.head import CHUNK_BYTES, SCORING_BYTES
+from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.plan.time import BYTES, block_parameters
 
 # CUDA's own context, cuBLAS, loaded kernels; NCCL's buffers between ranks. By users' reports, no allocator sees them
 CUDA_CONTEXT, NCCL = 1.0e9, 1.0e9
-# of a process on the CPU: thread pools, packed matrices, what Python makes on the way. 20, 7 and 27 MB were in use
+# a process on the CPU: thread pools, packed matrices, what Python makes on the way. 20, 7 and 27 MB were in use
 # beyond what is counted with 7 and 16 million parameters and in mini-rlmt
 CPU_PROCESS = 20e6
 # glibc keeps holes between freed activations of packs that differ in length, as a share of these: 0.2 to 0.7 in twelve
@@ -50,7 +51,7 @@ def activation_bytes(
 
 def training_phase(
     model_cfg: ModelConfig,
-    section,
+    section: ModelSection,
     pack_tokens: int,
     world: int,
     copies: int = 0,
@@ -59,7 +60,7 @@ def training_phase(
     span: int = 0,
     grouped: bool = True,
 ) -> dict[str, float]:
-    """Bytes per rank while training, by owner. section: ModelSection; copies: of the weights, frozen or averaged; span
+    """Bytes per rank while training, by owner. copies: of the weights, frozen or averaged; span
     and grouped as in kept_bytes."""
     n, head = model_cfg.num_parameters, model_cfg.vocab * model_cfg.width
     small, tokens = BYTES[section.dtype], pack_tokens
@@ -76,8 +77,9 @@ def training_phase(
         **outside(device, world),
     }
     block = tokens * kept_bytes(model_cfg, section.dtype, span, grouped)
-    moments = _at_head(model_cfg, section, tokens, world, device), _at_block(model_cfg, section, tokens, world, block)
-    return always | max(moments, key=lambda owners: sum(owners.values()))
+    at_head = _at_head(model_cfg, section, tokens, world, device)
+    at_block = _at_block(model_cfg, section, tokens, world, block)
+    return always | (at_head if sum(at_head.values()) >= sum(at_block.values()) else at_block)
 
 
 def outside(device: str, world: int) -> dict[str, float]:
@@ -87,14 +89,14 @@ def outside(device: str, world: int) -> dict[str, float]:
     return {"process: threads, Python (measured)": CPU_PROCESS}
 
 
-def scoring(model_cfg: ModelConfig, section, tokens: int, world: int, device: str) -> float:
+def scoring(model_cfg: ModelConfig, section: ModelSection, tokens: int, world: int, device: str) -> float:
     """Bytes that log-probs without gradients take on top: the head, a chunk of scores, hidden rows before and after."""
     small, head = BYTES[section.dtype], model_cfg.vocab * model_cfg.width
     chunk = min(SCORING_BYTES[device], 4 * tokens * model_cfg.vocab)
     return small * head + _head_buffer(model_cfg, small, world) + chunk + 2 * small * tokens * model_cfg.width
 
 
-def _at_head(model_cfg, section, tokens, world, device):
+def _at_head(model_cfg: ModelConfig, section: ModelSection, tokens: int, world: int, device: str) -> dict[str, float]:
     """The loss: its last chunk, when the weight's gradient is whole. The embedding was freed after its own forward."""
     small, head = BYTES[section.dtype], model_cfg.vocab * model_cfg.width
     chunk = min(CHUNK_BYTES[device], 4 * tokens * model_cfg.vocab)
@@ -110,13 +112,13 @@ def _at_head(model_cfg, section, tokens, world, device):
     }
 
 
-def _at_block(model_cfg, section, tokens, world, kept):
+def _at_block(model_cfg: ModelConfig, section: ModelSection, tokens: int, world: int, kept: float) -> dict[str, float]:
     """The backward of a late block, at the gradient of its gated product, which is freed itself by then."""
     small, head, block = BYTES[section.dtype], model_cfg.vocab * model_cfg.width, _block(model_cfg)
     # FSDP2 holds the input of one reduce-scatter until the next one: the head's in the last block; later the block's
     # before, whose activations are gone then
     freed = small * tokens * model_cfg.width if section.checkpointing else kept
-    owners = {
+    owners: dict[str, float] = {
         "gathered weights (a block, the next one's buffer)": small * block * min(2, world),
         "gradient of the down projection": small * model_cfg.width * model_cfg.ffn,
         "fp32 gradients being summed over ranks": max(0 if model_cfg.tied else 4 * head, 4 * block - freed),
@@ -129,11 +131,11 @@ def _at_block(model_cfg, section, tokens, world, kept):
     return owners
 
 
-def _head_buffer(model_cfg, small, world):
+def _head_buffer(model_cfg: ModelConfig, small: int, world: int) -> int:
     """FSDP2 frees the buffer of one all-gather at the next one's copy out. After the last one of a forward that is the
     head's, or the last block's where the head is the embedding. A single rank gathers nothing."""
     return 0 if world == 1 else small * (_block(model_cfg) if model_cfg.tied else model_cfg.vocab * model_cfg.width)
 
 
-def _block(model_cfg):
+def _block(model_cfg: ModelConfig) -> int:
     return block_parameters(model_cfg) // model_cfg.layers

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from thinkmid import config
+from thinkmid.model.hf_config import read_config
+from thinkmid.model.init import fresh_model_cfg
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.plan import time
 from thinkmid.plan.footprint import outside, scoring, training_phase
 from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
-H100_BYTES = 84.9e9  # of an 80 GB card, as the driver shows them
-VLLM_RESIDUE = 3e9  # of an 8B model on an H100, by its users' reports; stays while it sleeps
+H100_BYTES = 84.9e9  # an 80 GB card, as the driver reports it
+VLLM_RESIDUE = 3e9  # 8B model on an H100, by users' reports; stays allocated during sleep
 
 
 def pair_cost(model_cfg: ModelConfig) -> float:
@@ -22,14 +27,14 @@ def pair_cost(model_cfg: ModelConfig) -> float:
     return time.pair_flops(model_cfg) / (2 * block_parameters(model_cfg))
 
 
-def device_of(dtype: str, engine=None) -> str:
+def device_of(dtype: str, engine: EngineConfig | None = None) -> str:
     """Which device a plan is for: a configuration for GPUs may be planned on a laptop."""
     for_gpus = dtype == "bfloat16" or (engine is not None and (engine.kind == "vllm" or engine.dtype == "bfloat16"))
     return "cuda" if for_gpus or torch.cuda.is_available() else "cpu"
 
 
 def rollout_phase(
-    model_cfg: ModelConfig, sampling, engine, max_prefix: int, rows: int, prompts: int = 0
+    model_cfg: ModelConfig, sampling: Sampling, engine: EngineConfig, max_prefix: int, rows: int, prompts: int = 0
 ) -> dict[str, float]:
     """Bytes per rank while sampling, by owner. prompts: whose prefixes are stored once each; 0: one for each row."""
     token = cache_bytes(model_cfg, engine.dtype)
@@ -47,13 +52,14 @@ def rollout_phase(
     }
 
 
-def dry_run_rl(cfg, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
-    """judge: bytes per rank of an engine that stays awake beside the policy's, by owner."""
+def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
+    """Prints the plan of an RLConfig; exit code 0. judge: bytes per rank of an engine that stays awake beside the
+    policy's, by owner."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
-    # of a group's tokens the prefix's need no mask
+    # the tokens of a group's prefix need no mask
     replies = b.siblings * s.max_new
     span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
     train = training_phase(model_cfg, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
@@ -68,8 +74,31 @@ def dry_run_rl(cfg, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, fl
     check = {"samples scored again (engine.check_every)": scoring(model_cfg, cfg.model, scored, world, device)}
     if not cfg.engine.check_every:
         check = {}
+    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
+    judge, always = judge or {}, ("weights", "graphs", "KV")
+    judge_kept = _kept(judge, always)
+    resident |= judge_kept
+    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
+    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
+    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
+    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
+    _print(
+        cfg,
+        model_cfg,
+        _rl_arithmetic(cfg, max_prefix, world) + _cache_room(cfg, model_cfg, max_prefix, rows),
+        phases,
+        device,
+    )
+    if cfg.model.dtype == "bfloat16":
+        _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
+    return 0
+
+
+def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
+    b, s = cfg.batch, cfg.sampling
+    samples = b.prompts * b.siblings
     shared = b.prompts * max_prefix + samples * s.max_new
-    arithmetic = [
+    return [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
         f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
         f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
@@ -79,30 +108,15 @@ def dry_run_rl(cfg, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, fl
         f"at most {shared:,} tokens through the layers, prefixes once a {'group' if b.share_prefix else 'sample'}; "
         f"{-(-shared // (world * b.pack_tokens))} packs of {b.pack_tokens:,} a rank",
     ]
-    gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
-    judge, always = judge or {}, ("weights", "graphs", "KV")
-    judge_kept = _kept(judge, always)
-    resident |= judge_kept
-    sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
-    sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
-    training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
-    phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
-    _print(cfg, model_cfg, arithmetic + _cache_room(cfg, model_cfg, max_prefix, rows), phases, device)
-    if cfg.model.dtype == "bfloat16":
-        _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
-    return 0
 
 
-def dry_run_sft(cfg) -> int:
-    from thinkmid.model import weights
-
+def dry_run_sft(cfg: Any) -> int:
+    """Prints the plan of an SFTConfig; exit code 0."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.model.folder:
-        model_cfg = weights.read_config(cfg.model.folder)
+        model_cfg = read_config(cfg.model.folder)
     else:
-        from thinkmid.train.init import shape_of
-
-        model_cfg = shape_of(cfg.fresh, cfg.fresh.vocab, ())
+        model_cfg = fresh_model_cfg(cfg.fresh, cfg.fresh.vocab, ())
     arithmetic = [
         f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
         f"packs of {cfg.data.pack_tokens:,}",
@@ -116,8 +130,8 @@ def dry_run_sft(cfg) -> int:
     return 0
 
 
-def dry_run_engine(cfg, model_cfg: ModelConfig, sampling, max_prompt: int) -> int:
-    """Of a program that only samples: annotation, evaluation."""
+def dry_run_engine(cfg: Any, model_cfg: ModelConfig, sampling: Sampling, max_prompt: int) -> int:
+    """Prints the plan of a program that only samples: annotation, evaluation; exit code 0."""
     rows = sampling.max_batch
     arithmetic = [
         f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
@@ -131,12 +145,12 @@ def dry_run_engine(cfg, model_cfg: ModelConfig, sampling, max_prompt: int) -> in
     return 0
 
 
-def _kept(rollout, words):
+def _kept(rollout: dict[str, float], words: Sequence[str]) -> dict[str, float]:
     """What of the engine's memory stays in another phase. The native engine's cache lives for one call."""
     return {k: v for k, v in rollout.items() if any(word in k for word in words) and not k.endswith("KV cache")}
 
 
-def _cache_room(cfg, model_cfg, max_prefix, rows) -> list[str]:
+def _cache_room(cfg: Any, model_cfg: ModelConfig, max_prefix: int, rows: int) -> list[str]:
     """A line where vLLM's cache does not hold all sequences that run at a time, and what to set if it thrashes."""
     engine, token = cfg.engine, cache_bytes(model_cfg, cfg.engine.dtype) / cfg.engine.tensor_parallel
     # a prefix is stored once for its siblings
@@ -152,7 +166,9 @@ def _cache_room(cfg, model_cfg, max_prefix, rows) -> list[str]:
     return [f"warning: {room}: vLLM preempts others and reads them again; {advice}"]
 
 
-def _print(cfg, model_cfg, arithmetic, phases, device):
+def _print(
+    cfg: Any, model_cfg: ModelConfig, arithmetic: list[str], phases: dict[str, dict[str, float]], device: str
+) -> None:
     print(config.to_toml(cfg))
     print(
         f"# model: {model_cfg.num_parameters:,} parameters, {model_cfg.layers} layers, width {model_cfg.width}, "
@@ -161,7 +177,7 @@ def _print(cfg, model_cfg, arithmetic, phases, device):
     for line in arithmetic:
         print(f"# {line}")
     where = {"cpu": "on the CPU", "cuda": "on a GPU"}[device]
-    print(f"# memory per rank {where}, by formula (thinkmid/train/memory.py, footprint.py)")
+    print(f"# memory per rank {where}, by formula (thinkmid/plan/memory.py, footprint.py)")
     for phase, owners in phases.items():
         print(f"#   {phase:<10}{_size(sum(owners.values())):>10}")
         for owner, size in owners.items():
@@ -172,7 +188,7 @@ def _print(cfg, model_cfg, arithmetic, phases, device):
 
 
 def _print_time(phases: dict[str, float], steps: int, unit: str) -> None:
-    print(f"# time on H100s, an estimate and no measurement: {time.ASSUMED} (thinkmid/train/duration.py)")
+    print(f"# time on H100s, an estimate and no measurement: {time.ASSUMED} (thinkmid/plan/time.py)")
     for phase, seconds in phases.items():
         print(f"#   {seconds:12,.1f} s a {unit}  {phase}")
     if steps:

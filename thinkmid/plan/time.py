@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
 PEAK = 989e12  # FLOP/s of an H100 SXM, bf16 dense: the vendor's figure
 BANDWIDTH = 3.35e12  # bytes/s of its memory: the vendor's figure
@@ -15,43 +19,45 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def block_parameters(model_cfg: ModelConfig) -> int:
-    """Of all blocks: what each token is multiplied with, head and embedding aside."""
+    """Parameters of all blocks, head and embedding left out: what each token is multiplied with."""
     return model_cfg.num_parameters - model_cfg.vocab * model_cfg.width * (1 if model_cfg.tied else 2) - model_cfg.width
 
 
 def pair_flops(model_cfg: ModelConfig) -> float:
-    """Of one query-key pair over all layers, forward."""
+    """FLOPs of one query-key pair over all layers, forward."""
     return model_cfg.layers * 4 * model_cfg.heads * model_cfg.head_dim
 
 
 def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
-    """Of one token's keys and values."""
+    """Bytes of one token's keys and values."""
     return 2 * model_cfg.layers * model_cfg.kv_heads * model_cfg.head_dim * BYTES[dtype]
 
 
 def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
-    """Of tokens that each see `span` keys; `rows` of them go through the head. 2 a parameter, and attention."""
+    """FLOPs of tokens that each attend to `span` keys; `rows` of them pass the head. 2 per parameter, and attention."""
     return (
         tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
         + rows * 2 * model_cfg.vocab * model_cfg.width
     )
 
 
-def training_seconds(model_cfg: ModelConfig, section, world: int, *, tokens: float, span: float, rows: float) -> float:
+def training_seconds(
+    model_cfg: ModelConfig, section: ModelSection, world: int, *, tokens: float, span: float, rows: float
+) -> float:
     """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
     head = forward_flops(model_cfg, 0, 0, rows)
     blocks = forward_flops(model_cfg, tokens, span, 0)
     return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
 
 
-def of_sft(cfg, model_cfg: ModelConfig, world: int) -> dict[str, float]:
-    """Seconds of a step: every sequence has max_len tokens, of which a token sees half."""
+def of_sft(cfg: Any, model_cfg: ModelConfig, world: int) -> dict[str, float]:
+    """Seconds of a step of SFTConfig: every sequence has max_len tokens, of which a token sees half."""
     tokens, span = cfg.data.batch_tokens, cfg.data.max_len / 2
     return {"training": training_seconds(model_cfg, cfg.model, world, tokens=tokens, span=span, rows=tokens)}
 
 
 def of_answers(
-    model_cfg: ModelConfig, engine, sampling, *, prompts: float, siblings: int, prompt: int
+    model_cfg: ModelConfig, engine: EngineConfig, sampling: Sampling, *, prompts: float, siblings: int, prompt: int
 ) -> dict[str, float]:
     """Seconds in which one engine draws siblings of prompts, all of full length.
 
@@ -74,12 +80,13 @@ def of_answers(
     }
 
 
-def of_rl(cfg, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
-    """Seconds of a step at most: longest prefixes, samples of full length, no dead groups. Judge and sync left out."""
+def of_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
+    """Seconds of a step of RLConfig at most: longest prefixes, samples of full length, no dead groups. Judge and sync
+    are left out."""
     b, new = cfg.batch, cfg.sampling.max_new
     samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
     trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new
-    span = max_prefix + new / 2  # of a new token; those of a prefix see less
+    span = max_prefix + new / 2  # keys of a new token; those of a prefix have fewer
     out = of_answers(
         model_cfg, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
     )

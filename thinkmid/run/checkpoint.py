@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from thinkmid.errors import UserError
 
+State = dict[str, Any]  # what JSON holds
 _FORMAT = 1
 _STEP = re.compile(r"step-([0-9]{6,})")
 _STEP_OR_OLD = re.compile(r"(?:\.old-)?step-([0-9]{6,})")
@@ -40,10 +41,10 @@ _DTYPES = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or older ones not deleted. Those that stand are whole; training can go on."""
+    """A checkpoint could not be written, or older ones not deleted. The others are whole; training can continue."""
 
 
-def save(root: str | Path, step: int, tensors: dict[str, Tensor], state: dict, *, keep: int) -> Path:
+def save(root: str | Path, step: int, tensors: dict[str, Tensor], state: State, *, keep: int) -> Path:
     """Writes root/step-000040 and deletes all but the newest `keep` up to this step; collective, returns the folder.
 
     A DTensor (Shard(0) or Replicate on each mesh dimension, uneven and empty shards too) is saved by the ranks that
@@ -74,7 +75,8 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
     Collective: the ranks share the hashing and return the same. `warn` gets a line for each folder skipped, on rank 0.
     Changes nothing on disk. After a crash while a step was replaced, its old folder may still be called .old-step-*.
     """
-    for folder in _on_first(UserError, "", _candidates, Path(root)):
+    folders: list[Path] = _on_first(UserError, "", _candidates, Path(root))
+    for folder in folders:
         try:
             _on_first(UserError, "", _check_name, folder)
             _on_all(UserError, "", _check_files, folder)
@@ -86,11 +88,11 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
 
 
 def step(folder: str | Path) -> int:
-    """Of a checkpoint, whatever its folder is called."""
-    return _read_manifest(Path(folder))["step"]
+    """The step of a checkpoint, whatever its folder is called."""
+    return int(_read_manifest(Path(folder))["step"])
 
 
-def load(folder: str | Path, tensors: dict[str, Tensor], *, verified: bool = False) -> dict:
+def load(folder: str | Path, tensors: dict[str, Tensor], *, verified: bool = False) -> State:
     """Fills `tensors` in place, bit by bit as saved by however many ranks, and returns the state; collective.
 
     Each rank reads its own rows only. UserError, the same on every rank, if a byte differs from the manifest, a name is
@@ -101,7 +103,8 @@ def load(folder: str | Path, tensors: dict[str, Tensor], *, verified: bool = Fal
     if not verified:
         _on_all(UserError, "", _check_files, folder)
     _on_all(UserError, "", _fill, folder, tensors)
-    return json.loads((folder / "state.json").read_bytes())
+    state: State = json.loads((folder / "state.json").read_bytes())
+    return state
 
 
 # The ranks agree: whatever one of them meets, all return or all raise.
@@ -111,7 +114,7 @@ def _rank_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _on_all(error: type[Exception], lead: str, work: Callable, *args: Any) -> list:
+def _on_all(error: type[Exception], lead: str, work: Callable[..., Any], *args: Any) -> list[Any]:
     """[work(*args) of each rank]; if it failed on any, `error` with the first reason on every rank."""
     result = caught = None
     try:
@@ -130,7 +133,7 @@ def _on_all(error: type[Exception], lead: str, work: Callable, *args: Any) -> li
     return [result for result, _ in answers]
 
 
-def _on_first(error: type[Exception], lead: str, work: Callable, *args: Any) -> Any:
+def _on_first(error: type[Exception], lead: str, work: Callable[..., Any], *args: Any) -> Any:
     """work(*args) of rank 0, on every rank; if it failed, `error` on every rank."""
     return _on_all(error, lead, work if _rank_world()[0] == 0 else lambda *_: None, *args)[0]
 
@@ -138,7 +141,7 @@ def _on_first(error: type[Exception], lead: str, work: Callable, *args: Any) -> 
 # Rows: where a tensor's lie, here and on disk. A 0-dim tensor counts as one row.
 
 
-def _num_rows(shape: list[int] | torch.Size) -> int:
+def _num_rows(shape: Sequence[int]) -> int:
     return shape[0] if len(shape) else 1
 
 
@@ -160,7 +163,7 @@ def _saved_here(tensor: Tensor) -> bool:
     return at is not None and all(c == 0 for c, p in zip(at, tensor.placements, strict=True) if p.is_replicate())
 
 
-def _covered(shape: list[int], pieces: list) -> bool:
+def _covered(shape: Sequence[int], pieces: list[Any]) -> bool:
     """Whether [file, first row, row after the last] pieces, in order, are exactly the rows of a tensor."""
     edge = 0
     for _, start, stop in pieces:
@@ -170,7 +173,7 @@ def _covered(shape: list[int], pieces: list) -> bool:
     return edge == _num_rows(shape)
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> dict:
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Writes a new file through to the disk; its size and hash."""
     digest, size = hashlib.sha256(), 0
     try:
@@ -194,11 +197,12 @@ def _fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file; one tensor at a time is copied to the host, so a shard needs no second home."""
     # wide dtypes first, as readers want each tensor aligned
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    header, stop = {}, 0
+    header: dict[str, Any] = {}
+    stop = 0
     for name, tensor in tensors.items():
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
@@ -216,7 +220,7 @@ def _begin(tmp: Path) -> None:
     tmp.mkdir()
 
 
-def _write_shard(tmp: Path, tensors: dict[str, Tensor]) -> dict:
+def _write_shard(tmp: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Writes this rank's rows; the file's name, size, hash and {tensor: (first row, row after the last)}."""
     mine, rows = {}, {}
     for name, tensor in tensors.items():
@@ -227,19 +231,21 @@ def _write_shard(tmp: Path, tensors: dict[str, Tensor]) -> dict:
     return {"file": file, "rows": rows, "entry": _write(tmp / file, _safetensors(mine))}
 
 
-def _seal(manifest: dict) -> bytes:
+def _seal(manifest: State) -> bytes:
     """The manifest's bytes, with their own hash: a flipped bit in a shape must not pass either."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}).encode()
 
 
-def _publish(tmp: Path, final: Path, step: int, tensors: dict, state_json: str, reports: list[dict]) -> None:
+def _publish(
+    tmp: Path, final: Path, step: int, tensors: dict[str, Tensor], state_json: str, reports: list[State]
+) -> None:
     files = {r["file"]: r["entry"] for r in reports}
     for file, entry in files.items():
         if (tmp / file).stat().st_size != entry["bytes"]:
             raise OSError(f"{tmp / file} is not what its rank wrote: do all ranks share this folder?")
     files["state.json"] = _write(tmp / "state.json", [state_json.encode()])
-    manifest = {"format": _FORMAT, "step": step, "world": len(reports), "files": files, "tensors": {}}
+    manifest: State = {"format": _FORMAT, "step": step, "world": len(reports), "files": files, "tensors": {}}
     for name, tensor in tensors.items():
         pieces = sorted(([r["file"], *r["rows"][name]] for r in reports if name in r["rows"]), key=lambda p: p[1])
         assert _covered(tensor.shape, pieces), f"{name} {tuple(tensor.shape)} is not covered by {pieces}"
@@ -287,8 +293,8 @@ def _prune(root: Path, step: int, keep: int) -> None:
         _remove(doomed)
 
 
-def _step_folders(root: Path, pattern: re.Pattern) -> list[tuple[int, Path]]:
-    """(step, folder), newest first; a symlink is nobody's checkpoint. Names break ties: step-* before .old-step-*."""
+def _step_folders(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """(step, folder), newest first; a symlink is no checkpoint. Names break ties: step-* before .old-step-*."""
     matches = [(pattern.fullmatch(path.name), path) for path in root.iterdir() if not path.is_symlink()]
     return sorted(((int(m[1]), path) for m, path in matches if m and path.is_dir()), reverse=True)
 
@@ -303,11 +309,11 @@ def _plain(path: Path) -> Path:
     return path
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> State:
     path = _plain(folder / "manifest.json")
     raw = path.read_bytes()
     try:
-        manifest = json.loads(raw)
+        manifest: State = json.loads(raw)
         _check_manifest(manifest, raw)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
@@ -316,8 +322,8 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _check_manifest(manifest: dict, raw: bytes) -> None:
-    """UserError, or what Python says of missing keys, unless the rest of this file may rely on every field."""
+def _check_manifest(manifest: State, raw: bytes) -> None:
+    """UserError, or Python's own error for a missing key, unless the rest of this file may rely on every field."""
     if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != raw:
         raise UserError("its bytes changed since it was saved")
     if manifest["format"] != _FORMAT:
@@ -357,7 +363,7 @@ def _check_files(folder: Path) -> None:
                 raise UserError(f"{path}: its bytes changed since it was saved")
 
 
-def _check_names(folder: Path, saved: dict[str, dict], tensors: dict[str, Tensor]) -> None:
+def _check_names(folder: Path, saved: dict[str, State], tensors: dict[str, Tensor]) -> None:
     faults = [f"{name} is missing" for name in tensors if name not in saved]
     faults += [f"{name} is not wanted here" for name in saved if name not in tensors]
     for name in saved.keys() & tensors.keys():

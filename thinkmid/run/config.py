@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
+
+from thinkmid.errors import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +18,29 @@ class RunConfig:
     save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
     keep: int = 2  # checkpoints kept
     fresh: bool = False  # start over: forget what the folder holds
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # who else is told the metrics
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # other sinks of the metrics
     rollouts_every: int = 1  # RL: steps between files of rollouts; 0: none
     max_failed: float = 0.5  # RL: share of a step's samples without a verdict above which the run stops
     timeout_s: float = 1800.0  # a rank without progress for so long leaves its stack in watch/ and ends; 0: never
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.folder:
             raise ValueError("folder is empty; --run.folder FOLDER")
-        for name in ("steps", "seed", "save_every", "keep", "rollouts_every", "max_failed", "timeout_s"):
-            if getattr(self, name) < (low := int(name == "keep")):
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, steps=0, seed=0, save_every=0, keep=1, rollouts_every=0, max_failed=0, timeout_s=0)
+
+
+class ModelFolder(Protocol):
+    @property
+    def folder(self) -> str: ...
+
+
+class ProgramConfig(Protocol):
+    """The config of a training program, as far as its folder is concerned; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def run(self) -> RunConfig: ...
+
+    @property
+    def model(self) -> ModelFolder: ...

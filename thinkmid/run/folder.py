@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, whether this configuration may go on there, what it holds."""
+"""The folder of a training run: whose it is, whether this configuration may resume there, what it holds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
-from thinkmid.run.config import RunConfig
+from thinkmid.run.config import ProgramConfig, RunConfig
 from thinkmid.run.ranks import ALLOCATOR_VARIABLES, Ranks
 
-# a run may be resumed with other values of these; what changes its learning rate, and its length, is said, and what
-# paths lead to is compared by content
+# a run may be resumed with other values of these; changes of its learning rate and length are reported, and what paths
+# lead to is compared by content
 FREE_KEYS = (
     *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
     *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
-    *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
+    *(
+        "data.epochs",
+        "data.tokens",
+        "data.paths",
+        "data.path",
+        "data.val_paths",
+        "data.probe_paths",
+        "data.probe_parts",
+    ),
     *("model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
@@ -35,50 +43,50 @@ STORE = "store"  # --run.fresh leaves it, for the next run may learn from the sa
 LOCK = ".train.lock"  # held by the one process that trains here
 
 
-def claim_folder(cfg, ranks: Ranks) -> None:
+def claim_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
     """Refuse a folder that another run began. Nothing in it changes. Collective."""
-    ranks.agree(lambda: _claim(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
+    ranks.run_on_first(_claim, Path(cfg.run.folder), cfg)
 
 
-def clear_folder(cfg, ranks: Ranks) -> None:
-    """With run.fresh: forget what the run before left, when all that may be wrong was looked at. Collective."""
+def clear_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
+    """With run.fresh: forget what the run before left, once all inputs have been validated. Collective."""
     if cfg.run.fresh:
-        ranks.agree(lambda: _clear(Path(cfg.run.folder), cfg) if ranks.rank == 0 else None)
+        ranks.run_on_first(_clear, Path(cfg.run.folder), cfg)
 
 
 def begun(run: RunConfig) -> bool:
-    """Whether there is something that this run goes on from. Of one rank: another node may see it later."""
+    """True if there is a checkpoint to resume from. Local to this rank; shared file systems may lag."""
     return not run.fresh and any(Path(run.folder, "checkpoints").glob("step-*"))
 
 
-def describe_run(cfg, ranks: Ranks) -> None:
+def describe_run(cfg: ProgramConfig, ranks: Ranks) -> None:
     """Write what runs, and where, into the folder. Collective."""
-    ranks.agree(lambda: _describe(Path(cfg.run.folder), cfg, ranks) if ranks.rank == 0 else None)
+    ranks.run_on_first(_describe, Path(cfg.run.folder), cfg, ranks)
 
 
-def _describe(folder: Path, cfg, ranks: Ranks) -> None:
+def _describe(folder: Path, cfg: ProgramConfig, ranks: Ranks) -> None:
     hold(folder)
     env = config.environment() | {"world": ranks.world, "device": str(ranks.device)}
     env["allocator"] = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
     config.save_run(folder, cfg, env | {"paths": launch.paths(ranks.device)})
 
 
-def _claim(folder: Path, cfg) -> None:
-    told = _flat(tomllib.loads(config.to_toml(cfg)))
-    _refuse_own_files(folder, told)
+def _claim(folder: Path, cfg: ProgramConfig) -> None:
+    values = _flat(tomllib.loads(config.to_toml(cfg)))
+    _refuse_own_files(folder, values)
     if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):
         raise UserError(f"{folder}/config.toml: not of a training run (no metrics.jsonl); name another run.folder")
     if folder.exists():
         hold(folder)
     weights.replaceable(folder / "export")
     if not cfg.run.fresh and (folder / "config.toml").exists() and (folder / "checkpoints").exists():
-        _same_config(folder, told)
+        _same_config(folder, values)
 
 
-def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
+def _refuse_own_files(folder: Path, values: dict[str, Any]) -> None:
     """No text of the config may be a path to what the run itself writes, or clears."""
     own = [Path(os.path.realpath(folder), name) for name in (*FOLDERS, *MADE, STORE, *FILES)]
-    for key, value in told.items():
+    for key, value in values.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any(Path(os.path.realpath(text)).is_relative_to(place) for place in own):
                 raise UserError(f"{key} {text} lies in run.folder {folder}, which the run writes to")
@@ -87,7 +95,7 @@ def _refuse_own_files(folder: Path, told: dict[str, Any]) -> None:
 def hold(folder: Path) -> None:
     """The folder is this process's until it ends. A record lock: no child inherits it, and a second call is free."""
     try:
-        os.stat(folder)  # of a link that leads in a circle it says so, mkdir that the folder exists
+        os.stat(folder)  # for a circular link its message is right, mkdir's is not: "exists"
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
@@ -99,7 +107,7 @@ def hold(folder: Path) -> None:
         pass
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     parts = [_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v} for k, v in tree.items()]
     return {key: value for part in parts for key, value in part.items()}
@@ -114,27 +122,27 @@ def _same_config(folder: Path, new: dict[str, Any]) -> None:
 
 
 def same_data(was: str | None, now: str, folder: Path, what: str = "data") -> None:
-    """UserError where a run would go on with other data than it began with. was, now: digests."""
+    """UserError where a run would resume with other data than it began with. was, now: digests."""
     if was != now:
         raise UserError(f"{folder}: the {what} has changed since this run began; --run.fresh starts over")
 
 
 def same_model(was: dict[str, Any], now: dict[str, Any], folders: dict[str, Path]) -> None:
-    """UserError where a run would go on with another model than it began with. folders: where each part lies. What an
-    older checkpoint does not say is not compared."""
+    """UserError where a run would resume with another model than it began with. folders: where each part lies. What an
+    older checkpoint does not record is not compared."""
     for part, folder in folders.items():
         if part in was and was[part] != now[part]:
             raise UserError(f"{folder}: not the {part} that this run began with; --run.fresh starts over")
 
 
-def has_moved(cfg) -> bool:
-    """Whether model.folder is another than this run's folder says, as far as that says anything."""
-    told = Path(cfg.run.folder, "config.toml")
-    was = config.read_toml(told).get("model", {}) if told.exists() else {}
-    return was.get("folder", cfg.model.folder) != cfg.model.folder
+def has_moved(cfg: ProgramConfig) -> bool:
+    """True if the run folder's config.toml names another model.folder."""
+    written = Path(cfg.run.folder, "config.toml")
+    was: dict[str, Any] = config.read_toml(written).get("model", {}) if written.exists() else {}
+    return bool(was.get("folder", cfg.model.folder) != cfg.model.folder)
 
 
-def _clear(folder: Path, cfg) -> None:
+def _clear(folder: Path, cfg: ProgramConfig) -> None:
     for name in FOLDERS + (MADE if cfg.model.folder else ()):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in FILES:

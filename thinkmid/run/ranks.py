@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,12 @@ TIMEOUT = timedelta(hours=2)
 ALLOCATOR = "expandable_segments:True"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who we are among the processes that torchrun started; one process without torchrun."""
+    """This process among those that torchrun started; one process without torchrun."""
 
     rank: int
     world: int
@@ -49,16 +50,21 @@ class Ranks:
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
 
-    def agree(self, work: Callable[[], Result]) -> Result:
-        """work() of this rank; what the user got wrong on one of them is a UserError on all, so that none waits."""
+    def run_on_all(self, work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        """work(...) of this rank. Collective: a UserError or OSError of one rank is a UserError on all, so that none
+        waits."""
         result, fault = None, ""
         try:
-            result = work()
+            result = work(*args, **kwargs)
         except (UserError, OSError) as error:
             fault = str(error) or repr(error)
         for answer in filter(None, self.gather_bytes(fault.encode())):
             raise UserError(answer.decode())
-        return result
+        return cast(Result, result)
+
+    def run_on_first(self, work: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result | None:
+        """run_on_all() of rank 0 alone; None on the others."""
+        return self.run_on_all(lambda: work(*args, **kwargs) if self.rank == 0 else None)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -106,12 +112,18 @@ def start_ranks(share: int = 1) -> Ranks:
     if fresh:
         # gloo for the host's tensors on every machine, NCCL for the device's
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        where = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(
+                backend, timeout=TIMEOUT, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+            )
     mesh = init_device_mesh(device.type, (world,))
     if fresh:
         atexit.register(_leave, mesh)
-    neighbours = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)[0] if share > 1 else None
+    neighbours = None
+    if share > 1:
+        neighbours, _ = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)  # type: ignore[no-untyped-call]
     return Ranks(rank, world, device, mesh, neighbours)
 
 

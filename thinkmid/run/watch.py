@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import TracebackType
 
 
 class Watch:
@@ -48,7 +49,7 @@ class Watch:
         """No more beats are to be expected."""
         faulthandler.cancel_dump_traceback_later()
 
-    def _note_error(self, kind, error, trace) -> None:
+    def _note_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.rest()
         traceback.print_exception(kind, error, trace, file=self._file)
         self._file.flush()

@@ -27,7 +27,7 @@ def units(
     """
     num_samples = len(groups) * num_siblings
     num_drawn = max(1, sum(int(counted(s, scope).sum()) for g in groups for s in g.samples))
-    out = []
+    out: list[Unit] = []
     for group in groups:
         replies = []
         for sample, a in zip(group.samples, advantages(group.rewards, estimator), strict=True):
@@ -54,26 +54,27 @@ def advantages(rewards: list[float], estimator: str) -> np.ndarray:
     known = ~np.isnan(r)
     if known.sum() < 2:
         return np.where(known, 0.0, np.nan)
-    a = r - r[known].mean()
+    a: np.ndarray = r - r[known].mean()
     if r[known].max() == r[known].min():
         return np.where(known, 0.0, np.nan)  # the mean of equal floats may differ from them in the last bit
     if estimator == "grpo":
-        return a / (r[known].std() + 1e-6)
+        a = a / (r[known].std() + 1e-6)
     if estimator == "rloo":
-        return a * known.sum() / (known.sum() - 1)
+        a = a * known.sum() / (known.sum() - 1)
     return a
 
 
 def is_dead(group: Group) -> bool:
+    """No sample has an advantage."""
     return not np.nan_to_num(advantages(group.rewards, "dr_grpo")).any()
 
 
-def _reply(sample, a, weight):
+def _reply(sample: Sample, advantage: float, weight: np.ndarray) -> Reply:
     n = len(sample.tokens)
     return Reply(
         tokens=sample.tokens,
         ce_w=np.zeros(n, np.float32),
         pg_w=weight.astype(np.float32),
-        adv=np.full(n, a, np.float32),
+        adv=np.full(n, advantage, np.float32),
         logp_old=sample.logp,
     )

@@ -7,82 +7,79 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from thinkmid.data.pack import Reply, Unit, make_pack, plan
+from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.errors import UserError
-from thinkmid.plan import memory
+from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.protocol import Engine
 from thinkmid.train import exchange
+from thinkmid.train.config import RLConfig
+from thinkmid.train.draw import rollouts
+from thinkmid.train.job import Job
 from thinkmid.train.loss import logprobs
+from thinkmid.train.packing import Packing
 from thinkmid.types import Group
 
 
 class Agreement:
     """Checks every engine.check_every steps. Every method is collective, a disagreement a UserError on every rank."""
 
-    def __init__(self, run, cfg, engine, sync):
-        """sync: thinkmid.rollout.engine.weight_sync."""
-        self._run, self._cfg, self._engine, self._sync = run, cfg, engine, sync
+    def __init__(self, job: Job, cfg: RLConfig, engine: Engine):
+        self._job, self._cfg, self._engine = job, cfg, engine
         self._dtype = getattr(torch, cfg.engine.dtype)
+        self._is_checked = False  # the version that the engine holds
         # checksums of the last version that was read back, and of the one before it
         self._before: dict[str, int] = {}
         self._then: dict[str, int] = {}
 
-    def due(self, step: int) -> bool:
-        return bool(self._cfg.engine.check_every) and step % self._cfg.engine.check_every == 0
-
-    def push(self, step: int) -> None:
-        """The trainer's weights into the engine, read back where a check is due."""
-        due = self.due(step)
-        sums = self._sync.push(self._run.model, self._engine, step, self._dtype, summed=due)
-        if due:
-            self._stop(step, self._sync.difference(self._engine, sums, self._before))
+    def push(self, step: int, *, check: bool = True) -> None:
+        """The trainer's weights into the engine, called version `step`; with check, read back where that is due."""
+        every = self._cfg.engine.check_every
+        self._is_checked = check and every > 0 and step % every == 0
+        sums = weight_sync.push(self._job.model, self._engine, step, self._dtype, summed=self._is_checked)
+        if self._is_checked:
+            self._stop(step, weight_sync.difference(self._engine, sums, self._before))
             self._then, self._before = self._before, sums
 
-    def rescore(self, step: int, groups: list[Group], mine: list[int], draw) -> dict[str, float]:
-        """Metrics of the gap between the engine's log-probs and the trainer's, over some samples of each rank.
-
-        groups: this rank's, with their places in the step; draw(prompts) -> the engine's groups for them, drawn again.
-        """
-        if not self.due(step):
+    def rescore(self, step: int, groups: list[Group], mine: list[int]) -> dict[str, float]:
+        """Metrics of the gap between the engine's log-probs and the trainer's, over some samples of each rank; {} where
+        the last push was not checked. groups: this rank's, drawn in this step; mine: their places in it."""
+        if not self._is_checked:
             return {}
         gap = self._gap(groups, mine)
         row = describe(gap, self._cfg.loss.is_cap)
         if too_far(row, self._cfg.engine.max_gap):
-            self._stop(step, self._cause(row, groups, mine, draw))
+            self._stop(step, self._cause(step, row, groups, mine))
         return row
 
-    def _gap(self, groups, mine) -> np.ndarray:
+    def _gap(self, groups: list[Group], mine: list[int]) -> np.ndarray:
         """Trainer minus engine, in nats, of every drawn token in the first samples of every rank."""
-        few, left = [], self._cfg.engine.check_samples
+        few: list[Group] = []
+        left = self._cfg.engine.check_samples
         for g in groups:
             few.append(replace(g, samples=g.samples[:left], rewards=[], whys=[]))
             left -= len(few[-1].samples)
             if left <= 0:
                 break
-        run, cfg = self._run, self._cfg
-        everyone = exchange.all_groups(few, mine[: len(few)], run.ranks)
-        packs = plan(
-            [_unit(g) for g in everyone],
-            capacity=cfg.batch.pack_tokens,
-            ranks=run.ranks.world,
-            pair_cost=memory.pair_cost(run.model.cfg),
-        )[run.ranks.rank]
+        job, cfg = self._job, self._cfg
+        everyone = exchange.all_groups(few, mine[: len(few)], job.ranks)
+        packing = Packing(cfg.batch.pack_tokens, job.model.cfg, job.ranks)
         gaps = [np.zeros(0, np.float32)]
         with torch.no_grad():
-            for units in packs:
-                pack = make_pack(units, run.ranks.device)
-                gap = logprobs(run.model, pack, cfg.sampling.temperature) - pack.logp_old
+            for units in packing.mine([_unit(g) for g in everyone]):
+                pack = make_pack(units, job.ranks.device)
+                gap = logprobs(job.model, pack, cfg.sampling.temperature) - pack.logp_old
                 gaps.append(gap[pack.pg_w != 0].float().cpu().numpy())
-        parts = run.ranks.gather_bytes(np.concatenate(gaps).tobytes())
+        parts = job.ranks.gather_bytes(np.concatenate(gaps).tobytes())
         return np.concatenate([np.frombuffer(part, np.float32) for part in parts])
 
-    def _cause(self, row, groups, mine, draw) -> str:
+    def _cause(self, step: int, row: dict[str, float], groups: list[Group], mine: list[int]) -> str:
         cfg, seen = self._cfg, f"mean |trainer - engine| is {row['probe_gap_mean']:.3g} nats"
-        sums = self._sync.checksums(self._run.model, self._engine, self._dtype)
-        cause = self._sync.difference(self._engine, sums, self._then)
-        cause = self._everywhere(cause)
+        sums = weight_sync.checksums(self._job.model, self._engine, self._dtype)
+        cause = self._everywhere(weight_sync.difference(self._engine, sums, self._then))
         if not cause:
             self._engine.reset_cache()
-            again = draw([g.prompt for g in groups]) or []  # none where the run is being stopped
+            again, _ = rollouts(self._job, self._engine, [g.prompt for g in groups], cfg, step)
+            again = again or []  # none where the run is being stopped
             if not too_far(describe(self._gap(again, mine), cfg.loss.is_cap), cfg.engine.max_gap):
                 cause = "stale prefix cache: with an empty one the same prompts agree; it was not reset after the sync"
         return f"{seen}: " + (
@@ -97,7 +94,7 @@ class Agreement:
 
     def _everywhere(self, cause: str) -> str:
         """The first rank's cause that is not empty, on every rank."""
-        return next((c.decode() for c in self._run.ranks.gather_bytes(cause.encode()) if c), "")
+        return next((c.decode() for c in self._job.ranks.gather_bytes(cause.encode()) if c), "")
 
 
 def describe(gap: np.ndarray, cap: float) -> dict[str, float]:

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+from thinkmid.errors import at_least, positive
+from thinkmid.model.init import ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
-from thinkmid.run.config import RunConfig
-from thinkmid.train.optim import OptimConfig
+from thinkmid.run.config import ProgramConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model to start from."""
+class OptimConfig:
+    """AdamW, fused; moments and master weights in fp32."""
 
-    folder: str = ""  # Hugging Face folder
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
-    checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
-    deterministic: bool = True  # fixed order of sums in a GPU's attention backward; off: faster, not measured how much
+    lr: float  # peak learning rate
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, over the steps that remain
+    floor: float = 0.1  # last learning rate as a share of the peak; not for "constant"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.0  # on matrices only
+    clip: float = 1.0  # gradient norm
+    offload: bool = False  # moments wait in host memory while the engine samples: room for KV cache, two copies a step
+    max_skipped: int = 5  # non-finite updates in a row before the run stops
+
+    def __post_init__(self) -> None:
+        positive(self, "lr")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        at_least(self, warmup=0, floor=0, weight_decay=0, clip=0, max_skipped=0)
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of update number `step`, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, num_steps - self.warmup))
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.lr if self.schedule == "constant" else self.lr * (self.floor + (1 - self.floor) * shape)
+
+
+class TrainConfig(ProgramConfig, Protocol):
+    """The config of a training program, as far as all of them agree."""
+
+    @property
+    def model(self) -> ModelSection: ...
+
+    @property
+    def optim(self) -> OptimConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +61,8 @@ class BatchConfig:
     pack_tokens: int = 8192  # tokens of one forward on one rank
     share_prefix: bool = True  # a group's prefix goes through the network once; off only to measure what that saves
 
-    def __post_init__(self):
-        for name, low in (("prompts", 1), ("siblings", 2), ("updates", 1), ("pack_tokens", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        at_least(self, prompts=1, siblings=2, updates=1, pack_tokens=1)
         if self.updates > self.prompts:
             raise ValueError(f"updates {self.updates} exceed prompts {self.prompts}: each update needs a group")
 
@@ -53,12 +82,9 @@ class LossConfig:
     entropy: float = 0.0  # weight of an entropy bonus
     next_token: float = 0.0  # RLMT: weight of the next-token loss on the true suffix, as raw text, in the same forward
 
-    def __post_init__(self):
-        if not self.denom > 0:
-            raise ValueError(f"denom must be positive, got {self.denom}")
-        for name in ("clip_low", "clip_high", "is_cap", "kl", "next_token"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        positive(self, "denom")
+        at_least(self, clip_low=0, clip_high=0, is_cap=0, kl=0, next_token=0)
         if self.is_level == "sequence" and not self.is_cap:
             raise ValueError("is_level 'sequence' needs is_cap above 0")
         if self.clip_low > 1:
@@ -84,14 +110,10 @@ class RewardConfig:
     decay: float = 0.999  # of the moving average, a step
     unclosed: float = 0.5  # likelihood, gain: nats of a thought that never closed below the worst of its siblings'
 
-    def __post_init__(self):
-        for name in ("judge", "likelihood", "gain", "prefix", "unclosed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        at_least(self, judge=0, likelihood=0, gain=0, prefix=0, unclosed=0, prefix_tokens=1)
         if not (self.judge or self.likelihood or self.gain or self.prefix):
             raise ValueError("judge, likelihood, gain and prefix are all 0: nothing is rewarded")
-        if self.prefix_tokens < 1:
-            raise ValueError(f"prefix_tokens must be at least 1, got {self.prefix_tokens}")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must lie in (0, 1), got {self.decay}")
 
@@ -119,7 +141,7 @@ class RLConfig:
     loss: LossConfig
     optim: OptimConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model.folder:
             raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
         if not self.sampling.temperature:
@@ -136,5 +158,5 @@ class RLConfig:
 
     @property
     def ema_decay(self) -> float:
-        """Of a moving average of the weights; 0 where nobody asks for one."""
+        """Decay of a moving average of the weights, per step; 0 without one."""
         return 0.0

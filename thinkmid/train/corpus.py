@@ -1,4 +1,4 @@
-"""What a run learns from, stored in its folder: tokenised once by all ranks, and found there by a run that goes on."""
+"""Training data in a run's folder: tokenised once by all ranks, and read from there by the run that resumes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from thinkmid.data import prompts, sequences, store
 from thinkmid.data.source import Document, data_files, left_out, read_documents
+from thinkmid.data.store import Store
 from thinkmid.errors import UserError
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
@@ -23,41 +25,41 @@ from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
-TELL_S = 10  # between lines of progress
+REPORT_S = 10  # between lines of progress
+
+MakePrompts = Callable[[Iterable[Document]], Iterable[Prompt]]
 
 
 def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
     """A line for each folder of which not every file is read. Collective."""
-    for line in ranks.agree(lambda: [] if ranks.rank else left_out(paths)):
+    for line in ranks.run_on_first(left_out, paths) or ():
         print(line, flush=True)
 
 
 def stored_sequences(
-    paths, tokenizer: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
 ) -> tuple[sequences.Sequences, str]:
     """Token sequences of all documents, and a digest of them. Collective."""
-    encode = lambda documents: sequences.records(documents, tokenizer)  # noqa: E731
-    what = "document of two tokens or more"
-    found = _Writing(paths, encode, {"tokens": tokenizer.digest}, run, ranks, interrupt, what).store()
-    return sequences.Sequences(found, max_len), found.digest
+    encode = partial(sequences.records, tokenizer=tokenizer)
+    stored = _Writing(paths, encode, "document of two tokens or more", run, ranks, interrupt)
+    documents = stored.store({"tokens": tokenizer.digest})
+    return sequences.Sequences(documents, max_len), documents.digest
 
 
 def stored_prompts(
-    paths,
-    make: Callable[[Iterable[Document]], Iterable[Prompt]],
-    decides: dict[str, Any],
-    run: RunConfig,
-    ranks: Ranks,
-    interrupt: Interrupt,
+    paths: Sequence[str], make: MakePrompts, decides: dict[str, Any], run: RunConfig, ranks: Ranks, interrupt: Interrupt
 ) -> tuple[prompts.StoredPrompts, str]:
     """The prompts that make() makes of all documents, and a digest of them. Collective.
 
     decides: what prompts come out, beside the documents.
     """
-    encode = lambda documents: prompts.records(make(documents))  # noqa: E731
     what = f"prefix (data.prefix = {decides['prefix']!r})"
-    found = _Writing(paths, encode, decides, run, ranks, interrupt, what).store()
-    return prompts.StoredPrompts(found), found.digest
+    stored = _Writing(paths, partial(_prompt_records, make=make), what, run, ranks, interrupt).store(decides)
+    return prompts.StoredPrompts(stored), stored.digest
+
+
+def _prompt_records(documents: Iterable[Document], make: MakePrompts) -> Iterable[tuple[bytes, tuple[int, int]]]:
+    return prompts.records(make(documents))
 
 
 @dataclass
@@ -66,64 +68,69 @@ class _Writing:
 
     paths: Sequence[str]
     encode: store.Encode
-    decides: dict[str, Any]
+    what: str  # the data must have, for people
     run: RunConfig
     ranks: Ranks
     interrupt: Interrupt
-    what: str  # the data must have, for people
-    told: float = field(default_factory=time.monotonic)
+    reported: float = field(default_factory=time.monotonic)  # when a line of progress was last printed
 
     @property
     def folder(self) -> Path:
         return Path(self.run.folder, STORE)
 
-    def store(self) -> store.Store:
+    def store(self, decides: dict[str, Any]) -> Store:
         """Collective. UserError: what is wrong with the data; then nothing is left behind."""
         ranks = self.ranks
-        made_of = self.decides | {"files": ranks.agree(self._files)}
-        found = store.find(self.folder, made_of)
-        if ranks.any(found is None):
-            found = self._moved(made_of)
-        if not ranks.any(found is None):
-            return ranks.agree(lambda: store.Store(self.folder, found))
+        made_of = decides | {"files": ranks.run_on_all(self._files)}
+        manifest = store.find(self.folder, made_of)
+        if ranks.any(manifest is None):
+            manifest = self._moved(made_of)
+        if not ranks.any(manifest is None):
+            assert manifest is not None
+            return ranks.run_on_all(Store, self.folder, manifest)
         name = ranks.gather_bytes(secrets.token_hex(4).encode())[0].decode()
-        made = self._first(self._hold)
+        made = ranks.run_on_first(self._hold)
         try:
-            ranks.agree(lambda: self._write(name))
-            if ranks.any(self.interrupt.requested):
-                self._first(lambda: print("stopped before the first step; the same command begins again", flush=True))
-                raise SystemExit(EXIT)
-            manifest = ranks.agree(lambda: store.describe(self.folder, name, ranks.world, made_of))
-            manifest["content"] = self._content(made_of["files"])
-            found = ranks.agree(lambda: store.Store(self.folder, manifest))
-            self._first(lambda: self._publish(found, manifest))
+            return self._made(name, made_of)
         except (UserError, SystemExit):
-            self._first(lambda: self._clean(made))
+            ranks.run_on_first(self._clean, bool(made))
             raise
-        return found
+
+    def _made(self, name: str, made_of: dict[str, Any]) -> Store:
+        """Written by all ranks and published. Collective; SystemExit where a stop was requested."""
+        ranks = self.ranks
+        ranks.run_on_all(self._write, name)
+        if ranks.any(self.interrupt.requested):
+            ranks.run_on_first(print, "stopped before the first step; the same command begins again", flush=True)
+            raise SystemExit(EXIT)
+        manifest = ranks.run_on_all(store.describe, self.folder, name, ranks.world, made_of)
+        manifest["content"] = self._content(made_of["files"])
+        written = ranks.run_on_all(Store, self.folder, manifest)
+        ranks.run_on_first(self._publish, written, manifest)
+        return written
 
     def _moved(self, made_of: dict[str, Any]) -> dict[str, Any] | None:
         """The manifest of what the run began with, if all that changed since is where its files lie, or when they were
         touched. Made anew, prompts would be named after other paths, and drawn with other numbers. Collective."""
         before = store.whole(self.folder) if begun(self.run) else None
-        elsewhere = before is not None and before["made_of"] | {"files": made_of["files"]} == made_of
-        if self.ranks.any(not elsewhere) or self._content(made_of["files"]) != before.get("content"):
+        if before is not None and before["made_of"] | {"files": made_of["files"]} != made_of:
+            before = None
+        if self.ranks.any(before is None) or before is None:
+            return None
+        if self._content(made_of["files"]) != before.get("content"):
             return None
         manifest = before | {"made_of": made_of}
-        self._first(lambda: store.publish(self.folder, manifest))
+        self.ranks.run_on_first(store.publish, self.folder, manifest)
         return manifest
 
-    def _content(self, files: list) -> list[str]:
+    def _content(self, files: list[list[Any]]) -> list[str]:
         """A hash of every file, each read by one rank. Collective."""
         ranks = self.ranks
-        mine = ranks.agree(lambda: [_hash(name) for name, *_ in files[ranks.rank :: ranks.world]])
+        mine = ranks.run_on_all(_hashes, [name for name, *_ in files[ranks.rank :: ranks.world]])
         shares = [json.loads(share) for share in ranks.gather_bytes(json.dumps(mine).encode())]
         return [shares[i % ranks.world][i // ranks.world] for i in range(len(files))]
 
-    def _first(self, work: Callable[[], Any]) -> Any:
-        return self.ranks.agree(lambda: work() if self.ranks.rank == 0 else None)
-
-    def _files(self) -> list:
+    def _files(self) -> list[list[Any]]:
         """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
         stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
         return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
@@ -137,20 +144,11 @@ class _Writing:
 
     def _write(self, name: str) -> None:
         fault = self.folder / f"{name}-fault"  # what stops one rank stops the others at their next block
-
-        def go_on(num_documents: int, num_chars: int) -> bool:
-            if self.ranks.rank == 0 and time.monotonic() - self.told > TELL_S:
-                self.told = time.monotonic()
-                print(f"data: {num_documents:,} documents, {num_chars / 1e6:,.0f} M characters read", flush=True)
-            if self.interrupt.requested:
-                fault.touch()
-            return not fault.exists()
-
         try:
             # on every rank: another node may not see yet what the first one made
             self.folder.mkdir(parents=True, exist_ok=True)
             where = (self.folder, name, self.ranks.rank, self.ranks.world)
-            store.write(*where, read_documents(self.paths), self.encode, go_on)
+            store.write(*where, read_documents(self.paths), self.encode, partial(self._continues, fault))
         except UserError:
             fault.touch()
             raise
@@ -159,12 +157,21 @@ class _Writing:
                 fault.touch()
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
-    def _publish(self, found: store.Store, manifest: dict[str, Any]) -> None:
+    def _continues(self, fault: Path, num_documents: int, num_chars: int) -> bool:
+        """After each block: reports progress, passes a request to stop on to the other ranks."""
+        if self.ranks.rank == 0 and time.monotonic() - self.reported > REPORT_S:
+            self.reported = time.monotonic()
+            print(f"data: {num_documents:,} documents, {num_chars / 1e6:,.0f} M characters read", flush=True)
+        if self.interrupt.requested:
+            fault.touch()
+        return not fault.exists()
+
+    def _publish(self, written: Store, manifest: dict[str, Any]) -> None:
         """Unless there is nothing in it, or a run began with something else."""
-        if not len(found):
+        if not len(written):
             raise UserError(f"{', '.join(self.paths)}: no {self.what}")
         if begun(self.run) and (before := store.published(self.folder).get("digest")):
-            same_data(before, found.digest, Path(self.run.folder))
+            same_data(before, written.digest, Path(self.run.folder))
         store.publish(self.folder, manifest)
 
     def _clean(self, made: bool) -> None:
@@ -175,6 +182,10 @@ class _Writing:
             with suppress(OSError):
                 Path(self.run.folder, LOCK).unlink()
                 Path(self.run.folder).rmdir()
+
+
+def _hashes(paths: list[str]) -> list[str]:
+    return [_hash(path) for path in paths]
 
 
 def _hash(path: str) -> str:

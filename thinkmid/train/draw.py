@@ -47,7 +47,7 @@ def rollouts(run, engine, prompts, cfg: RLConfig, step, reward=None) -> tuple[li
         if reward:
             pending_P_G[p][g] = reward(prompts[p], sample)
 
-    return run.ranks.agree(lambda: collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each)), pending_P_G
+    return run.ranks.run_on_all(lambda: collect(engine, prompts, seeds_P_G, cfg.sampling, stop, each)), pending_P_G
 
 
 def rewarded(group: Group, pending: list[Pending], watch) -> Group:
@@ -61,7 +61,7 @@ def rewarded(group: Group, pending: list[Pending], watch) -> Group:
 def judged(run, cfg: RLConfig, groups: list[Group], pending_P_G: list[list[Pending]], mine: list[int]) -> list[Group]:
     """The groups of all ranks with their verdicts. Collective."""
     pairs = zip(groups, pending_P_G, strict=True)
-    groups = run.ranks.agree(lambda: [rewarded(g, pending, run.watch) for g, pending in pairs])
+    groups = run.ranks.run_on_all(lambda: [rewarded(g, pending, run.watch) for g, pending in pairs])
     leads = run.ranks.rank % cfg.engine.tensor_parallel == 0  # the others hold the same groups
     return exchange.all_groups(groups if leads else [], mine if leads else [], run.ranks)
 

@@ -26,7 +26,7 @@ def finished(reward, step: int, ranks: Ranks, share: int) -> dict[str, float]:
     Names may differ between ranks. Collective; a UserError on one rank is raised on all.
     """
     mine: Tally = {}
-    ranks.agree(lambda: mine.update(reward.finish(step)))
+    ranks.run_on_all(lambda: mine.update(reward.finish(step)))
     told = ranks.gather_bytes(json.dumps(mine if ranks.rank % share == 0 else {}).encode())
     return merged([json.loads(payload) for payload in told])
 

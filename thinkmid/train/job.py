@@ -1,4 +1,4 @@
-"""What every training program has: a run folder, a sharded model with its optimiser, resume, export."""
+"""What every training program has: a run folder, a sharded model with its optimiser, checkpoints, resume, export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,49 +19,80 @@ from torch.distributed.tensor import DTensor
 
 from thinkmid.errors import UserError
 from thinkmid.model import weights
+from thinkmid.model.hf_config import read_config
+from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.run import checkpoint
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
-from thinkmid.run.interrupt import Interrupt
+from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.run.log import Log
 from thinkmid.run.ranks import Ranks
 from thinkmid.run.watch import Watch
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import fsdp, optim
-from thinkmid.train.config import ModelSection
+from thinkmid.train.config import TrainConfig
 from thinkmid.types import Prompt
 
-State = dict[str, Any]  # of a checkpoint, beside its tensors
+State = dict[str, Any]  # what a checkpoint holds beside its tensors
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The Hugging Face folder that a run starts from. Its tokenizer files are copied into the export."""
+
+    folder: Path
+    model_cfg: ModelConfig
+    tokenizer: Tokenizer
+
+    @staticmethod
+    def read(folder: str | Path) -> Source:
+        """UserError where a file is missing or damaged. Weights are not read."""
+        return Source(folder=Path(folder), model_cfg=read_config(folder), tokenizer=Tokenizer.load(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is made from beside configuration and model: the run that resumes it must bring the same."""
+
+    data: str  # fingerprint of the training data
+    held_out: str = ""  # fingerprint of the validation data
+    num_steps: int  # length of the whole run
+    frozen: Mapping[str, Path] = field(default_factory=dict)  # folders of weights that every start reads, by their part
+
+
+@dataclass(kw_only=True)
 class Job:
     """A run in progress."""
 
     run: RunConfig
-    source: Path  # the HF folder the run started from: tokenizer files come from here
+    source: Source
     model: Transformer
-    tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     interrupt: Interrupt
     log: Log
     watch: Watch
-    same: State  # what a checkpoint says of the run, for the one that resumes it
-    saved_step: int = -1
+    same: State  # what a checkpoint records about the run, for the one that resumes it
+    start: int = 0  # steps that were done when this process began
+    saved_step: int = -1  # of the newest checkpoint; -1 without one
+    saved_state: State = field(default_factory=dict)  # the loop's, in that checkpoint
     ema: Transformer | None = None  # moving average of the weights, in fp32
     ema_decay: float = 0.0
-    is_stale: bool = False  # the checkpoint of saved_step says something that is no longer so
+    frozen: Transformer | None = None  # the starting weights, for a KL or as a scorer
 
     @property
     def folder(self) -> Path:
         return Path(self.run.folder)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer
+
     def save(self, step: int, state: State) -> None:
         """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run. UserError: what would
         be saved is not finite."""
-        if step == self.saved_step and not self.is_stale:
+        if step == self.saved_step and state == self.saved_state:
             return
         begin = time.perf_counter()
         self.refuse_broken(step)
@@ -73,9 +103,9 @@ class Job:
             checkpoint.save(self.folder / "checkpoints", step, tensors, {**state, **self.same}, keep=keep)
         except checkpoint.CheckpointError as error:
             self.log.event("save_failed", step=step, why=str(error))
-            self.log.say(f"warning: {error}; training goes on")
+            self.log.say(f"warning: {error}; training continues")
         else:
-            self.saved_step, self.is_stale = step, False
+            self.saved_step, self.saved_state = step, state
             self.log.event("save", step=step, seconds=round(time.perf_counter() - begin, 3))
 
     def refuse_broken(self, step: int) -> None:
@@ -94,7 +124,7 @@ class Job:
             )
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def update_average(self) -> None:
         """After a step: the moving average takes its share of the weights."""
         if self.ema is None:
             return
@@ -104,98 +134,157 @@ class Job:
         for ours, theirs in pairs:
             _local(ours).lerp_(_local(theirs), 1 - self.ema_decay)
 
+    def count_skips(self, step: int, broken: list[str], skipped: int, limit: int) -> int:
+        """Non-finite updates in a row, after this one. UserError past the limit: the run would only burn time."""
+        if not broken:
+            return 0
+        names = ", ".join(broken[:8]) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
+        self.log.event("skipped_update", step=step, samples=broken)
+        self.log.say(f"warning: step {step}: loss or gradient not finite, update skipped; in {names}")
+        if skipped + 1 > limit:
+            raise UserError(f"step {step}: {skipped + 1} updates in a row were not finite; the last in {names}")
+        return skipped + 1
+
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
         folder, named, step = self.folder / "export", weights.stream(self.model), max(0, self.saved_step)
         self.refuse_broken(step)
         try:
-            weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source)
+            weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source.folder)
         except (OSError, SafetensorError) as error:
-            again = f"the same command goes on from step {step}"
+            again = f"the same command resumes from step {step}"
             raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
+    def finish(self, exported: Path) -> int:
+        """Draws curves.png and closes the log; exit code 0. Without matplotlib a line reports what is missing."""
+        self.log.say(f"{exported} holds the model")
+        if self.ranks.rank == 0:
+            from thinkmid.run import curves
+
+            try:
+                curves.draw(self.folder, self.folder / "curves.png")
+            except UserError as error:
+                self.log.say(f"no picture: {error}")
+        self.log.close()
+        return 0
+
+    def stop(self) -> int:
+        """Closes the log of a run that was asked to stop, and saved; its exit code."""
+        self.log.say("stopped; the same command resumes")
+        self.log.close()
+        return EXIT
+
 
 def open_job(
-    cfg,
-    source: Path,
-    model_cfg: ModelConfig,
-    tokenizer: Tokenizer,
-    *,
-    data: str,
-    ranks: Ranks,
-    interrupt: Interrupt,
-    num_steps: int,
-    held_out: str = "",
-    frozen: Mapping[str, Path] = MappingProxyType({}),
-    ema_decay: float = 0.0,
-) -> tuple[Job, int, State]:
-    """Model, optimiser and log, resumed if there is something to resume: (job, first step, saved state or {}).
+    cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt: Interrupt, ema_decay: float = 0.0
+) -> Job:
+    """Model, optimiser and log, resumed if there is something to resume. Collective.
 
-    Collective. data, held_out: fingerprints of what is learnt from and of what is only looked at. num_steps: of the
-    whole run. frozen: folders of weights that the run reads each time it starts, by their part in it. ema_decay: above
-    0 the job has a moving average.
-    With run.fresh the folder is cleared here: of what may be wrong, config, data and the model's folder were looked at.
+    ema_decay: above 0 the job has a moving average of the weights. Called after config, data and model folder have been
+    validated: with run.fresh the run folder is cleared here.
     """
     folder = Path(cfg.run.folder)
-    clear_folder(cfg, ranks)
-    found = checkpoint.latest(folder / "checkpoints", warn=lambda line: print(f"warning: {line}"))
-    if not found and begun(cfg.run):
-        raise UserError(f"{folder}/checkpoints: no checkpoint is whole; --run.fresh starts over")
-
-    # a run that reads no weights again compares them where model.folder is another; what it began with is known for
-    # nothing where an export's seal says it
-    moved = ranks.any(bool(found) and ranks.rank == 0 and has_moved(cfg))
-    sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
-    frozen = {**frozen, "weights": source} if moved or sealed else frozen
-    parts = {part: weights_digest(place, ranks) for part, place in frozen.items()}
-    parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(model_cfg))), "tokenizer": tokenizer.digest}
-
-    def make():
-        # a checkpoint holds every weight
-        return empty_model(model_cfg, cfg.model, ranks) if found else sharded_model(source, model_cfg, cfg.model, ranks)
-
-    model = make()
+    saved = _latest(cfg, ranks)
+    compared, moved = _compared_folders(cfg, source, inputs, ranks, saved)
+    parts = _parts(source, compared, ranks)
+    model = _start_model(source, cfg.model, ranks, saved)
     optimizer = optim.adamw(model, cfg.optim)
-    ema = make() if ema_decay else None
-    state = checkpoint.load(found, _tensors(model, optimizer, ema), verified=True) if found else {}
-    if found:
+    ema = _start_model(source, cfg.model, ranks, saved) if ema_decay else None
+    state: State = {}
+    if saved:
+        state = checkpoint.load(saved, _tensors(model, optimizer, ema), verified=True)
         known = ({"weights": None} if moved else {}) | state.get("model", {})
-        same_model(known, parts, {"config.json": source, "tokenizer": source, **frozen})
+        same_model(known, parts, {"config.json": source.folder, "tokenizer": source.folder, **compared})
+        _same_inputs(state, inputs, folder)
         parts = known | parts
-        same_data(state["data"], data, folder)
-        same_data(state.get("held_out", held_out), held_out, folder, "held-out data")
-    start = checkpoint.step(found) if found else 0
-    rate = {"steps": num_steps, "lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay}
-    same = {"data": data, "held_out": held_out, "model": parts, "rate": rate}
+    start = checkpoint.step(saved) if saved else 0
+    rate = {"steps": inputs.num_steps, "lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay}
+    same: State = {"data": inputs.data, "held_out": inputs.held_out, "model": parts, "rate": rate}
     describe_run(cfg, ranks)
-    options = {"num_steps": num_steps, "trackers": cfg.run.trackers, "config": dataclasses.asdict(cfg)}
-    # a row that the state holds is written by this run
-    log = Log(folder, ranks.rank, start - ("row" in state), **options)
+    log = _open_log(cfg, same["rate"], ranks, start, state)
+    watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
+    watch.beat("start", start)
+    return Job(
+        run=cfg.run,
+        source=source,
+        model=model,
+        optimizer=optimizer,
+        ranks=ranks,
+        interrupt=interrupt,
+        log=log,
+        watch=watch,
+        same=same,
+        start=start,
+        saved_step=start if saved else -1,
+        saved_state={key: value for key, value in state.items() if key not in same},
+        ema=ema,
+        ema_decay=ema_decay,
+    )
+
+
+def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
+    """The checkpoint to resume from, if one is whole; run.fresh clears the folder. UserError if there are only broken
+    ones. Collective."""
+    checkpoints = Path(cfg.run.folder, "checkpoints")
+    clear_folder(cfg, ranks)
+    saved = checkpoint.latest(checkpoints, warn=_warn)
+    if not saved and begun(cfg.run):
+        raise UserError(f"{checkpoints}: no checkpoint is whole; --run.fresh starts over")
+    return saved
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}")
+
+
+def _start_model(source: Source, section: ModelSection, ranks: Ranks, saved: Path | None) -> Transformer:
+    """A checkpoint holds every weight: with one, nothing is read from the source."""
+    return empty_model(source.model_cfg, section, ranks) if saved else sharded_model(source, section, ranks)
+
+
+def _compared_folders(
+    cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, saved: Path | None
+) -> tuple[dict[str, Path], bool]:
+    """Folders whose weights a resumed run must find unchanged, by their part; whether model.folder is another now.
+
+    A run that reads no weights again compares them where model.folder is another; what it began with is known for
+    nothing where an export's seal holds it.
+    """
+    moved = saved is not None and ranks.any(ranks.rank == 0 and has_moved(cfg))
+    compared = dict(inputs.frozen)
+    if moved or (not saved and ranks.run_on_all(weights.is_sealed, source.folder)):
+        compared["weights"] = source.folder
+    return compared, moved
+
+
+def _parts(source: Source, compared: Mapping[str, Path], ranks: Ranks) -> State:
+    """What a checkpoint records about the model, by part."""
+    parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
+    parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
+    return parts | {"tokenizer": source.tokenizer.digest}
+
+
+def _same_inputs(state: State, inputs: Inputs, folder: Path) -> None:
+    same_data(state["data"], inputs.data, folder)
+    same_data(state.get("held_out", inputs.held_out), inputs.held_out, folder, "held-out data")
+
+
+def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: State) -> Log:
+    log = Log(
+        Path(cfg.run.folder),
+        ranks.rank,
+        start - ("row" in state),  # a row that the state holds is written by this run
+        num_steps=rate["steps"],
+        trackers=cfg.run.trackers,
+        config=dataclasses.asdict(cfg),
+    )
     log.event("start", step=start, world=ranks.world)
     for line in changes(state.get("rate", {}), rate, cfg.optim.schedule):
         log.say(f"warning: {line}")
-    if found and start >= num_steps:
-        log.say(f"nothing is left to do: {start} steps are done, the run has {num_steps}")
-    saved_step = start if found else -1
-    watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
-    watch.beat("start", start)
-    fields = (
-        cfg.run,
-        source,
-        model,
-        tokenizer,
-        optimizer,
-        ranks,
-        interrupt,
-        log,
-        watch,
-        same,
-        saved_step,
-        ema,
-        ema_decay,
-    )
-    return Job(*fields), start, state
+    if state and start >= rate["steps"]:
+        log.say(f"nothing is left to do: {start} steps are done, the run has {rate['steps']}")
+    return log
 
 
 def changes(was: State, now: State, schedule: str) -> list[str]:
@@ -209,7 +298,7 @@ def changes(was: State, now: State, schedule: str) -> list[str]:
     return lines
 
 
-def _tensors(model: Transformer, optimizer, ema: Transformer | None) -> dict[str, torch.Tensor]:
+def _tensors(model: Transformer, optimizer: torch.optim.Optimizer, ema: Transformer | None) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, by name."""
     tensors = optim.state_tensors(model, optimizer)
     if ema is not None:
@@ -222,10 +311,10 @@ def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def sharded_model(source: Path, model_cfg: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
-    """The model in an HF folder, of which each rank reads its own rows."""
-    model = empty_model(model_cfg, section, ranks)
-    ranks.agree(lambda: weights.load_into(model, source))
+def sharded_model(source: Source, section: ModelSection, ranks: Ranks) -> Transformer:
+    """The model in an HF folder, of which each rank reads its own rows. Collective."""
+    model = empty_model(source.model_cfg, section, ranks)
+    ranks.run_on_all(weights.load_into, model, source.folder)
     return model
 
 
@@ -237,31 +326,30 @@ def empty_model(model_cfg: ModelConfig, section: ModelSection, ranks: Ranks) -> 
     return weights.materialise(model, ranks.device)
 
 
-def check_source(source: Path, model_cfg: ModelConfig, tokenizer: Tokenizer, run: RunConfig, ranks: Ranks) -> None:
-    """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A run that goes on
-    does not need the weights. Collective."""
-    ranks.agree(lambda: _check_vocabulary(source, model_cfg, tokenizer))
+def check_source(source: Source, run: RunConfig, ranks: Ranks) -> None:
+    """UserError unless what is in an HF folder fits together: before data is read, and memory taken. A resumed run does
+    not need the weights. Collective."""
+    ranks.run_on_all(_check_vocabulary, source)
     if not ranks.any(begun(run)):
         with torch.device("meta"):
-            model = Transformer(model_cfg)
-        ranks.agree(lambda: weights.matched(model, source))
+            model = Transformer(source.model_cfg)
+        ranks.run_on_all(weights.matched, model, source.folder)
 
 
-def _check_vocabulary(source: Path, model_cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > model_cfg.vocab:
-        raise UserError(
-            f"{source}/tokenizer.json: {tokenizer.vocab_size} tokens, but config.json has vocab_size {model_cfg.vocab}"
-        )
+def _check_vocabulary(source: Source) -> None:
+    size, room = source.tokenizer.vocab_size, source.model_cfg.vocab
+    if size > room:
+        raise UserError(f"{source.folder}/tokenizer.json: {size} tokens, but config.json has vocab_size {room}")
 
 
 def weights_digest(folder: Path, ranks: Ranks) -> str:
-    """Of all weights in an HF folder, each file hashed by one rank where no seal does. Collective."""
-    mine = ranks.agree(lambda: weights.hashes(folder, ranks.rank, ranks.world))
+    """Digest of all weights in an HF folder, each file hashed by one rank where no seal holds its hash. Collective."""
+    mine = ranks.run_on_all(weights.hashes, folder, ranks.rank, ranks.world)
     shares = ranks.gather_bytes(json.dumps(mine).encode())
     return fingerprint(sorted(item for share in shares for item in json.loads(share).items()))
 
 
-def fingerprint(items: Iterable) -> str:
+def fingerprint(items: Iterable[Any]) -> str:
     """Hash of JSON-able items, in order: a run is resumed on the data it began with, or not at all."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
@@ -272,26 +360,3 @@ def fingerprint(items: Iterable) -> str:
 def fingerprint_of(prompts: Iterable[Prompt]) -> str:
     """All that decides draws and rewards; not where the prompts come from."""
     return fingerprint([p.id, p.tokens, {k: v for k, v in p.meta.items() if k != "where"}] for p in prompts)
-
-
-def count_skips(job: Job, step: int, broken: list[str], skipped: int, limit: int) -> int:
-    """Non-finite updates in a row, after this one. UserError past the limit: the run would only burn time."""
-    if not broken:
-        return 0
-    names = ", ".join(broken[:8]) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
-    job.log.event("skipped_update", step=step, samples=broken)
-    job.log.say(f"warning: step {step}: loss or gradient not finite, update skipped; in {names}")
-    if skipped + 1 > limit:
-        raise UserError(f"step {step}: {skipped + 1} updates in a row were not finite; the last in {names}")
-    return skipped + 1
-
-
-def draw_curves(job: Job) -> None:
-    """curves.png in the run folder; without matplotlib a line says what is missing."""
-    if job.ranks.rank == 0:
-        from thinkmid.run.curves import draw
-
-        try:
-            draw(job.folder, job.folder / "curves.png")
-        except UserError as error:
-            job.log.say(f"no picture: {error}")

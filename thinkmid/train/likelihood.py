@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from thinkmid.data.pack import Reply, Unit, make_pack, plan
+from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.model import weights
-from thinkmid.plan import memory
+from thinkmid.model.transformer import Transformer
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train.config import RewardConfig
 from thinkmid.train.loss import logprobs
-from thinkmid.train.references import Truth, begins_true, truths
+from thinkmid.train.packing import Packing
+from thinkmid.train.references import Reference, begins_true, references
 from thinkmid.types import Group, Sample
 
 Terms = dict[str, np.ndarray]  # name of a reward -> (samples of all groups,) fp64, NaN: none
 COLUMNS = {"judge": "verdict", "prefix": "prefix_match"}  # what the metrics call them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbered(Reply):
+    """A reply whose tokens with loss are measured together."""
+
+    number: int
 
 
 class Scores:
@@ -27,7 +36,7 @@ class Scores:
     def __init__(
         self,
         cfg: RewardConfig,
-        models: dict[str, torch.nn.Module],
+        models: Mapping[str, Transformer | None],
         tokenizer: Tokenizer,
         ranks: Ranks,
         *,
@@ -35,7 +44,7 @@ class Scores:
         pack_tokens: int,
     ):
         """models: whose weights may score, by the names of RewardConfig.scorer."""
-        self._cfg, self._models, self._text, self._ranks = cfg, models, tokenizer, ranks
+        self._cfg, self._models, self._tokenizer, self._ranks = cfg, models, tokenizer, ranks
         self._max_suffix, self._pack_tokens = max_suffix, pack_tokens
 
     def __call__(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
@@ -52,19 +61,19 @@ class Scores:
             out.append(replace(g, rewards=total[mine].tolist(), whys=whys))
         return out, row
 
-    def _terms(self, groups) -> tuple[Terms, dict[str, float]]:
+    def _terms(self, groups: list[Group]) -> tuple[Terms, dict[str, float]]:
         """By the names of their weights, and what of them is logged."""
-        cfg, suffixes = self._cfg, truths([g.prompt for g in groups], self._text, self._max_suffix)
+        cfg, suffixes = self._cfg, references([g.prompt for g in groups], self._tokenizer, self._max_suffix)
         terms: Terms = {}
         if cfg.judge:
             terms["judge"] = np.array([r for g in groups for r in g.rewards], np.float64)
         if cfg.prefix:
             pairs = [(s, [*t.lead, *t.targets]) for g, t in zip(groups, suffixes, strict=True) for s in g.samples]
-            found = [begins_true(s, suffix, self._text, cfg.prefix_tokens) for s, suffix in pairs]
-            terms["prefix"] = np.array(found, np.float64)
+            begins = [begins_true(s, suffix, self._tokenizer, cfg.prefix_tokens) for s, suffix in pairs]
+            terms["prefix"] = np.array(begins, np.float64)
         row = {COLUMNS[name]: _mean(values) for name, values in terms.items()}
         if cfg.likelihood or cfg.gain:
-            layout = Layout(groups, suffixes, self._text)
+            layout = Layout(groups, suffixes, self._tokenizer)
             likely = self._likely(layout)
             terms |= likely
             row |= {name: _mean(values[layout.is_scored]) for name, values in likely.items()}
@@ -84,18 +93,17 @@ class Scores:
 
     @torch.no_grad()
     def _mean_logp(self, name: str, units: list[Unit], num: int) -> np.ndarray:
-        """(num,) fp64: mean log-prob of the tokens with next-token weight, by the number in the stream adv; NaN where
-        there are none or it is not finite. At temperature 1: the text was not drawn at ours."""
+        """(num,) fp64: mean log-prob of the tokens with next-token weight, by their reply's number; NaN where there are
+        none or it is not finite. At temperature 1: the text was not drawn at ours."""
         model, ranks = self._models[name], self._ranks
-        cost = memory.pair_cost(model.cfg)
-        packs_of_ranks = plan(units, capacity=self._pack_tokens, ranks=ranks.world, pair_cost=cost)
-        parts = [torch.zeros(2, 0, dtype=torch.float64, device=ranks.device)]
-        for batch in packs_of_ranks[ranks.rank]:
+        assert model is not None, f"no {name} weights"
+        numbers, logps = [np.zeros(0, np.int64)], [np.zeros(0)]
+        for batch in Packing(self._pack_tokens, model.cfg, ranks).mine(units):
             pack = make_pack(batch, ranks.device)
-            parts.append(torch.stack([pack.adv.double(), logprobs(model, pack).double()]))
+            logps.append(logprobs(model, pack).double().cpu().numpy())
+            numbers.append(_numbers(batch)[pack.reply.cpu().numpy()])
         weights.reshard(model)  # a copy's head would stay gathered through the training phase
-        number, logp = torch.cat(parts, dim=1).cpu().numpy()
-        number = number.astype(np.int64)
+        number, logp = np.concatenate(numbers), np.concatenate(logps)
         # a reply lies on one rank whole, so adding up ranks rounds nothing
         mine = np.stack([np.bincount(number, logp, num), np.bincount(number, minlength=num)])
         everyone = [np.frombuffer(part).reshape(2, num) for part in ranks.gather_bytes(mine.tobytes())]
@@ -108,7 +116,7 @@ class Layout:
     """A step's thoughts and bare prompts, numbered, as units to score: a group's equal thoughts are scored once, so
     that they get the same reward to the last bit."""
 
-    def __init__(self, groups: list[Group], suffixes: list[Truth], tokenizer: Tokenizer):
+    def __init__(self, groups: list[Group], suffixes: list[Reference], tokenizer: Tokenizer):
         self._suffixes = suffixes
         self.num = 0  # numbers given: one for each distinct thought and one for each bare prompt
         self._thoughts_P: list[dict[bytes, tuple[int, np.ndarray]]] = []
@@ -122,20 +130,24 @@ class Layout:
             self._bare_P.append(self._next())
 
     def units(self, *, thoughts: bool, bare: bool) -> list[Unit]:
-        out = []
-        for truth, known, number in zip(self._suffixes, self._thoughts_P, self._bare_P, strict=True):
-            replies = [_reply(thought, truth, slot) for slot, thought in known.values()] if thoughts else []
-            unit = truth.unit(replies) if replies and len(truth.targets) else None
-            out += truth.beside(unit, 1.0, number) if bare else [unit] if unit else []
+        """Units to score: each prompt's distinct thoughts, its reference without a thought, or both in one unit."""
+        out: list[Unit] = []
+        for reference, known, number in zip(self._suffixes, self._thoughts_P, self._bare_P, strict=True):
+            replies: list[Reply] = [_reply(thought, reference, slot) for slot, thought in known.values() if thoughts]
+            unit = reference.unit(replies) if replies and len(reference.targets) else None
+            if bare:
+                out += reference.beside(unit, _numbered(Reply.text(reference.targets, 1.0), number))
+            elif unit:
+                out.append(unit)
         return out
 
     def of_samples(self, values: np.ndarray, below: float) -> np.ndarray:
         """(samples,) of values (num,). A thought that never closed lies `below` under the worst of its siblings' that
         did; where none did, or the suffix has no token to predict, all are 0. A score that failed is NaN."""
         out = []
-        for truth, slots in zip(self._suffixes, self._slots_P_G, strict=True):
+        for reference, slots in zip(self._suffixes, self._slots_P_G, strict=True):
             is_open = np.array(slots) < 0
-            if is_open.all() or not len(truth.targets):
+            if is_open.all() or not len(reference.targets):
                 out.append(np.zeros(len(slots)))
                 continue
             mine = values[slots]
@@ -145,17 +157,17 @@ class Layout:
     def of_prompts(self, values: np.ndarray) -> np.ndarray:
         """(samples,) of values (num,): what each sample's prompt has without a thought, 0 where of_samples is 0."""
         out = []
-        for truth, number, slots in zip(self._suffixes, self._bare_P, self._slots_P_G, strict=True):
-            out.append(np.full(len(slots), values[number] if len(truth.targets) and max(slots) >= 0 else 0.0))
+        for reference, number, slots in zip(self._suffixes, self._bare_P, self._slots_P_G, strict=True):
+            out.append(np.full(len(slots), values[number] if len(reference.targets) and max(slots) >= 0 else 0.0))
         return np.concatenate(out)
 
     @property
     def is_scored(self) -> np.ndarray:
         """(samples,) bool: closed, and with a suffix to predict."""
         pairs = zip(self._suffixes, self._slots_P_G, strict=True)
-        return np.array([slot >= 0 and len(truth.targets) > 0 for truth, slots in pairs for slot in slots])
+        return np.array([slot >= 0 and len(reference.targets) > 0 for reference, slots in pairs for slot in slots])
 
-    def _slot(self, thoughts, thought) -> int:
+    def _slot(self, thoughts: dict[bytes, tuple[int, np.ndarray]], thought: np.ndarray | None) -> int:
         if thought is None:
             return -1
         key = thought.tobytes()
@@ -176,12 +188,22 @@ def closed(sample: Sample, tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of those that there are; NaN without any."""
+    """Mean of the values that are not NaN; NaN without any."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _reply(thought: np.ndarray, truth: Truth, number: int) -> Reply:
-    tokens = np.concatenate([thought, truth.lead, truth.targets])
-    marks = np.arange(len(tokens)) >= len(tokens) - len(truth.targets)
-    return replace(Reply.text(tokens, marks.astype(np.float32)), adv=np.full(len(tokens), number, np.float32))
+def _reply(thought: np.ndarray, reference: Reference, number: int) -> Numbered:
+    tokens = np.concatenate([thought, reference.lead, reference.targets])
+    is_scored = np.arange(len(tokens)) >= len(tokens) - len(reference.targets)
+    return _numbered(Reply.text(tokens, is_scored.astype(np.float32)), number)
+
+
+def _numbered(reply: Reply, number: int) -> Numbered:
+    return Numbered(**vars(reply), number=number)
+
+
+def _numbers(batch: list[Unit]) -> np.ndarray:
+    """Numbers of the replies in a pack, as its stream `reply` counts them: those with loss."""
+    replies = [reply for unit in batch for reply in unit.replies if isinstance(reply, Numbered)]
+    return np.array([reply.number for reply in replies if reply.ce_w.any()], np.int64)

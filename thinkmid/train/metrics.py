@@ -1,20 +1,24 @@
-"""What a step of RL tells: metrics, seconds by phase, every sample for people to read."""
+"""The metrics of an RL step, its seconds by phase, and every sample for people to read."""
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from thinkmid.files import read_rows
+from thinkmid.run.watch import Watch
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import advantage
 from thinkmid.train.step import Stats
 from thinkmid.types import Group
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """One optimiser step and what it ran on."""
 
@@ -44,38 +48,39 @@ def describe(groups: list[Group]) -> dict[str, float]:
     }
 
 
-def measure(done: list[Update]) -> dict[str, float]:
-    """What the updates saw, per token with loss."""
+def measure(updates: list[Update]) -> dict[str, float]:
+    """Means over the updates' tokens with loss."""
     sums: dict[str, float] = {}
-    for u in done:
+    for u in updates:
         for name, value in u.stats.sums.items():
             sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
     tokens = sums.get("tokens", 0.0)
     row = {name: sums.get(key, 0.0) / max(tokens, 1.0) for name, key in PER_TOKEN.items()} if tokens else {}
-    num_rows = sum(u.num_rows for u in done)
+    num_rows = sum(u.num_rows for u in updates)
     return {
         **row,
-        **({"next_token_loss": sums["next_token"] / len(done)} if "next_token" in sums else {}),
+        **({"next_token_loss": sums["next_token"] / len(updates)} if "next_token" in sums else {}),
         "loss": sums.get("loss", 0.0),
         "logp_gap_max": sums.get("gap_max", 0.0),
-        "grad_norm": float(np.mean([u.stats.grad_norm for u in done])),
+        "grad_norm": float(np.mean([u.stats.grad_norm for u in updates])),
         "trained_tokens": tokens,
         "trunk_tokens": num_rows,
-        "packing_efficiency": num_rows / max(1, sum(u.num_packs * u.capacity for u in done)),
-        "prefix_saving": sum(u.num_rows_unshared for u in done) / max(1, num_rows),
+        "packing_efficiency": num_rows / max(1, sum(u.num_packs * u.capacity for u in updates)),
+        "prefix_saving": sum(u.num_rows_unshared for u in updates) / max(1, num_rows),
     }
 
 
-def gate_line(row: dict[str, float]) -> str:
+def preflight_line(row: dict[str, float]) -> str:
+    """describe() of held-out prompts before the first step, as a line."""
     return (
-        f"gate, {row['groups']} held-out prompts: reward {row['reward']:.3f}, dead groups {row['dead_groups']:.0%} "
-        f"({row['dead_wrong']:.0%} all 0, {row['dead_right']:.0%} all 1), closed thoughts {1 - row['unclosed']:.0%}, "
-        f"no verdict {row['reward_failed']:.0%}"
+        f"preflight, {row['groups']} held-out prompts: reward {row['reward']:.3f}, "
+        f"dead groups {row['dead_groups']:.0%} ({row['dead_wrong']:.0%} all 0, {row['dead_right']:.0%} all 1), "
+        f"closed thoughts {1 - row['unclosed']:.0%}, no verdict {row['reward_failed']:.0%}"
     )
 
 
 def advice(row: dict[str, float]) -> list[str]:
-    """What the first step's samples say about the start: lines of warning, none if RL can learn from them."""
+    """Warnings from the first samples; none if RL can learn from this start."""
     out = []
     if row["unclosed"] > MOST_UNCLOSED:
         out.append(
@@ -84,7 +89,7 @@ def advice(row: dict[str, float]) -> list[str]:
         )
     if row["dead_groups"] > MOST_DEAD and "likelihood" in row:  # a reward that is not right or wrong
         out.append(
-            f"{row['dead_groups']:.0%} of the groups have equal rewards throughout: nothing tells siblings apart"
+            f"{row['dead_groups']:.0%} of the groups have equal rewards throughout: no sibling is better than another"
         )
     elif row["dead_groups"] > MOST_DEAD and row["reward"] < 0.5:
         out.append(
@@ -104,7 +109,6 @@ def zeros_in_a_row(before: int, reward: float) -> int:
 
 
 MOST_UNCLOSED, MOST_DEAD = 0.5, 0.9
-ZEROS = 20  # steps in a row without any reward, after some with, at which the policy counts as collapsed
 PER_TOKEN = {
     "entropy": "entropy",
     "logp_gap_mean": "gap",
@@ -117,27 +121,33 @@ PER_TOKEN = {
 
 
 class Clock:
-    """Seconds by phase; the watch is told which one it is."""
+    """Seconds of a step by phase; the watch file names the current one."""
 
-    def __init__(self, watch, step: int):
-        self._watch, self._step = watch, step
-        self._began = time.perf_counter()
+    def __init__(self, watch: Watch, step: int, of: str = ""):
+        """of: what the phases belong to, where that is not a training step."""
+        self._watch, self._step, self._of = watch, step, of
+        self._began = self._phase_began = time.perf_counter()
+        self._phase = ""
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, phase: str):
-        began = time.perf_counter()
-        self._watch.beat(phase, self._step)
-        yield
-        self.seconds[f"{phase}_s"] = time.perf_counter() - began
+    def begin(self, phase: str) -> None:
+        """Ends the phase before and begins another; "" begins none."""
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[f"{self._phase}_s"] = now - self._phase_began
+        self._phase, self._phase_began = phase, now
+        if phase:
+            self._watch.beat(f"{self._of}: {phase}" if self._of else phase, self._step)
 
     def row(self, groups: list[Group]) -> dict[str, float]:
+        """The step's seconds and tokens; ends the last phase."""
+        self.begin("")
         total = time.perf_counter() - self._began
         generated = sum(len(s.tokens) for g in groups for s in g.samples)
         return {**self.seconds, "step_s": total, "generated_tokens": generated, "tokens_per_s": generated / total}
 
 
-def rollout_rows(groups: list[Group], tokenizer):
+def rollout_rows(groups: list[Group], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """One row per sample, for people: rollouts/step-*.jsonl."""
     for group in groups:
         prompt = tokenizer.decode(group.prompt.tokens)
@@ -160,22 +170,22 @@ def rollout_rows(groups: list[Group], tokenizer):
             }
 
 
-def summary(folder) -> str:
+def summary(folder: Path) -> str:
     """Reward and thinking length of the first and last tenth of the steps."""
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         return "no step was taken"
     tenth = max(1, len(rows) // 10)
-
-    def mean(part, name):
-        known = [row[name] for row in part if isinstance(row.get(name), int | float)]
-        return float(np.mean(known)) if known else float("nan")
-
     first, last = rows[:tenth], rows[-tenth:]
-    before, after = mean(first, "reward"), mean(last, "reward")
+    before, after = _mean(first, "reward"), _mean(last, "reward")
     times = f" ({after / before:.2f} times)" if before > 0 else ""
     return (
         f"reward {before:.3f} -> {after:.3f}{times}, thinking "
-        f"{mean(first, 'thinking_tokens'):.1f} -> {mean(last, 'thinking_tokens'):.1f} tokens "
+        f"{_mean(first, 'thinking_tokens'):.1f} -> {_mean(last, 'thinking_tokens'):.1f} tokens "
         f"(means of the first and last {tenth} of {len(rows)} steps)"
     )
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    known = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+    return float(np.mean(known)) if known else float("nan")

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.data.prompts import split
-from thinkmid.data.source import read_documents
+from thinkmid.data.source import Document, read_documents
 from thinkmid.model.attention import attend_pack
+from thinkmid.model.transformer import Transformer
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train.loss import logprobs
+from thinkmid.train.packing import Packing
 
-# what a worked-out thought consists of, and what must be predicted well before RL can sharpen it
-PARTS = {
-    "label": re.compile(r"\w+(?=:)"),
-    "operand": re.compile(r"(?<=[+\-*/] )\d+"),
-    "result": re.compile(r"(?<== )\d+"),
-}
-ENOUGH = 0.75  # of labels and operands; runs of the miniature that began below it gained little
+ENOUGH = 0.75  # accuracy of required parts; RLMT runs that began below it gained little
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marked(Reply):
+    """A text in which some tokens are measured apart."""
+
+    marks: np.ndarray  # (n,), 0: measured with all others only
 
 
 @torch.no_grad()
-def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
+def validation_loss(
+    model: Transformer, sequences: Sequence[tuple[np.ndarray, np.ndarray]], packing: Packing
+) -> dict[str, float]:
     """Nats per token over held-out (tokens, is thought) sequences: all, text, thought. Collective."""
-    units = []
-    for i, (tokens, thought) in enumerate(sequences):
-        reply = replace(Reply.text(tokens[1:], 1.0), pg_w=thought[1:].astype(np.float32))
-        units.append(Unit(name=str(i), prefix=tokens[:1], replies=[reply]))
+    units = [_unit(str(i), tokens, is_thought) for i, (tokens, is_thought) in enumerate(sequences)]
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ("all", "num", "thought", "num_thought")}
-    for batch in packed(units):
-        pack = make_pack(batch, ranks.device)
+    for batch in packing.mine(units):
+        pack = make_pack(batch, packing.ranks.device)
         nll = -logprobs(model, pack).double()
+        is_thought = torch.from_numpy(_marks(batch)).to(nll.device)
         sums["all"] += nll.sum().cpu()
         sums["num"] += len(nll)
-        sums["thought"] += (nll * pack.pg_w).sum().cpu()  # here the stream marks the tokens of thoughts
-        sums["num_thought"] += pack.pg_w.sum().cpu()
-    s = ranks.sum(sums)
+        sums["thought"] += (nll * is_thought).sum().cpu()
+        sums["num_thought"] += is_thought.sum().cpu()
+    s = packing.ranks.sum(sums)
     out = {"val_loss": s["all"] / s["num"]}
     if s["num_thought"]:
         out["val_loss_thought"] = s["thought"] / s["num_thought"]
@@ -46,56 +52,79 @@ def validation_loss(model, sequences, packed, ranks) -> dict[str, float]:
     return out
 
 
-def read_thoughts(paths, tokenizer, max_len) -> list[Unit]:
-    """The first max_len tokens of each document, labels, operands and results of its thoughts marked."""
-    return [unit for doc in read_documents(paths) if (unit := _marked(doc, tokenizer, max_len)) is not None]
+def read_thoughts(
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]]
+) -> list[Unit]:
+    """The first max_len tokens of each document; those of its thoughts that parts match are marked."""
+    patterns = list(parts.values())
+    return list(_marked(read_documents(paths), tokenizer, max_len, patterns))
 
 
 @torch.no_grad()
-def thought_accuracy(model, units: list[Unit], packed, ranks) -> dict[str, float]:
-    """Share of labels, operands and results in the thoughts of read_thoughts that the model puts first, teacher-forced.
+def thought_accuracy(
+    model: Transformer, units: list[Unit], packing: Packing, parts: dict[str, re.Pattern[str]]
+) -> dict[str, float]:
+    """Share of the marked tokens of read_thoughts that the model puts first, by part, teacher-forced. Collective.
 
     A part that no thought has is left out.
     """
-    sums = {f"{kind}_{part}": torch.zeros((), dtype=torch.float64) for kind in ("hits", "num") for part in PARTS}
-    for batch in packed(units):
-        pack = make_pack(batch, ranks.device)
-        head = lambda hidden, weight: (hidden @ weight.T).argmax(-1) == pack.targets  # noqa: B023, E731
+    sums = {f"{kind}_{part}": torch.zeros((), dtype=torch.float64) for kind in ("hits", "num") for part in parts}
+    for batch in packing.mine(units):
+        pack = make_pack(batch, packing.ranks.device)
+        head = partial(_is_first, targets=pack.targets)
         hit = model(pack.tokens, pack.positions, attend_pack(pack), rows=pack.rows, head=head).cpu()
-        for k, part in enumerate(PARTS, start=1):
-            mine = pack.pg_w.cpu() == k
-            sums[f"hits_{part}"] += hit[mine].sum()
-            sums[f"num_{part}"] += mine.sum()
-    s = ranks.sum(sums)
-    return {part: s[f"hits_{part}"] / s[f"num_{part}"] for part in PARTS if s[f"num_{part}"]}
+        marks = torch.from_numpy(_marks(batch))
+        for k, part in enumerate(parts, start=1):
+            sums[f"hits_{part}"] += hit[marks == k].sum()
+            sums[f"num_{part}"] += (marks == k).sum()
+    s = packing.ranks.sum(sums)
+    return {part: s[f"hits_{part}"] / s[f"num_{part}"] for part in parts if s[f"num_{part}"]}
 
 
-def advice(probed: dict[str, float]) -> str:
-    line = "probe, teacher-forced accuracy in thoughts: " + ", ".join(f"{k} {v:.2f}" for k, v in probed.items())
-    if not probed:
-        return "probe: no thought in these documents has labels, operands or results"
-    weak = [k for k in ("label", "operand") if probed.get(k, 1.0) < ENOUGH]
+def advice(accuracy: dict[str, float]) -> str:
+    """One line: is RLMT worth starting? A part whose name ends in "?" is not required."""
+    shares = ", ".join(f"{name.removesuffix('?')} {share:.2f}" for name, share in accuracy.items())
+    line = f"probe, teacher-forced accuracy in thoughts: {shares}"
+    if not accuracy:
+        return "probe: no thought in these documents matches data.probe_parts"
+    weak = [name for name, share in accuracy.items() if share < ENOUGH and not name.endswith("?")]
     if weak:
         return f"{line}. {' and '.join(weak)} below {ENOUGH}: RLMT would learn slowly from here; train longer first"
     return f"{line}. RLMT is worth starting"
 
 
-def _marked(doc, tokenizer, max_len) -> Unit | None:
-    """The document with the part of each token in the stream pg_w: 1, 2, 3 for PARTS, 0 elsewhere."""
-    tokens, marks = [], []
-    for is_thought, piece in split(doc):
-        ids, _ = tokenizer.encode_woven([(is_thought, piece)])
-        mark = np.zeros(len(ids), np.float32)
-        if is_thought:
-            ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
-            lead = len(tokenizer.decode(tokenizer.open_ids).encode())
-            for k, pattern in enumerate(PARTS.values(), start=1):
-                for m in pattern.finditer(piece):
-                    # the token that holds the last character of the match
-                    mark[np.searchsorted(ends, lead + len(piece[: m.end()].encode()))] = k
-        tokens += ids
-        marks.append(mark)
-    if len(tokens) < 2:
-        return None
-    reply = replace(Reply.text(tokens[1:max_len], 1.0), pg_w=np.concatenate(marks)[1:max_len])
-    return Unit(name=doc.id, prefix=np.array(tokens[:1]), replies=[reply])
+def _marked(
+    documents: Iterator[Document], tokenizer: Tokenizer, max_len: int, patterns: list[re.Pattern[str]]
+) -> Iterator[Unit]:
+    """Documents of two tokens or more; marks are places of patterns, counted from 1."""
+    lead = len(tokenizer.decode(tokenizer.open_ids).encode())
+    for doc in documents:
+        tokens, marks = [], [np.zeros(0, np.float32)]
+        for is_thought, piece in split(doc):
+            ids, _ = tokenizer.encode_woven([(is_thought, piece)])
+            mark = np.zeros(len(ids), np.float32)
+            if is_thought:
+                ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
+                for k, pattern in enumerate(patterns, start=1):
+                    for m in pattern.finditer(piece):
+                        # the token that holds the last character of the match
+                        mark[np.searchsorted(ends, lead + len(piece[: m.end()].encode()))] = k
+            tokens += ids
+            marks.append(mark)
+        if len(tokens) > 1:
+            yield _unit(doc.id, np.array(tokens[:max_len]), np.concatenate(marks)[:max_len])
+
+
+def _unit(name: str, tokens: np.ndarray, marks: np.ndarray) -> Unit:
+    marked = Marked(**vars(Reply.text(tokens[1:], 1.0)), marks=marks[1:].astype(np.float32))
+    return Unit(name=name, prefix=tokens[:1], replies=[marked])
+
+
+def _marks(batch: list[Unit]) -> np.ndarray:
+    """(R,) in the order of the pack's rows: every token of these replies carries loss."""
+    marks = [reply.marks for unit in batch for reply in unit.replies if isinstance(reply, Marked)]
+    return np.concatenate([np.zeros(0, np.float32), *marks])
+
+
+def _is_first(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (hidden @ weight.T).argmax(-1) == targets

@@ -1,8 +1,9 @@
-"""What really follows a prompt, in tokens: where it attaches with a thought before it, and where without one."""
+"""Reference continuation of each prompt as tokens, placed after a thought or directly after the prefix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from thinkmid.types import Group, Prompt, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
+class Reference:
     """The true suffix of one prompt.
 
     Where no text stands before the opened tag, nothing predicts the first token without a thought: it moves to
@@ -31,14 +32,13 @@ class Truth:
         head = [self.tag] if len(self.lead) else [self.before, self.tag]
         return Unit(name=self.name, prefix=np.concatenate(head), replies=replies)
 
-    def beside(self, unit: Unit | None, weight: float, adv: float = 0.0) -> list[Unit]:
+    def beside(self, unit: Unit | None, text: Reply) -> list[Unit]:
         """The unit with the true suffix as a further reply, one that does not see the tag; raw text is stored once.
 
-        weight: of its next-token loss per token. unit: this prompt's with replies after the tag, or None.
+        unit: this prompt's with replies after the tag, or None. text: the targets, with their weight.
         """
         if not len(self.targets):
             return [unit] if unit else []
-        text = replace(Reply.text(self.targets, weight), adv=np.full(len(self.targets), adv, np.float32))
         alone = Unit(name=self.name, prefix=self.before, replies=[text])
         if unit is None:
             return [alone]
@@ -47,25 +47,21 @@ class Truth:
         return [replace(alone, replies=[*(_after(self.tag, r) for r in unit.replies), text])]
 
 
-def truths(prompts: list[Prompt], tokenizer: Tokenizer, max_suffix: int) -> list[Truth]:
-    """Of RLMT prompts; suffixes are cut to max_suffix tokens of their own encoding, as the judge's are."""
+def references(prompts: list[Prompt], tokenizer: Tokenizer, max_suffix: int) -> list[Reference]:
+    """The reference of each RLMT prompt, cut to max_suffix tokens of its own encoding, as the judge's are."""
     suffixes = tokenizer.encode_many(p.meta["reference"] for p in prompts)
     return [
-        _truth(p, np.array(ids[:max_suffix], np.int64), tokenizer) for p, ids in zip(prompts, suffixes, strict=True)
+        _reference(p, np.array(ids[:max_suffix], np.int64), tokenizer) for p, ids in zip(prompts, suffixes, strict=True)
     ]
 
 
-def _truth(prompt: Prompt, suffix: np.ndarray, tokenizer: Tokenizer) -> Truth:
+def _reference(prompt: Prompt, suffix: np.ndarray, tokenizer: Tokenizer) -> Reference:
     tokens, tag = np.array(prompt.tokens, np.int64), np.array(tokenizer.open_ids, np.int64)
     before = tokens[: len(tokens) - len(tag)]
     assert np.array_equal(tokens[len(before) :], tag), f"{prompt.id} does not end with the opened tag"
     lead = suffix[: not len(before)]
-    return Truth(
-        name=prompt.id,
-        before=before if len(before) else lead,
-        tag=tag,
-        lead=lead,
-        targets=suffix[len(lead) :],
+    return Reference(
+        name=prompt.id, before=before if len(before) else lead, tag=tag, lead=lead, targets=suffix[len(lead) :]
     )
 
 
@@ -77,14 +73,15 @@ def next_token_units(
     Its loss is weight times the mean over all suffix tokens of the update. Raw text and not an empty thought: it keeps
     what the model could do before, whereas an empty thought would teach it not to think.
     """
-    suffixes = truths([g.prompt for g in groups], tokenizer, max_suffix)
+    suffixes = references([g.prompt for g in groups], tokenizer, max_suffix)
     num = max(1, sum(len(t.targets) for t in suffixes))
     waiting: dict[str, list[Unit]] = {}
     for unit in units:
         waiting.setdefault(unit.name, []).append(unit)
     # a prompt that was drawn twice has two units, either of which will do
     mine = [waiting[t.name].pop() if waiting.get(t.name) else None for t in suffixes]
-    return [part for t, unit in zip(suffixes, mine, strict=True) for part in t.beside(unit, weight / num)]
+    pairs = zip(suffixes, mine, strict=True)
+    return [part for t, unit in pairs for part in t.beside(unit, Reply.text(t.targets, weight / num))]
 
 
 def begins_true(sample: Sample, reference: list[int], tokenizer: Tokenizer, num_tokens: int) -> bool:
@@ -102,11 +99,17 @@ def begins_true(sample: Sample, reference: list[int], tokenizer: Tokenizer, num_
 
 
 def _ends(pieces: list[bytes]) -> list[int]:
-    return np.cumsum([len(piece) for piece in pieces]).tolist()
+    return list(accumulate(map(len, pieces)))
 
 
 def _after(tag: np.ndarray, reply: Reply) -> Reply:
     """The reply with the tag in front, which carries no loss."""
     zeros = np.zeros(len(tag), np.float32)
-    streams = {name: np.concatenate([zeros, getattr(reply, name)]) for name in ("ce_w", "pg_w", "adv", "logp_old")}
-    return Reply(tokens=np.concatenate([tag, reply.tokens]), **streams)
+    return replace(
+        reply,
+        tokens=np.concatenate([tag, reply.tokens]),
+        ce_w=np.concatenate([zeros, reply.ce_w]),
+        pg_w=np.concatenate([zeros, reply.pg_w]),
+        adv=np.concatenate([zeros, reply.adv]),
+        logp_old=np.concatenate([zeros, reply.logp_old]),
+    )

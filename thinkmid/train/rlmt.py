@@ -5,16 +5,28 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlmt configs/mini-rlmt.toml
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from thinkmid import config
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, at_least
 from thinkmid.rollout.engine.protocol import check_vllm
 from thinkmid.rollout.judge.config import JudgeConfig, question_tokens
 from thinkmid.train.config import RewardConfig, RLConfig
+from thinkmid.types import Prompt
+
+if TYPE_CHECKING:
+    from thinkmid.data.prompts import StoredPrompts
+    from thinkmid.rollout.verdict import Reward
+    from thinkmid.run.interrupt import Interrupt
+    from thinkmid.run.ranks import Ranks
+    from thinkmid.tokenizer import Tokenizer
+    from thinkmid.train.corpus import MakePrompts
+    from thinkmid.train.job import Job
+    from thinkmid.train.likelihood import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +38,14 @@ class DataConfig:
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
     max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
-    val_paths: tuple[str, ...] = ()  # held-out text, looked at before the first step: is there something to learn?
-    val_prompts: int = 32  # its prefixes that are looked at, each with batch.siblings samples
-    val_every: int = 0  # steps between further looks; 0: none
+    val_paths: tuple[str, ...] = ()  # held-out text, validated on before the first step: is there something to learn?
+    val_prompts: int = 32  # number of its prefixes, each with batch.siblings samples
+    val_every: int = 0  # steps between further validations; 0: none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
-        for name, low in (("max_prefix", 0), ("val_prompts", 1), ("val_every", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, max_prefix=0, val_prompts=1, val_every=0)
         if (self.length > 0) != (self.prefix == "fixed"):
             raise ValueError(f"length {self.length} with prefix {self.prefix!r}: 'fixed' needs one, others take none")
 
@@ -48,7 +58,7 @@ class RLMTConfig(RLConfig):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         needs = {"reward.likelihood": self.reward.likelihood, "reward.gain": self.reward.gain}
         needs |= {"reward.prefix": self.reward.prefix, "loss.next_token": self.loss.next_token}
@@ -70,71 +80,58 @@ class RLMTConfig(RLConfig):
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
 
-    from thinkmid.model import weights
     from thinkmid.plan import memory
-    from thinkmid.rollout.judge.ask import Policy, read_judge
-    from thinkmid.rollout.judge.reward import make_reward
-    from thinkmid.rollout.judge.rule import Unjudged
-    from thinkmid.tokenizer import Tokenizer
-    from thinkmid.train import corpus, rl
-    from thinkmid.train.likelihood import Scores
+    from thinkmid.rollout.judge import ask, rule
+    from thinkmid.rollout.judge import reward as rewards
+    from thinkmid.run.interrupt import Stopped
+    from thinkmid.train import rl
+    from thinkmid.train.job import Inputs, Source, fingerprint_of
+    from thinkmid.train.sampler import Sampler
 
-    source = Path(cfg.model.folder)
-    model_cfg, tokenizer = weights.read_config(source), Tokenizer.load(source)
-    max_prefix = rl.longest_prompt(cfg, model_cfg, cfg.data.max_prefix, len(tokenizer.close_ids))
+    source = Source.read(cfg.model.folder)
+    max_prefix = rl.longest_prompt(cfg, source.model_cfg, cfg.data.max_prefix, len(source.tokenizer.close_ids))
     if dry_run:
-        return memory.dry_run_rl(cfg, model_cfg, max_prefix, judge_phase(cfg))
-    asks = bool(cfg.reward.judge)
-    theirs = read_judge(cfg.judge, cfg.engine, cfg.model.folder, model_cfg) if asks else None
-    if asks and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
+        return memory.dry_run_rl(cfg, source.model_cfg, max_prefix, judge_phase(cfg))
+    is_judged = bool(cfg.reward.judge)
+    judge = ask.read_judge(cfg.judge, cfg.engine, cfg.model.folder, source.model_cfg) if is_judged else None
+    if judge and cfg.judge.kind == "resident" and cfg.judge.engine == "vllm":
         check_vllm()
-    make = prompt_maker(cfg.data, tokenizer, max_prefix, cfg.run.seed)
 
-    def read(ranks, interrupt):
-        corpus.name_left_out([*cfg.data.paths, *cfg.data.val_paths], ranks)
-        held_out = ranks.agree(lambda: read_held_out(cfg.data, make))
-        decides = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": cfg.data.prefix}
-        if cfg.data.prefix != "thought":
-            decides |= {"length": cfg.data.length, "seed": cfg.run.seed}
-        prompts, digest = corpus.stored_prompts(cfg.data.paths, make, decides, cfg.run, ranks, interrupt)
-        more = {"held_out": held_out, "notes": notes(cfg)}
-        return rl.PromptSet(prompts=prompts, longest=prompts.longest, digest=digest, **more)
+    ranks, interrupt = rl.start(cfg, source)
+    prompts, digest, held_out = read_data(cfg, source.tokenizer, max_prefix, ranks, interrupt)
+    longest = max([prompts.longest, *(len(p.tokens) for p in held_out)])
+    rl.check_room(cfg, longest)
 
-    def reward(prompts, engine, max_len, device, note):
-        if not asks:
-            return Unjudged()
-        policy = Policy(
-            engine=engine,
-            engine_cfg=cfg.engine,
-            tokenizer=tokenizer,
-            sampling=cfg.sampling,
-            max_len=max_len,
-            device=device,
-        )
-        return make_reward(cfg.judge, policy, theirs, prompts, seed=cfg.run.seed, note=note)
-
-    def scores(run, frozen):
-        if cfg.reward.is_verdict:
-            return None
-        models = {"policy": run.model, "frozen": frozen, "ema": run.ema}
-        sizes = {"max_suffix": cfg.sampling.max_suffix, "pack_tokens": cfg.batch.pack_tokens}
-        return Scores(cfg.reward, models, tokenizer, run.ranks, **sizes)
-
-    at_least = question_tokens(cfg.judge, cfg.sampling.max_suffix) if asks else 0
-    more = {"at_least": at_least, "make_scores": scores, "look_every": cfg.data.val_every}
-    more["judge_folder"] = cfg.judge.folder if theirs else ""
-    return rl.run(cfg, source, model_cfg, tokenizer, read, reward, **more)
+    frozen = {"judge's weights": Path(cfg.judge.folder)} if judge else {}
+    inputs = Inputs(data=digest, held_out=fingerprint_of(held_out), num_steps=cfg.run.steps, frozen=frozen)
+    job = rl.begin(cfg, source, inputs, ranks, interrupt)
+    job.log.say(f"{len(prompts)} prompts, at most {prompts.longest} tokens; starts at step {job.start}")
+    for note in notes(cfg):
+        job.log.say(f"note: {note}")
+    with ExitStack() as stack:
+        stack.callback(job.watch.rest)
+        policy = rl.open_policy(job, cfg, longest, question_tokens(cfg.judge, cfg.sampling.max_suffix) * is_judged)
+        reward: Reward = rule.Unjudged()
+        if is_judged:
+            reward = rewards.make_reward(cfg.judge, policy, judge, prompts, seed=cfg.run.seed, note=job.log.note)
+        stack.callback(reward.close)
+        sampler = Sampler(job, cfg, policy.engine, reward)
+        try:
+            rl.train(job, cfg, sampler, prompts, scores_of(job, cfg), rl.Validation.of(held_out, cfg.data.val_every))
+        except Stopped:
+            return job.stop()
+    return rl.finish(job)
 
 
 def judge_phase(cfg: RLMTConfig) -> dict[str, float]:
     """Bytes per rank of a resident judge, by owner; {} for others."""
-    from thinkmid.model import weights
+    from thinkmid.model.hf_config import read_config
     from thinkmid.plan import memory
     from thinkmid.rollout.judge.ask import resident_engine
 
     if not cfg.reward.judge or cfg.judge.kind != "resident":
         return {}
-    model_cfg = weights.read_config(cfg.judge.folder)
+    model_cfg = read_config(cfg.judge.folder)
     engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, model_cfg)
     rows, room = cfg.sampling.max_batch, longest - cfg.sampling.max_new
     owners = memory.rollout_phase(model_cfg, cfg.sampling, engine, room, rows)
@@ -147,28 +144,47 @@ def notes(cfg: RLMTConfig) -> list[str]:
     return ["no reward looks at continuations, yet they are trained: loss.scope = 'thought' leaves that noise out"]
 
 
-def prompt_maker(data: DataConfig, tokenizer, max_prefix: int, seed: int):
-    """documents -> their prompts."""
+def read_data(
+    cfg: RLMTConfig, tokenizer: Tokenizer, max_prefix: int, ranks: Ranks, interrupt: Interrupt
+) -> tuple[StoredPrompts, str, list[Prompt]]:
+    """The prompts, their digest, and the held-out prompts. Collective."""
     from thinkmid.data.prompts import at_thoughts, in_raw_text
+    from thinkmid.train import corpus
 
+    data, seed = cfg.data, cfg.run.seed
+    corpus.name_left_out([*data.paths, *data.val_paths], ranks)
+    decides: dict[str, Any] = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": data.prefix}
     if data.prefix == "thought":
-        return partial(at_thoughts, tokenizer=tokenizer, max_prefix=max_prefix)
-    return partial(
-        in_raw_text, tokenizer=tokenizer, where=data.prefix, length=data.length, max_prefix=max_prefix, seed=seed
-    )
+        make: corpus.MakePrompts = partial(at_thoughts, tokenizer=tokenizer, max_prefix=max_prefix)
+    else:
+        decides |= {"length": data.length, "seed": seed}
+        cut = partial(in_raw_text, where=data.prefix, length=data.length, seed=seed)
+        make = partial(cut, tokenizer=tokenizer, max_prefix=max_prefix)
+    held_out = ranks.run_on_all(read_held_out, data, make) if data.val_paths else []
+    prompts, digest = corpus.stored_prompts(data.paths, make, decides, cfg.run, ranks, interrupt)
+    return prompts, digest, held_out
 
 
-def read_held_out(data: DataConfig, make) -> list:
-    """val_prompts prefixes spread evenly over the held-out text; [] without any."""
+def read_held_out(data: DataConfig, make: MakePrompts) -> list[Prompt]:
+    """val_prompts prefixes spread evenly over the held-out text."""
     from thinkmid.data.source import read_documents
     from thinkmid.data.store import blocks
 
-    if not data.val_paths:
-        return []
-    found = [prompt for block in blocks(read_documents(data.val_paths)) for prompt in make(block)]
-    if not found:
+    prompts = [prompt for block in blocks(read_documents(data.val_paths)) for prompt in make(block)]
+    if not prompts:
         raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
-    return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
+    return prompts[:: max(1, len(prompts) // data.val_prompts)][: data.val_prompts]
+
+
+def scores_of(job: Job, cfg: RLMTConfig) -> Scores | None:
+    """The terms of the reward beside the judge's verdict; None where the verdict is all."""
+    from thinkmid.train.likelihood import Scores
+
+    if cfg.reward.is_verdict:
+        return None
+    models = {"policy": job.model, "frozen": job.frozen, "ema": job.ema}
+    max_suffix, pack_tokens = cfg.sampling.max_suffix, cfg.batch.pack_tokens
+    return Scores(cfg.reward, models, job.tokenizer, job.ranks, max_suffix=max_suffix, pack_tokens=pack_tokens)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import nn
 
 from thinkmid.data.pack import Unit, make_pack
 from thinkmid.model import weights
+from thinkmid.model.transformer import Transformer
 from thinkmid.run.interrupt import Interrupt, Stopped
 from thinkmid.run.ranks import Ranks
 from thinkmid.types import Pack
@@ -19,7 +20,7 @@ from thinkmid.types import Pack
 LossFn = Callable[[Pack], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """One update, on every rank the same."""
 
@@ -29,8 +30,8 @@ class Stats:
 
 
 def train_step(
-    model,
-    optimizer,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
     batches: list[list[Unit]],
     loss_fn: LossFn,
     ranks: Ranks,
@@ -58,7 +59,7 @@ def train_step(
         # the next pack is built here, while the head, whose products take longest, still waits in the device's queue;
         # after the backward only short kernels would be left in it, and the next forward would come late
         ahead = next(packs, None)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         losses.append((loss.detach(), pack.owner))
         _add(sums, more | {"loss": loss.detach()})
         pack = ahead
@@ -69,32 +70,36 @@ def train_step(
             p.grad = torch.zeros_like(p)
     # the norm, the same on all ranks, is read together with the sums: the host waits for the device once
     read = ranks.sum(sums | {"grad_norm_max": _clip(params, clip)})
-    stats = Stats(grad_norm=read.pop("grad_norm_max"), sums=read)
-    if math.isfinite(stats.grad_norm) and math.isfinite(stats.sums.get("loss", 0.0)):
+    grad_norm, broken = read.pop("grad_norm_max"), []
+    if math.isfinite(grad_norm) and math.isfinite(read.get("loss", 0.0)):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         # what a forward without a backward left whole holds the old weights
         weights.reshard(model)
     else:
-        broken = [name for loss, owner in losses if not torch.isfinite(loss) for name in owner]
-        names = b"".join(ranks.gather_bytes("\n".join([*broken, ""]).encode())).decode().splitlines()
-        stats.broken = names or ["the gradient, though every loss is finite"]
+        broken = _owners_of_broken(losses, ranks) or ["the gradient, though every loss is finite"]
     optimizer.zero_grad(set_to_none=True)
-    return stats
+    return Stats(grad_norm=grad_norm, sums=read, broken=broken)
+
+
+def _owners_of_broken(losses: list[tuple[torch.Tensor, list[str]]], ranks: Ranks) -> list[str]:
+    """Names of what lies in packs whose loss is not finite, over all ranks."""
+    mine = [name for loss, owner in losses if not torch.isfinite(loss) for name in owner]
+    return b"".join(ranks.gather_bytes("\n".join([*mine, ""]).encode())).decode().splitlines()
 
 
 def _clip(params: list[nn.Parameter], clip: float) -> torch.Tensor:
     """Clips the gradient in place; the norm it had, 0-d. 0 does not clip. A norm that is not finite spoils the
     gradient; the caller, who reads it, drops that."""
-    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if clip:
         nn.utils.clip_grads_with_norm_(params, clip, norm)
     return norm
 
 
-def _add(sums, more):
+def _add(sums: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
     for name, value in more.items():
         if name not in sums:
             sums[name] = value

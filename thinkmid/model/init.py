@@ -1,0 +1,50 @@
+"""Which model a run starts from: one in a folder, or a fresh one. No torch in here, for --help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from thinkmid.errors import UserError
+
+if TYPE_CHECKING:
+    from thinkmid.model.transformer import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model to start from."""
+
+    folder: str = ""  # Hugging Face folder
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
+    checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
+    deterministic: bool = True  # fixed order of sums in a GPU's attention backward; off: faster, not measured how much
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshConfig:
+    """Sizes of a model with drawn weights. Used when model.folder is empty."""
+
+    vocab: int = 1024  # byte-level BPE tokens, trained on tokenizer_data; fewer if the text has fewer
+    tokenizer_data: tuple[str, ...] = ()  # texts for the tokenizer; none: the training data
+    tags: Literal["added", "plain"] = "added"  # think tags as tokens of their own, or spelled with ordinary ones
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn: int = 352
+    rope_theta: float = 1000.0
+    max_positions: int = 1024  # context length in tokens
+    tied: bool = False  # head shares the embedding
+
+
+def fresh_model_cfg(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
+    """A fresh model in Qwen3's form. UserError where the sizes make no model."""
+    from thinkmid.model.transformer import ModelConfig
+
+    sizes = {name: value for name, value in vars(cfg).items() if name not in ("vocab", "tokenizer_data", "tags")}
+    try:
+        return ModelConfig(kind="qwen3", vocab=vocab, norm_eps=1e-6, eos_ids=eos_ids, **sizes)
+    except ValueError as error:
+        raise UserError(f"fresh: {error}") from None
