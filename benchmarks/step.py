@@ -16,8 +16,9 @@ from thinkmid.data.pack import duplicated, plan
 from thinkmid.plan.memory import pair_cost
 from thinkmid.run.ranks import start_ranks
 from thinkmid.train import advantage
-from thinkmid.train.config import OptimConfig, adamw
+from thinkmid.train.config import OptimConfig
 from thinkmid.train.loss import LossConfig, policy_loss
+from thinkmid.train.optim import adamw
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt, Sample
 

@@ -20,8 +20,9 @@ from thinkmid.rollout.judge.rule import NUMBER, first_sentence
 from thinkmid.rollout.judge.templates import ANSWERS, render
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.config import OptimConfig, adamw
+from thinkmid.train.config import OptimConfig
 from thinkmid.train.loss import text_loss
+from thinkmid.train.optim import adamw
 from thinkmid.train.step import train_step
 
 TEMPLATE = "short"
