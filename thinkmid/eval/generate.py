@@ -15,9 +15,10 @@ from thinkmid.data.templates import render, tokens
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.files import Kinds, check_row, is_count, is_text, locked, read_json, read_rows, reopen, write_whole
-from thinkmid.model import identity, weights
+from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.run import identity
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 

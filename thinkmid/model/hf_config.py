@@ -34,7 +34,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def config_dict(cfg: ModelConfig) -> dict[str, Any]:
-    """What config.json says of cfg. RoPE stands in it twice: as transformers 5 spells it, and as older readers do."""
+    """The config.json of a ModelConfig. RoPE is written twice: as transformers 5 spells it, and as older readers do."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := cfg.rope_scaling) is not None:
         stretch = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
@@ -68,7 +68,7 @@ def config_dict(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def token_ids(cfg: ModelConfig) -> dict[str, Any]:
-    """The part that config.json and generation_config.json share."""
+    """The keys that config.json and generation_config.json share."""
     eos = list(cfg.eos_ids) if len(cfg.eos_ids) > 1 else next(iter(cfg.eos_ids), None)
     return {"bos_token_id": cfg.bos_id, "eos_token_id": eos}
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from thinkmid.errors import UserError
-from thinkmid.model import weights
+from thinkmid.model import weight_files, weights
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.run import checkpoint
 from thinkmid.run.config import RunConfig
@@ -146,7 +146,7 @@ def open_job(
     # a run that reads no weights again compares them where model.folder is another; what it began with is known for
     # nothing where an export's seal says it
     moved = ranks.any(bool(found) and ranks.rank == 0 and has_moved(cfg))
-    sealed = not found and ranks.agree(lambda: weights.is_sealed(source))
+    sealed = not found and ranks.agree(lambda: weight_files.is_sealed(source))
     frozen = {**frozen, "weights": source} if moved or sealed else frozen
     parts = {part: weights_digest(place, ranks) for part, place in frozen.items()}
     parts |= {"config.json": json.loads(json.dumps(dataclasses.asdict(model_cfg))), "tokenizer": tokenizer.digest}
@@ -256,7 +256,7 @@ def _check_vocabulary(source: Path, model_cfg: ModelConfig, tokenizer: Tokenizer
 
 def weights_digest(folder: Path, ranks: Ranks) -> str:
     """Of all weights in an HF folder, each file hashed by one rank where no seal does. Collective."""
-    mine = ranks.agree(lambda: weights.hashes(folder, ranks.rank, ranks.world))
+    mine = ranks.agree(lambda: weight_files.hashes(folder, ranks.rank, ranks.world))
     shares = ranks.gather_bytes(json.dumps(mine).encode())
     return fingerprint(sorted(item for share in shares for item in json.loads(share).items()))
 

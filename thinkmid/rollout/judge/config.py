@@ -165,10 +165,10 @@ class JudgeWeights:
     """A judge's weights, read anew by each call: hashed when it is made, finite at the first read, unchanged after."""
 
     def __init__(self, folder: str, dtype: str):
-        from thinkmid.model import weights
+        from thinkmid.model import weight_files
 
         self._folder, self._dtype = folder, dtype
-        self._known, self._are_finite = weights.stamps(folder), False
+        self._known, self._are_finite = weight_files.stamps(folder), False
 
     def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor). UserError as of weights.stream_folder."""
