@@ -26,7 +26,7 @@ CACHE_BYTES = 16 << 20  # a weight of that size gains nothing from oneDNN
 
 
 class FusedLoss(NamedTuple):
-    """What fused_linear_dr_grpo returns; all but loss is detached. Rows that are not live have logp and entropy 0."""
+    """Result of fused_linear_dr_grpo; all but loss is detached. Rows that are left out have logp and entropy 0."""
 
     loss: Tensor  # 0-d, differentiable
     metrics: Metrics  # of the live rows
@@ -112,6 +112,8 @@ def fused_linear_dr_grpo(
 
     wait=False: nothing waits for the device, neither here nor in backward. No target may be ignored or lie outside
     [0, V), no row is left out but by live, and backward must not scale the loss: it fails on the device if it does.
+
+    Same as dr_grpo_loss(linear_logprob(hidden, weight, targets), advantages, denom=denom).
     """
     job = _check(_Given(hidden, weight, bias, targets), temperature, softcap, ignore_index, chunk, wait)
     _expect("weight_grad_into", weight_grad_into, weight.shape, job.wide, weight.device)
@@ -163,9 +165,10 @@ def linear_cross_entropy(
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """A DTensor's whole value, gathered once: what the functions here take where FSDP2 holds the head in shards.
+    """A DTensor's whole value (V, D): what the functions here take where FSDP2 holds the head in shards.
 
     Differentiable: the ranks' gradients are summed and land in the shards. Any other tensor is returned as it is.
+    Same as weight.full_tensor(), whose gradient is otherwise taken to be equal on all ranks and not summed.
     """
     from torch.distributed.tensor import DTensor, Partial
 

@@ -73,5 +73,5 @@ def triton(name: str) -> Any:
 
 
 def address(x: Tensor | None) -> int:
-    """For csrc, which takes plain pointers; 0 stands for None. The caller keeps x alive."""
+    """Pointer to x for csrc, 0 for None. The caller keeps x alive."""
     return 0 if x is None else x.data_ptr()

@@ -80,7 +80,7 @@ def dr_grpo_loss(
 
 
 class LiveRows(NamedTuple):
-    """Rows that carry gradient, in order."""
+    """Result of plan_rows: the rows that carry gradient, in order."""
 
     # (live,) int64; None: all of them
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
@@ -91,7 +91,8 @@ def plan_rows(mask: Tensor | None, advantages: Tensor, beta: float = 0.0, entrop
     """Rows worth a forward and a backward: mask not 0, and advantage not 0 unless KL or entropy count.
 
     mask (R,) bool or weights, or None; advantages (R,). All other rows add exactly nothing to DrGRPO's loss, whose
-    denominator is a constant. Waits for the device once, to learn how many there are.
+    denominator is a constant. Waits for the device once, to learn how many there are. ValueError where shapes differ.
+    Same as ((mask != 0) & (advantages != 0)).nonzero().
     """
     live = torch.ones_like(advantages, dtype=torch.bool) if beta or entropy_coef else advantages != 0
     if mask is not None:
@@ -102,7 +103,7 @@ def plan_rows(mask: Tensor | None, advantages: Tensor, beta: float = 0.0, entrop
 
 
 def checked(logp: Tensor, policy: Policy) -> Policy:
-    """The policy with flat, contiguous, detached streams of logp's dtype. logp gives their shape and device."""
+    """The policy with flat, contiguous, detached streams of logp's dtype. ValueErrors as in dr_grpo_loss."""
     _same("logp", logp, logp)
     _positive("denom", policy.denom)
     _positive("is_cap", INF if policy.is_cap is None else policy.is_cap)

@@ -1,4 +1,4 @@
-"""One decoder for training and decoding: Llama 3.x, Qwen2.5, Qwen3. Who attends to what is the caller's business."""
+"""One decoder for training and decoding: Llama 3.x, Qwen2.5, Qwen3. The caller supplies the attention."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a decoder. The kind decides where biases and q/k norms stand."""
+    """Sizes of a decoder. The kind decides where it has biases and q/k norms. ValueError names field and value."""
 
     kind: Kind  # qwen2: biases on q, k, v; qwen3: RMSNorm on each head of q and k before RoPE
     vocab: int
@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Holds the (V, D) weight; the caller's function uses it. A module, so that FSDP2's hooks gather it first."""
+    """The (V, D) weight, given to the caller's function. A module, so that FSDP2's hooks gather the weight first."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Hugging Face model folders, in and out, for plain and FSDP2-sharded models."""
+"""Read and write Hugging Face model folders, for plain and FSDP2-sharded models."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def hf_name(name: str) -> str:
 
 
 def build(cfg: ModelConfig, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
-    """Transformer with uninitialised weights, or none yet where device is "meta"."""
+    """Transformer in dtype with uninitialised weights; without memory where device is "meta"."""
     with torch.device("meta"):
         model = Transformer(cfg).to(_dtype(dtype))
     return materialise(model, device)
 
 
 def materialise(model: Transformer, device: Device) -> Transformer:
-    """Give a meta model, sharded or not, uninitialised memory on a device."""
+    """Give a meta model, sharded or not, uninitialised memory on a device; returns the model."""
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
@@ -59,7 +59,7 @@ def materialise(model: Transformer, device: Device) -> Transformer:
 
 
 def load_model(folder: str | Path, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
-    """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserError names what is wrong."""
+    """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserErrors as in load_into."""
     model = build(read_config(folder), dtype, "meta")
     matched(model, folder)
     load_into(materialise(model, device), folder)
@@ -195,7 +195,7 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
 
 
 def replaceable(folder: str | Path) -> Path:
-    """Where save() may write, without links. UserError for what is there and not an export."""
+    """The folder with links resolved, if save() may write there. UserError if it holds anything but an export."""
     folder = Path(os.path.realpath(folder))
     if os.path.lexists(folder) and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
