@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def report(*options):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compile_report", "--json", *options]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.returncode  # before it, what the compiler has to say
 
@@ -40,7 +40,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def seeded():
-    return report("--modules", "tests.kernels.bad_kernels", "--archs", "90")
+    return report("--modules", "tests.helpers.bad_kernels", "--archs", "90")
 
 
 def test_every_kernel_passes_every_gate_on_sm_90(shipped):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def linear_logprob(
         logp, entropy = _from_tiles(hidden, weight, job, return_entropy)
     else:
         logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)  # type: ignore[no-untyped-call]
-    return logp if entropy is None else (logp, entropy)
+    return (logp, entropy) if return_entropy and entropy is not None else logp
 
 
 def fused_linear_dr_grpo(
@@ -414,7 +414,7 @@ def _times_weight(dz: Tensor, weight: Tensor) -> Tensor:
         products = (_onednn(dz[:, at], slab.T) for at, slab in _slabs(weight, dz.dtype, CHAIN))
     else:
         products = (dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype, SLAB))
-    return sum(products, start=torch.zeros((), dtype=dz.dtype))
+    return cast(Tensor, sum(products))
 
 
 # MKL, which torch's fp32 products on the CPU run on, first copies the larger matrix: for a hundred rows a third of the
