@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import thinkmid
-from thinkmid.kernels import launch, policy
+from thinkmid.kernels import launch, streams
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 H100 = SimpleNamespace(multi_processor_count=132)
@@ -172,5 +172,5 @@ def fake_gpu():
             _Name(count),
         ):
             stack.enter_context(context)
-        stack.callback(policy._on.cache_clear)  # it keeps tensors of the fake
+        stack.callback(streams.on_device.cache_clear)  # it keeps tensors of the fake
         yield count

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks import head, kernels, rivals, roofline
 from benchmarks.rivals import Case
 from thinkmid.kernels import fused_linear_dr_grpo, linear_logprob
-from thinkmid.kernels.policy import make_policy
-from thinkmid.kernels.rows import Scores, row_policy, row_stats
+from thinkmid.kernels.rows import row_policy, row_stats
+from thinkmid.kernels.streams import Policy, Scores
 
 # tests whose shapes are ragged, for compute-sanitizer: quick, and every kernel is in them
 RAGGED = ["-m", "pytest", "-q", "-x", "tests/gpu", "-k", "ragged"]
@@ -140,7 +140,7 @@ def rows(sizes: Sizes, device, before) -> list[dict]:
         z = 3 * torch.randn(chunk, sizes.vocab, device=device)
         targets = torch.randint(sizes.vocab, (chunk,), device=device)
         adv = torch.randn(chunk, device=device)
-        policy = make_policy(adv, adv, denom=float(chunk))
+        policy = Policy(adv=adv, denom=float(chunk))
         apart = torch.empty_like(z, dtype=torch.bfloat16)
         scratch = z.clone()
         entropy = replace(policy, entropy_coef=0.01)
@@ -274,8 +274,7 @@ def score(sizes: Sizes, device, before) -> list[dict]:
 def _fused_forward(case: Case) -> Tensor:
     from thinkmid.kernels.gpu.logprob import linear_logprob_forward
 
-    plain = {"temperature": None, "bias": None, "softcap": None, "want_entropy": False}
-    return linear_logprob_forward(case.hidden.detach(), case.weight.detach(), case.targets, **plain)[0]
+    return linear_logprob_forward(case.hidden.detach(), case.weight.detach(), case.targets, Scores(), False).logp
 
 
 def filter_share(sizes: Sizes, device, before) -> list[dict]:

@@ -25,8 +25,8 @@ from benchmarks.head import DTYPES, WRONG, waiting
 from benchmarks.roofline import ROW_OPS
 from thinkmid import kernels
 from thinkmid.kernels import head, ref
-from thinkmid.kernels.policy import make_policy
-from thinkmid.kernels.rows import Scores, row_policy, row_stats
+from thinkmid.kernels.rows import row_policy, row_stats
+from thinkmid.kernels.streams import Policy, Scores
 
 EPS = 1e-6
 
@@ -205,7 +205,7 @@ def row_kernel(args, device, rounds) -> tuple[list[Row], dict[str, str]]:
     z = 3 * torch.randn(chunk, args.vocab, device=device)
     targets = torch.randint(args.vocab, (chunk,), device=device)
     adv = torch.randn(chunk, device=device)
-    policy = make_policy(adv, adv, denom=float(chunk))
+    policy = Policy(adv=adv, denom=float(chunk))
 
     def plain_policy(z):
         lse = z.logsumexp(-1)

@@ -17,20 +17,20 @@ def texts_with_thoughts(draw):
 
 @given(texts_with_thoughts())
 def test_strip_undoes_insert(case):
-    text, thoughts = case
-    assert thoughts.strip(thoughts.insert(text, thoughts)) == text
+    text, placed = case
+    assert thoughts.strip(thoughts.insert(text, placed)) == text
 
 
 @given(texts_with_thoughts())
 def test_split_gives_back_the_thoughts_and_where_they_stood(case):
-    text, thoughts = case
+    text, placed = case
     found, at = [], 0
-    for is_thought, piece in thoughts.split(thoughts.insert(text, thoughts)):
+    for is_thought, piece in thoughts.split(thoughts.insert(text, placed)):
         if is_thought:
             found.append((at, piece))
         else:
             at += len(piece)
-    by_offset = [pair for i in range(len(text) + 1) for pair in thoughts if pair[0] == i]
+    by_offset = [pair for i in range(len(text) + 1) for pair in placed if pair[0] == i]
     assert found == by_offset
 
 

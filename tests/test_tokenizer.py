@@ -466,6 +466,7 @@ def test_bos_is_known_only_if_the_tokenizer_puts_it_in_front(folder):
     config.unlink()
     text = Tokenizer.load(folder)
     assert text.bos_id == begin
+    assert text.begin_ids == ([] if begin is None else [begin])
     assert begin not in text.encode("a")
     assert text.decode([begin]) == ""
     rewrite(config, add_bos_token=False)

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from thinkmid.model import weights
+    from thinkmid.model import weight_files, weights
     from thinkmid.model.hf_config import read_config
     from thinkmid.rollout.engine.native import NativeEngine
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         sizes = f"{len(prompt.tokens)} prompt tokens and {sampling.max_new} new ones"
         raise UserError(f"{sizes} exceed the model's context of {model_cfg.max_positions}; lower --max-think")
     engine = NativeEngine(model_cfg, tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
-    engine.load_weights(weights.stream_folder(args.model, "float32", weights.stamps(args.model)), 0)
+    engine.load_weights(weights.stream_folder(args.model, "float32", weight_files.stamps(args.model)), 0)
     seeds = [seed(args.seed, 0, prompt.id, i) for i in range(args.n)]
     drawn = {i: sample for _, i, sample in engine.generate([prompt], [seeds], sampling)}
     for i in range(args.n):

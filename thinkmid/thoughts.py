@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 
 from thinkmid.errors import UserError
 
@@ -19,7 +20,7 @@ def insert(text: str, thoughts: list[tuple[int, str]]) -> str:
     if found := TAG.search(text):
         raise UserError(f"the text itself contains {found[0]} at character {found.start()}")
     pieces, end = [], 0
-    for at, thought in sorted(thoughts, key=lambda pair: pair[0]):
+    for at, thought in sorted(thoughts, key=itemgetter(0)):
         if not 0 <= at <= len(text):
             raise UserError(f"a thought at character {at} lies outside a text of {len(text)}")
         if found := TAG.search(thought):

@@ -27,6 +27,7 @@ WORD = re.compile(r"\S(?=\s)")  # a space goes with the word that follows it, as
 
 
 def clean(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates become "?"."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -90,21 +91,18 @@ def token_bytes(tokenizer: tokenizers.Tokenizer, spec: dict[str, Any]) -> list[b
     alphabet = byte_alphabet() if "ByteLevel" in kinds else {}
     fallback = "ByteFallback" in kinds or spec["model"].get("byte_fallback")
     added = tokenizer.get_added_tokens_decoder()
-    spaces = [step["replacement"] for step in steps if step["type"] == "Metaspace"]
-    spaces += ["▁"] if any(step.get("pattern") == {"String": "▁"} for step in flat_steps(spec.get("decoder"))) else []
-
-    def piece(i: int, token: str) -> bytes:
+    spaces = {step["replacement"] for step in steps if step["type"] == "Metaspace"}
+    spaces |= {"▁" for step in flat_steps(spec.get("decoder")) if step.get("pattern") == {"String": "▁"}}
+    pieces = {}
+    for token, i in tokenizer.get_vocab().items():
         if i in added:
-            return token.encode()
-        if alphabet.keys() >= set(token):
-            return bytes(alphabet[letter] for letter in token)
-        if fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
-            return bytes.fromhex(byte[1])
-        for space in spaces:
-            token = token.replace(space, " ")
-        return token.encode()
-
-    pieces = {i: piece(i, token) for token, i in tokenizer.get_vocab().items()}
+            pieces[i] = token.encode()
+        elif alphabet.keys() >= set(token):
+            pieces[i] = bytes(alphabet[letter] for letter in token)
+        elif fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+            pieces[i] = bytes.fromhex(byte[1])
+        else:
+            pieces[i] = "".join(" " if letter in spaces else letter for letter in token).encode()
     return [pieces.get(i, b"") for i in range(max(pieces, default=-1) + 1)]
 
 
@@ -112,7 +110,7 @@ def without_prefix(step: Any) -> Any:
     """A normalizer or pre-tokenizer that puts no space in front of a text."""
     match step:
         case {"type": "Sequence", **rest}:
-            return step | {key: list(map(without_prefix, cast(list, steps))) for key, steps in rest.items()}
+            return step | {key: list(map(without_prefix, cast("list[Any]", steps))) for key, steps in rest.items()}
         case {"type": "Prepend"}:
             return {"type": "Sequence", "normalizers": []}
         case {"type": "Metaspace"}:
@@ -144,7 +142,10 @@ def last_break(text: str, start: int, limit: int) -> int:
 
 
 def byte_automaton(tag: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Next state and tag completed, both (len(tag), 256) uint8. A completed tag falls back to its longest border."""
+    """Next state, and whether the tag is complete, by state and byte; both (len(tag), 256) uint8.
+
+    A completed tag falls back to its longest border.
+    """
     follow = np.zeros((len(tag), 256), np.uint8)
     found = np.zeros_like(follow)
     for state in range(len(tag)):
@@ -262,10 +263,12 @@ class Tokenizer:
 
     @cached_property
     def matcher(self) -> TagMatcher:
+        """Finds closing tags."""
         return TagMatcher(self.pieces, CLOSE.encode())
 
     @cached_property
     def open_matcher(self) -> TagMatcher:
+        """Finds opening tags."""
         return TagMatcher(self.pieces, OPEN.encode())
 
     def encode(self, text: str) -> list[int]:
@@ -292,15 +295,17 @@ class Tokenizer:
         """[encode_woven(pieces) for pieces in documents], on all cores."""
         woven = []
         for pieces, runs in zip(documents, self.encode_pieces(documents), strict=True):
-            mask = chain.from_iterable([thought] * len(ids) for (thought, _), ids in zip(pieces, runs, strict=True))
-            woven.append((list(chain.from_iterable(runs)), list(mask)))
+            mask = [thought for (thought, _), ids in zip(pieces, runs, strict=True) for _ in ids]
+            woven.append((list(chain.from_iterable(runs)), mask))
         return woven
 
     def encode_pieces(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[list[list[int]]]:
-        """What encode_woven joins, for each document: the ids of every piece."""
+        """For each document the ids of every piece, which encode_woven joins: those of a thought with its tags."""
         encoded = iter(self.encode_many(text for pieces in documents for _, text in pieces))
-        tagged = lambda ids: [*self.open_ids, *ids, *self.close_ids]  # noqa: E731
-        return [[tagged(next(encoded)) if thought else next(encoded) for thought, _ in pieces] for pieces in documents]
+        return [
+            [[*self.open_ids, *next(encoded), *self.close_ids] if thought else next(encoded) for thought, _ in pieces]
+            for pieces in documents
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; special tokens and ids past the vocabulary are left out, broken UTF-8 becomes U+FFFD."""

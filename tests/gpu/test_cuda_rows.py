@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import assert_no_worse
 
-from thinkmid.kernels.policy import make_policy
-from thinkmid.kernels.rows import Scores, row_grad, row_policy, row_stats
+from thinkmid.kernels.rows import row_grad, row_policy, row_stats
+from thinkmid.kernels.streams import Policy, Scores
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -75,7 +75,7 @@ def test_ragged_chunks_with_the_policy_inside_give_the_gradients_of_fp64(num, vo
         now = logits(z, scores).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     adv = torch.randn(num, device="cuda")
     old = now + torch.where(torch.arange(num, device="cuda") % 2 == 0, 0.05, 0.6) * torch.randn_like(now).sign()
-    policy = make_policy(now, adv, denom=7.0, old_logp=old, ref_logp=old, beta=0.1, entropy_coef=0.02)
+    policy = Policy(adv=adv, denom=7.0, old_logp=old, ref_logp=old, beta=0.1, entropy_coef=0.02)
 
     def loss(logp, entropy):
         adv_, old_ = adv.to(logp.dtype), old.to(logp.dtype)
@@ -131,7 +131,6 @@ def test_the_fused_forward_scores_ragged_shapes_as_fp64_does(num, vocab, width, 
         logps = (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1)
         return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
 
-    options = {"temperature": None, "bias": None, "softcap": None, "want_entropy": True}
-    logp, entropy, _ = linear_logprob_forward(hidden, weight, targets, **options)
+    logp, entropy, _ = linear_logprob_forward(hidden, weight, targets, Scores(), True)
     exact, naive = plain(hidden.double(), weight.double()), plain(hidden, weight)
     compare((logp, entropy), exact, naive)

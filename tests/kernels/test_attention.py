@@ -334,7 +334,7 @@ def test_the_backward_of_torchs_own_op_is_what_the_mode_is_set_around(monkeypatc
     modes, set_mode = [], torch.set_deterministic_debug_mode
     monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: (modes.append(mode), set_mode(mode))[1])
     qkv, cu = (empty(8, 4, 16), empty(8, 2, 16), empty(8, 2, 16)), empty(2, dtype=torch.int32)
-    out = attention.LIBRARIES["torch-varlen"](*qkv, cu, cu, 8, 8, True)
+    out = attention.LIBRARIES["torch-varlen"](*qkv, attention.Lengths(cu, cu, 8, 8), True)
     assert "varlen_attn" in type(out.grad_fn).__name__
     torch.autograd.grad(out.sum(), qkv)
     assert modes == ["error", torch.get_deterministic_debug_mode()]
@@ -373,7 +373,7 @@ def test_a_pack_takes_the_path_of_the_dtype_that_comes(library, monkeypatch):
     impl, calls = library
     monkeypatch.setattr(launch, "attention_path", lambda q: impl if q.dtype == torch.bfloat16 else "sdpa")
     cu_q, cu_k, kv_rows = layout(SHARED[:4])
-    attend = attention.attend_segments(cu_q, cu_k, kv_rows)
+    attend = attention.SegmentAttention(cu_q, cu_k, kv_rows)
     for dtype, seen in ((torch.float32, 0), (torch.bfloat16, 1), (torch.float32, 1)):
         attend(0, *random_qkv(int(cu_q[-1]), dtype=dtype))
         assert len(calls) == seen

@@ -5,11 +5,14 @@ The compiler runs in a process of its own: in this one Triton interprets.
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from thinkmid.kernels import gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def report(*options):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compile_report", "--json", *options]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.returncode  # before it, what the compiler has to say
 
@@ -48,8 +51,8 @@ def test_every_kernel_passes_every_gate_on_sm_90(shipped):
 def test_every_kernel_compiles_for_every_architecture(shipped, tool):
     compiled = {(r["module"], r["variant"], r["arch"]) for r in shipped[0]["rows"] if "total" in r}
     variants = {pair[:2] for pair in compiled}
+    assert {m.rsplit(".", 1)[1] for m, _ in variants} == {m.name for m in pkgutil.iter_modules(gpu.__path__)}
     assert {v for v in variants if any((*v, arch) not in compiled for arch in tool.ARCHS)} == set()
-    assert {m.rsplit(".", 1)[1] for m, _ in variants} >= {"rows", "policy", "logprob"}
 
 
 def test_no_instruction_count_moved_away_from_the_snapshot(shipped):

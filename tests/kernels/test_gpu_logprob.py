@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import assert_no_worse
 from thinkmid.kernels.gpu import logprob
+from thinkmid.kernels.streams import Scores
 
 # numpy's, under the interpreter, where a GPU says nothing
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -42,12 +43,12 @@ def formula(hidden, weight, targets, scores, dtype):
 def check(hidden, weight, targets, **scores):
     scores = PLAIN | scores
     exact, naive = (formula(hidden, weight, targets, scores, t) for t in (torch.float64, torch.float32))
-    got = logprob.linear_logprob_forward(hidden, weight, targets, **scores, want_entropy=True)
+    got = logprob.linear_logprob_forward(hidden, weight, targets, Scores(**scores), True)
     for ours, want, honest in zip(got, exact, naive, strict=True):
         floor = torch.finfo(torch.float32).eps * (1 + want.abs().max())
         assert_no_worse(ours, want, want + torch.maximum((honest - want).abs().max(), floor))
     assert (got[0] <= 0).all()
-    alone = logprob.linear_logprob_forward(hidden, weight, targets, **scores, want_entropy=False)
+    alone = logprob.linear_logprob_forward(hidden, weight, targets, Scores(**scores), False)
     assert torch.equal(alone[0], got[0])
     assert alone[1] is None
 
@@ -110,10 +111,10 @@ def test_views_and_unaligned_rows_are_read_right():
 def test_nan_stays_in_its_row():
     hidden, weight, targets = case(5, 32, 70)
     hidden[3] = math.nan
-    got = logprob.linear_logprob_forward(hidden, weight, targets, **PLAIN, want_entropy=True)
+    got = logprob.linear_logprob_forward(hidden, weight, targets, Scores(**PLAIN), True)
     assert all(x.isnan().tolist() == [False, False, False, True, False] for x in got)
 
 
 def test_no_rows_are_no_work():
-    got = logprob.linear_logprob_forward(*case(0), **PLAIN, want_entropy=True)
+    got = logprob.linear_logprob_forward(*case(0), Scores(**PLAIN), True)
     assert [len(x) for x in got] == [0, 0, 0]

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import assert_no_worse
 from thinkmid.kernels import dr_grpo_loss, launch
 from thinkmid.kernels.gpu import policy as gpu
-from thinkmid.kernels.policy import DevicePolicy
+from thinkmid.kernels.streams import DevicePolicy
 
 # numpy's, under the interpreter, where a GPU says nothing
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

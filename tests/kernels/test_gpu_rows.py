@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import assert_no_worse
 from thinkmid.kernels.gpu import rows
-from thinkmid.kernels.policy import DevicePolicy
+from thinkmid.kernels.streams import DevicePolicy, Scores, Stats
 
 # numpy's, under the interpreter, where a GPU says nothing
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -87,7 +87,7 @@ def rounded(exact, size):
 def check_stats(z, y, scores):
     _, *exact = formula(z, y, scores, torch.float64)
     _, *naive = formula(z, y, scores, torch.float32)
-    got = rows.row_stats(z, y, **scores, want_entropy=True)
+    got = rows.row_stats(z, y, Scores(**scores), True)
     for ours, want, honest in zip(got, exact, naive, strict=True):
         floor = rounded(want, want.abs() + 1)  # the 1: logarithms of sums near 1 are differences
         assert_no_worse(ours, want, max(honest.double(), floor, key=lambda x: (x - want).abs().max()))
@@ -97,9 +97,9 @@ def check_stats(z, y, scores):
 def check_gradient(z, y, scores, g, e, dtype=torch.float32):
     exact = gradient(z, y, scores, g, e, torch.float64)
     naive = gradient(z, y, scores, g, e, torch.float32).to(dtype)
-    _, entropy, lse = rows.row_stats(z, y, **scores, want_entropy=True)
+    _, entropy, lse = rows.row_stats(z, y, Scores(**scores), True)
     out = torch.empty(z.shape, dtype=dtype, device=DEVICE)
-    rows.row_grad(z, y, lse, None if e is None else entropy, g, e, **scores, out=out)
+    rows.row_grad(z, y, Stats(None, entropy, lse), g, e, Scores(**scores), out)
     # p = exp(s - lse) is as good as s and lse in fp32
     loss_of_lse = rounded(exact, exact.abs().max() * (1 + lse.abs().max()))
     assert_no_worse(out, exact, max(naive.double(), loss_of_lse, key=lambda x: (x - exact).abs().max()))
@@ -142,9 +142,9 @@ def test_entropy_alone_may_be_asked_for():
 def test_a_narrow_gradient_is_rounded_once(dtype, ulp):
     z, y, scores, g, e = case()
     exact = gradient(z, y, scores, g, e, torch.float64)
-    _, entropy, lse = rows.row_stats(z, y, **scores, want_entropy=True)
+    _, entropy, lse = rows.row_stats(z, y, Scores(**scores), True)
     out = torch.empty(5, 1024, dtype=dtype, device=DEVICE)[:, :1000]
-    rows.row_grad(z, y, lse, entropy, g, e, **scores, out=out)
+    rows.row_grad(z, y, Stats(None, entropy, lse), g, e, Scores(**scores), out)
     # the interpreter truncates to bf16 where a GPU rounds to nearest
     slack = 2 * ulp if dtype == torch.bfloat16 and DEVICE == "cpu" else ulp
     assert ((out.double() - exact).abs() <= slack * exact.abs() + 2**-24).all()
@@ -162,7 +162,7 @@ def test_large_scores_keep_log_prob_and_entropy(scale):
 def test_equal_scores_share_the_probability():
     z, y, scores, _, _ = case()
     for value in (0.0, -1e4, 1e4):
-        logp, entropy, lse = rows.row_stats(torch.full_like(z, value), y, **scores, want_entropy=True)
+        logp, entropy, lse = rows.row_stats(torch.full_like(z, value), y, Scores(**scores), True)
         torch.testing.assert_close(logp, torch.full_like(logp, -math.log(1000)), rtol=1e-6, atol=0)
         torch.testing.assert_close(entropy, -logp, rtol=1e-6, atol=0)
         torch.testing.assert_close(lse, value - logp, rtol=1e-6, atol=0)
@@ -178,16 +178,16 @@ def test_a_sure_token_has_log_prob_near_0_never_above():
 def test_nan_stays_in_its_row():
     z, y, scores, g, e = case()
     z[1, 700] = math.nan
-    logp, entropy, lse = rows.row_stats(z, y, **scores, want_entropy=True)
-    rows.row_grad(z, y, lse, entropy, g, e, **scores, out=z)
+    logp, entropy, lse = rows.row_stats(z, y, Scores(**scores), True)
+    rows.row_grad(z, y, Stats(None, entropy, lse), g, e, Scores(**scores), z)
     for x in (logp, entropy, lse, z[:, 3]):
         assert x.isnan().tolist() == [False, True, False, False, False]
 
 
 def test_no_rows_are_no_work():
     z, y, scores, g, e = case(0)
-    logp, entropy, lse = rows.row_stats(z, y, **scores, want_entropy=True)
-    rows.row_grad(z, y, lse, entropy, g, e, **scores, out=z)
+    logp, entropy, lse = rows.row_stats(z, y, Scores(**scores), True)
+    rows.row_grad(z, y, Stats(None, entropy, lse), g, e, Scores(**scores), z)
     assert len(logp) == len(entropy) == len(lse) == 0
 
 
@@ -198,9 +198,9 @@ def test_rows_may_lie_apart_and_unaligned():
     view.copy_(z)
     check_stats(view, y, scores)
     plain = torch.empty_like(z)
-    _, entropy, lse = rows.row_stats(z, y, **scores, want_entropy=True)
-    rows.row_grad(z, y, lse, entropy, g, e, **scores, out=plain)
-    rows.row_grad(view, y, lse, entropy, g, e, **scores, out=view)  # in place
+    _, entropy, lse = rows.row_stats(z, y, Scores(**scores), True)
+    rows.row_grad(z, y, Stats(None, entropy, lse), g, e, Scores(**scores), plain)
+    rows.row_grad(view, y, Stats(None, entropy, lse), g, e, Scores(**scores), view)  # in place
     assert torch.equal(view, plain)
     assert wide[:, :7].isnan().all()
     assert wide[:, 1007:].isnan().all()
@@ -212,8 +212,8 @@ def test_the_target_slope_keeps_its_digits_where_p_is_near_1():
     z[0, 9] = 12.0
     y, out = torch.tensor([9], device=DEVICE), torch.empty(1, 300, dtype=torch.bfloat16, device=DEVICE)
     one = torch.ones(1, device=DEVICE)
-    lse = rows.row_stats(z, y, **PLAIN, want_entropy=False)[2]
-    rows.row_grad(z, y, lse, None, one, None, **PLAIN, out=out)
+    lse = rows.row_stats(z, y, Scores(**PLAIN), False)[2]
+    rows.row_grad(z, y, Stats(None, None, lse), one, None, Scores(**PLAIN), out)
     left = 1 - 1 / (1 + 299 * math.exp(-12))
     assert abs(out[0, 9].item() - left) <= 2**-7 * left
 
@@ -263,13 +263,13 @@ def policy_gradient(z, y, policy, dtype):
 def test_the_policy_kernel_gives_the_gradient_of_the_loss(name):
     z, y, policy = policy_case(name)
     exact, naive = (policy_gradient(z, y, policy, t) for t in (torch.float64, torch.float32))
-    before, want = z.clone(), rows.row_stats(z, y, **PLAIN, want_entropy=True)
-    logp, entropy = rows.row_policy(z, y, policy, **PLAIN, want_entropy=True, out=z)
+    before, want = z.clone(), rows.row_stats(z, y, Scores(**PLAIN), True)
+    logp, entropy, _ = rows.row_policy(z, y, policy, Scores(**PLAIN), True, z)
     assert torch.equal(logp, want[0])
     assert torch.equal(entropy, want[1])
     assert_no_worse(z, exact, naive)
     out = torch.empty(z.shape, dtype=torch.float16, device=DEVICE)
-    rows.row_policy(before, y, policy, **PLAIN, want_entropy=False, out=out)
+    rows.row_policy(before, y, policy, Scores(**PLAIN), False, out)
     assert_no_worse(out, exact, exact.half())
 
 
@@ -278,7 +278,7 @@ def test_policy_gradient_survives_large_scores():
     z, y, policy = policy_case("entropy")
     z += 1e4
     exact, naive = (policy_gradient(z, y, policy, t) for t in (torch.float64, torch.float32))
-    rows.row_policy(z, y, policy, **PLAIN, want_entropy=False, out=z)
+    rows.row_policy(z, y, policy, Scores(**PLAIN), False, z)
     assert_no_worse(z, exact, naive)
 
 
@@ -286,7 +286,7 @@ def test_an_overflowing_ratio_without_advantage_leaves_zeros():
     z, y, policy = policy_case("on policy")
     old = torch.full((6,), -1e4, device=DEVICE)
     policy = policy._replace(old_logp=old, adv=torch.tensor([0.0, 1, 0, 1, 0, 1], device=DEVICE))
-    rows.row_policy(z, y, policy, **PLAIN, want_entropy=False, out=z)
+    rows.row_policy(z, y, policy, Scores(**PLAIN), False, z)
     assert torch.equal(z, torch.zeros_like(z))
 
 
@@ -316,10 +316,10 @@ def test_offsets_of_rows_pass_two_to_the_31():
         for line, row in zip(lines, z, strict=True):
             line[:300] = row
         apart = lines[0].reshape(2, 300).as_subclass(Apart)
-        got = rows.row_stats(apart, y, **scores, want_entropy=True)
-        want = rows.row_stats(z, y, **scores, want_entropy=True)
+        got = rows.row_stats(apart, y, Scores(**scores), True)
+        want = rows.row_stats(z, y, Scores(**scores), True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        rows.row_grad(apart, y, want[2], want[1], g, e, **scores, out=apart)
-        rows.row_grad(z, y, want[2], want[1], g, e, **scores, out=z)
+        rows.row_grad(apart, y, Stats(None, want[1], want[2]), g, e, Scores(**scores), apart)
+        rows.row_grad(z, y, Stats(None, want[1], want[2]), g, e, Scores(**scores), z)
         assert torch.equal(torch.stack([line[:300] for line in lines]), z)
         del apart, got, lines, line

@@ -6,8 +6,8 @@ from conftest import assert_no_worse
 
 from thinkmid import _csrc
 from thinkmid.kernels import launch
-from thinkmid.kernels.policy import Policy
-from thinkmid.kernels.rows import Scores, row_grad, row_policy, row_stats
+from thinkmid.kernels.rows import row_grad, row_policy, row_stats
+from thinkmid.kernels.streams import Policy, Scores
 
 SIZES = [(1, 1), (3, 2), (5, 15), (5, 16), (5, 17), (2, 1023), (2, 1024), (2, 1025), (3, 2500)]
 TEMPERATURE, BIAS, SOFTCAP = {"temperature"}, {"bias"}, {"softcap"}

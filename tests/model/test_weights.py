@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from thinkmid.errors import UserError
-from thinkmid.model import weights
+from thinkmid.model import weight_files
 from thinkmid.model.transformer import ModelConfig, RopeScaling, Transformer
 from thinkmid.model.weights import (
     build,
@@ -465,9 +465,9 @@ def test_a_folder_that_is_read_again_is_hashed_once_and_must_stay_as_it_was(tmp_
     folder, hashed = export(tmp_path / "m", max_shard_bytes=3000), []
     if not sealed:
         (folder / "thinkmid.json").unlink()
-    sha256 = weights._sha256
-    monkeypatch.setattr(weights, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
-    known = weights.stamps(folder)
+    sha256 = weight_files.sha256
+    monkeypatch.setattr(weight_files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    known = weight_files.stamps(folder)
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     for _ in range(3):
         list(stream_folder(folder, "float32", known))
@@ -482,10 +482,10 @@ def test_a_folder_that_is_read_again_is_hashed_once_and_must_stay_as_it_was(tmp_
 
 def test_ranks_hash_each_file_once_and_know_all(tmp_path):
     folder = export(tmp_path / "m", max_shard_bytes=3000)
-    shares = [weights.stamps(folder, rank, 3) for rank in range(3)]
+    shares = [weight_files.stamps(folder, rank, 3) for rank in range(3)]
     assert all(shares)
     assert sum(map(len, shares)) == len(list(folder.glob("*.safetensors")))
-    whole = weights.stamps(folder)
+    whole = weight_files.stamps(folder)
     assert shares[0] | shares[1] | shares[2] == whole
     for file, stamp in whole.items():
         assert stamp.sha256 == hashlib.sha256((folder / file).read_bytes()).hexdigest()

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.shapes import LLAMA3_8B, LLAMA32_1B
 from thinkmid.kernels import attention, head, launch
-from thinkmid.kernels.attention import attend_segments
+from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.kernels.gpu import rmsnorm, rope, rows, swiglu
+from thinkmid.kernels.streams import Stats
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.plan import footprint, memory
 from thinkmid.run.ranks import Ranks
@@ -63,20 +64,23 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, name, nothing)
     monkeypatch.setattr(swiglu, "swiglu_backward", nothing)
     monkeypatch.setattr(rmsnorm, "rms_norm_backward", lambda h, weight, *given, **options: torch.empty_like(weight))
-    monkeypatch.setattr(rows, "row_policy", lambda z, *given, **options: (z.new_empty(len(z)), z.new_empty(len(z))))
+    monkeypatch.setattr(rows, "row_policy", lambda z, *_: Stats(z.new_empty(len(z)), z.new_empty(len(z)), None))
     monkeypatch.setitem(attention.LIBRARIES, "torch-varlen", lambda q, k, v, *given: Varlen.apply(q, k, v))
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", head.CHUNK_BYTES["cuda"])
-    monkeypatch.setattr(head._Grads, "add_chunk", add_chunk)
+    monkeypatch.setattr(head, "_scores_and_room", scores_and_room)
+    monkeypatch.setattr(head._Grads, "add", add)
 
 
-def add_chunk(self, h, weight, at, row_kernel):
-    """The tensors of _Grads.add_chunk on a GPU: scores in fp32, their gradient apart, the weight's added in place."""
-    z = torch.empty(len(h), len(weight), dtype=self._wide)
-    dz = torch.empty_like(z, dtype=h.dtype)
-    result = row_kernel(z, out=dz)
-    self._dhidden[at] = dz @ weight
+def scores_and_room(h, weight, dtype):
+    """On a GPU scores are fp32 and their gradient lies apart."""
+    z = torch.empty(len(h), len(weight), dtype=dtype)
+    return z, torch.empty_like(z, dtype=h.dtype)
+
+
+def add(self, at, h, dz):
+    """The tensors of _Grads.add on a GPU: the weight's gradient is added in place."""
+    self._dhidden[at] = dz @ self.weight
     self._first = False
-    return result
 
 
 @contextmanager
@@ -129,7 +133,7 @@ REPLIES = [40, 61, 33, 57]
 @SHAPES
 @KINDS
 def test_activations_on_a_gpu_are_what_autograd_saves(as_on_a_gpu, monkeypatch, kind, shape):
-    shape, attend = replace(shape, kind=kind), attend_segments(*segments(101, REPLIES), impl="torch-varlen")
+    shape, attend = replace(shape, kind=kind), SegmentAttention(*segments(101, REPLIES), impl="torch-varlen")
     tokens = 101 + sum(REPLIES)
     saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
     assert tokens * footprint.activation_bytes(shape, "bfloat16", False) == pytest.approx(saved, rel=0.03)
@@ -145,7 +149,7 @@ def test_repeated_keys_are_saved_repeated(as_on_a_gpu, monkeypatch, shape):
     monkeypatch.setitem(attention.LIBRARIES, "torch-varlen", repeated)
     tokens = sum(REPLIES)
     cu = torch.tensor([0, *REPLIES]).cumsum(0).int()
-    attend = attend_segments(cu, cu, impl="torch-varlen")
+    attend = SegmentAttention(cu, cu, impl="torch-varlen")
     saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
     planned = tokens * footprint.activation_bytes(shape, "bfloat16", False, grouped=False)
     assert planned == pytest.approx(saved, rel=0.03)
@@ -161,7 +165,7 @@ def test_activations_in_fp32_are_what_autograd_saves(monkeypatch, kind, shape, p
     if not prefix:
         cu_q = cu_k = torch.tensor([0, *REPLIES]).cumsum(0).int()
         kv_rows = None
-    saved = saved_bytes(shape, torch.float32, attend_segments(cu_q, cu_k, kv_rows), tokens, monkeypatch)
+    saved = saved_bytes(shape, torch.float32, SegmentAttention(cu_q, cu_k, kv_rows), tokens, monkeypatch)
     span = sum(n * (prefix + n) for n in REPLIES) // tokens if prefix else 0
     planned = tokens * footprint.activation_bytes(shape, "float32", False, span)
     assert planned == pytest.approx(saved, rel=0.05)

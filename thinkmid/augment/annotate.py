@@ -29,7 +29,7 @@ from thinkmid.data import chat
 from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
 from thinkmid.files import locked, read_json, write_whole
-from thinkmid.model import identity
+from thinkmid.run import identity
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.tokenizer import Tokenizer
 

@@ -15,10 +15,11 @@ from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.generations import KEYS, MARK, key, read_mark, settings, stored
 from thinkmid.files import Kinds, Row, locked, reopen, write_whole
-from thinkmid.model import identity, weights
+from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.run import identity
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from thinkmid.kernels import launch
-from thinkmid.kernels.policy import Metrics, Policy, make_policy, plan_rows, policy_rows
-from thinkmid.kernels.rows import Scores, Stats, row_grad, row_policy, row_stats
+from thinkmid.kernels.policy import Metrics, checked, plan_rows, policy_rows
+from thinkmid.kernels.rows import row_grad, row_policy, row_stats
+from thinkmid.kernels.streams import Policy, Rows, Scores, Stats, pick
 
 # bytes of fp32 logits alive at a time. CUDA: 4096 rows of 128k keep the fp32 sums of dweight at a quarter of their
 # product's time. CPU: a chunk stays near the last cache level
@@ -24,7 +26,7 @@ CACHE_BYTES = 16 << 20  # a weight of that size gains nothing from oneDNN
 
 
 class FusedLoss(NamedTuple):
-    """What fused_linear_dr_grpo returns; all but loss is detached. Rows that are not live have logp and entropy 0."""
+    """Result of fused_linear_dr_grpo; all but loss is detached. Rows that are left out have logp and entropy 0."""
 
     loss: Tensor  # 0-d, differentiable
     metrics: Metrics  # of the live rows
@@ -33,18 +35,18 @@ class FusedLoss(NamedTuple):
 
 
 def linear_logprob(
-    hidden,
-    weight,
-    targets,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    temperature=1.0,
-    bias=None,
-    softcap=None,
-    ignore_index=-100,
-    return_entropy=False,
-    chunk="auto",
-    wait=True,
-):
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk: int | str = "auto",
+    wait: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of targets: logp (R,), or (logp, entropy) with return_entropy, entropy (R,) in nats.
 
     hidden (R, D), weight (V, D) and bias (V,), if there is one, of one dtype (fp32, bf16, fp16; fp64 for gradient
@@ -59,40 +61,42 @@ def linear_logprob(
     with both values, for shapes, dtypes, devices, targets or options that do not fit.
     """
     tiles = chunk == "tiles"
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, "auto" if tiles else chunk, wait)
+    given = _Given(hidden, weight, bias, targets)
+    job = _check(given, temperature, softcap, ignore_index, "auto" if tiles else chunk, wait)
     if tiles:
-        return _from_tiles(hidden, weight, bias, job, return_entropy)
-    logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)
-    return (logp, entropy) if return_entropy else logp
+        logp, entropy = _from_tiles(hidden, weight, job, return_entropy)
+    else:
+        logp, entropy = _LinearLogprob.apply(hidden, weight, bias, job, return_entropy)  # type: ignore[no-untyped-call]
+    return (logp, entropy) if return_entropy and entropy is not None else logp
 
 
 def fused_linear_dr_grpo(
-    hidden,
-    weight,
-    targets,
-    advantages,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
     *,
-    denom,
-    temperature=1.0,
-    bias=None,
-    softcap=None,
-    ignore_index=-100,
-    chunk="auto",
-    old_logp=None,
-    sampler_logp=None,
-    is_cap=None,
-    ref_logp=None,
-    beta=0.0,
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coef=0.0,
-    mask=None,
-    return_entropy=False,
-    skip_zero_advantage=True,
-    weight_grad_into=None,
-    live=None,
-    wait=True,
+    denom: float,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk: int | str = "auto",
+    old_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    is_cap: float | None = None,
+    ref_logp: Tensor | None = None,
+    beta: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    skip_zero_advantage: bool = True,
+    weight_grad_into: Tensor | None = None,
+    live: Tensor | None = None,
+    wait: bool = True,
 ) -> FusedLoss:
     """linear_logprob and dr_grpo_loss in one pass over the logits: loss, metrics, logp and, if asked for, entropy.
 
@@ -108,74 +112,63 @@ def fused_linear_dr_grpo(
 
     wait=False: nothing waits for the device, neither here nor in backward. No target may be ignored or lie outside
     [0, V), no row is left out but by live, and backward must not scale the loss: it fails on the device if it does.
+
+    Same as dr_grpo_loss(linear_logprob(hidden, weight, targets), advantages, denom=denom).
     """
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
-    if weight_grad_into is not None:
-        _expect("weight_grad_into", weight_grad_into, weight.shape, job.wide, weight.device)
-    policy = make_policy(
-        torch.empty(len(targets), dtype=job.wide, device=hidden.device),
-        advantages,
-        denom=denom,
-        old_logp=old_logp,
-        sampler_logp=sampler_logp,
-        is_cap=is_cap,
-        ref_logp=ref_logp,
-        beta=beta,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
+    job = _check(_Given(hidden, weight, bias, targets), temperature, softcap, ignore_index, chunk, wait)
+    _expect("weight_grad_into", weight_grad_into, weight.shape, job.wide, weight.device)
+    policy = checked(job.empty_rows(), Policy(
+        adv=advantages, old_logp=old_logp, sampler_logp=sampler_logp, ref_logp=ref_logp, mask=_and(mask, job.valid),
+        denom=denom, clip_low=clip_low, clip_high=clip_high, is_cap=is_cap, dual_clip=dual_clip, beta=beta,
         entropy_coef=entropy_coef,
-        mask=_and(mask, job.valid),
-    )
-    index = live
+    ))  # fmt: skip
     if wait and live is None and (skip_zero_advantage or policy.mask is not None):
-        index = plan_rows(policy.mask, policy.adv, *((beta, entropy_coef) if skip_zero_advantage else (1, 1))).index
-    asked = return_entropy or entropy_coef != 0
-    loss, sums, logp, entropy = _OnePass.apply(
-        hidden, weight, bias, job, policy, index, asked, weight_grad_into, _policy_loss, torch.is_grad_enabled(), wait
-    )
+        live = plan_rows(policy.mask, policy.adv, *((beta, entropy_coef) if skip_zero_advantage else (1, 1))).index
+    task = _Task(policy, live, want_entropy=return_entropy or entropy_coef != 0, weight_grad_into=weight_grad_into)
+    loss, sums, logp, entropy = _OnePass.apply(hidden, weight, bias, job, task)  # type: ignore[no-untyped-call]
     return FusedLoss(loss, Metrics(*sums.unbind()), logp, entropy)
 
 
 def linear_cross_entropy(
-    hidden,
-    weight,
-    targets,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    row_weights=None,
-    denom=None,
-    temperature=1.0,
-    bias=None,
-    softcap=None,
-    ignore_index=-100,
-    chunk="auto",
-    live=None,
-    wait=True,
-):
+    row_weights: Tensor | None = None,
+    denom: float | None = None,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk: int | str = "auto",
+    live: Tensor | None = None,
+    wait: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Next-token loss in one pass: (loss, logp), logp (R,) detached.
 
     loss = -sum(row_weights * logp) / denom. row_weights (R,), None: 1. denom None: the number of targets that are not
     ignore_index, so that the loss is F.cross_entropy(hidden @ weight.T, targets). live and wait as in
     fused_linear_dr_grpo, everything else as in linear_logprob.
     """
-    job = _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait)
+    job = _check(_Given(hidden, weight, bias, targets), temperature, softcap, ignore_index, chunk, wait)
     mask = _and(row_weights, job.valid)
     if denom is None:
         denom = max(1, len(targets) if job.valid is None else int(job.valid.sum()))
     # DrGRPO's first update with advantage 1: the coefficient of a row is its weight
-    ones = torch.ones(len(targets), dtype=job.wide, device=hidden.device)
-    policy = make_policy(ones, ones, denom=denom, mask=mask)
-    index = plan_rows(policy.mask, ones).index if wait and live is None and mask is not None else live
-    loss, _, logp, _ = _OnePass.apply(
-        hidden, weight, bias, job, policy, index, False, None, _cross_entropy, torch.is_grad_enabled(), wait
-    )
+    ones = job.empty_rows().fill_(1)
+    policy = checked(ones, Policy(adv=ones, denom=denom, mask=mask))
+    if wait and live is None and mask is not None:
+        live = plan_rows(policy.mask, ones).index
+    task = _Task(policy, live, is_cross_entropy=True)
+    loss, _, logp, _ = _OnePass.apply(hidden, weight, bias, job, task)  # type: ignore[no-untyped-call]
     return loss, logp
 
 
-def gather_weight(weight):
-    """A DTensor's whole value, gathered once: what the functions here take where FSDP2 holds the head in shards.
+def gather_weight(weight: Tensor) -> Tensor:
+    """A DTensor's whole value (V, D): what the functions here take where FSDP2 holds the head in shards.
 
     Differentiable: the ranks' gradients are summed and land in the shards. Any other tensor is returned as it is.
+    Same as weight.full_tensor(), whose gradient is otherwise taken to be equal on all ranks and not summed.
     """
     from torch.distributed.tensor import DTensor, Partial
 
@@ -184,72 +177,107 @@ def gather_weight(weight):
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
-def _from_tiles(hidden, weight, bias, job, want_entropy):
+class _Given(NamedTuple):
+    """The tensors of a call, as they came."""
+
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (R,)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A call after its check; hidden, weight and bias travel beside it, for autograd to see them."""
+
+    targets: Tensor  # (R,) int64, 0 where ignored
+    valid: Tensor | None  # (R,) bool; None: all are
+    scores: Scores
+    chunk: int  # rows
+    wide: torch.dtype  # of statistics
+    wait: bool
+    learns: bool  # whether a gradient may be asked for
+
+    def valid_rows(self) -> Tensor | None:
+        """Their index; None: all of them."""
+        return None if self.valid is None else self.valid.nonzero()[:, 0]
+
+    def empty_rows(self) -> Tensor:
+        """(R,) of the statistics' dtype."""
+        return torch.empty(len(self.targets), dtype=self.wide, device=self.targets.device)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a pass over the logits computes beside their statistics."""
+
+    policy: Policy
+    live: Tensor | None  # (L,) index of the rows that are not left out; None: all
+    want_entropy: bool = False
+    weight_grad_into: Tensor | None = None  # (V, D)
+    is_cross_entropy: bool = False  # advantage 1, ratio 1, nothing to log
+
+
+def _from_tiles(hidden: Tensor, weight: Tensor, job: _Job, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         raise ValueError('chunk="tiles" is for scoring: it has no gradient, and these inputs require one')
     if launch.row_path(hidden) != "triton":
         raise ValueError(f'chunk="tiles" is a kernel for GPUs, got {hidden.dtype} on {hidden.device}')
-    from thinkmid.kernels.gpu.logprob import linear_logprob_forward
-
     index = job.valid_rows()
     rows = slice(None) if index is None else index
-    options = {**job.scores.at(rows)._asdict(), "want_entropy": want_entropy}
-    logp, entropy, _ = linear_logprob_forward(hidden[rows], weight, job.targets[rows], **options)
-    logp, entropy = _spread(logp, index, job), _spread(entropy, index, job)
-    return (logp, entropy) if want_entropy else logp
+    forward = launch.triton("logprob").linear_logprob_forward
+    return _spread(forward(hidden[rows], weight, job.targets[rows], job.scores.at(rows), want_entropy), index, job)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job, want_entropy):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, want_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         index = job.valid_rows()
-        stats = _forward_only(hidden, weight, job, index, want_entropy)
+        stats = _statistics(hidden, weight, job, index, want_entropy)
         ctx.save_for_backward(hidden, weight, bias, *stats, index)
         ctx.job = job
         ctx.set_materialize_grads(False)
-        logp, entropy, _ = stats
-        return _spread(logp, index, job), _spread(entropy, index, job)
+        return _spread(stats, index, job)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogp, dentropy):
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogp is None and dentropy is None:
             return (None,) * 5
         hidden, weight, bias, *stats, index = ctx.saved_tensors
-        job, stats = ctx.job, Stats(*stats)
-        dlogp, dentropy = (None if d is None else d if index is None else d[index] for d in (dlogp, dentropy))
-        grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job)
-        for at, rows in _chunks(hidden, job, index):
-            part = Stats(*(None if x is None else x[at] for x in stats))
-            given = [None if d is None else d[at] for d in (dlogp, dentropy)]
-            kernel = partial(row_grad, targets=job.targets[rows], stats=part, dlogp=given[0], dentropy=given[1])
-            grads.add_chunk(hidden[rows], weight, rows, partial(kernel, scores=job.scores.at(rows)))
+        grads = _Grads((hidden, weight, bias), ctx.needs_input_grad, ctx.job, index)
+        if index is not None:
+            dlogp, dentropy = pick(dlogp, index), pick(dentropy, index)
+        for at, rows in _chunks(len(hidden), ctx.job, index):
+            _add_scored_rows(grads, rows, ctx.job, Stats(*stats).at(at), pick(dlogp, at), pick(dentropy, at))
         return *grads.result(), None, None
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, job, policy, index, want_entropy, weight_grad_into, loss_of, want_grads, wait
-    ):
-        # under no_grad the inputs still say that they require gradients
-        if want_grads and any(ctx.needs_input_grad):
-            grads = _Grads(hidden, weight, bias, ctx.needs_input_grad, index, job, weight_grad_into)
-            stats = _with_grads(hidden, weight, job, policy, index, want_entropy, grads)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, task: _Task
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        live = task.live
+        if job.learns:
+            grads = _Grads((hidden, weight, bias), ctx.needs_input_grad, job, live, task.weight_grad_into)
+            parts = [_add_policy_rows(grads, rows, job, task) for _, rows in _chunks(len(hidden), job, live)]
+            stats = _joined(parts, job)
             # not save_for_backward: a saved gradient would be copied into weight.grad instead of becoming it
             ctx.grads = grads.result()
         else:
-            stats = _forward_only(hidden, weight, job, index, want_entropy)
-        ctx.fixed, ctx.wait = weight_grad_into is not None, wait
-        live = policy if index is None else policy.at(index)
-        loss, sums = loss_of(stats, live)
-        logp, entropy = _spread(stats.logp, index, job), _spread(stats.entropy, index, job)
+            stats = _statistics(hidden, weight, job, live, task.want_entropy)
+        ctx.fixed, ctx.wait = task.weight_grad_into is not None, job.wait
+        loss, sums = _loss(stats, task)
+        logp, entropy = _spread(stats, live, job)
         ctx.mark_non_differentiable(*(x for x in (sums, logp, entropy) if x is not None))
         return loss, sums, logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss, *_):
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("backward ran twice through a fused loss, whose gradients are handed out once")
         grads, ctx.grads = ctx.grads, None
@@ -261,90 +289,98 @@ class _OnePass(torch.autograd.Function):
                     f"weight_grad_into took the gradient of the loss itself; backward now scales it by {scale}"
                 )
             grads = tuple(None if g is None else g.mul_(scale) for g in grads)
-        return *grads, *(None,) * 8
+        return *grads, None, None
 
 
-def _forward_only(hidden, weight, job, index, want_entropy) -> Stats:
-    """Of the live rows, in order."""
-    parts = []
-    for _, rows in _chunks(hidden, job, index):
-        given = job.targets[rows], job.scores.at(rows), want_entropy
-        parts.append(row_stats(_scores(hidden[rows], weight, job.wide), *given))
-    return _joined(parts, job, hidden.device)
-
-
-def _with_grads(hidden, weight, job, policy, index, want_entropy, grads) -> Stats:
-    """The same, and the gradients of the policy's loss on the way."""
-    parts = []
-    for _, rows in _chunks(hidden, job, index):
-        kernel = partial(row_policy, targets=job.targets[rows], policy=policy.at(rows), want_entropy=want_entropy)
-        parts.append(grads.add_chunk(hidden[rows], weight, rows, partial(kernel, scores=job.scores.at(rows))))
-    return _joined(parts, job, hidden.device)
-
-
-def _policy_loss(stats, policy: Policy):
-    term, _, sums = policy_rows(stats.logp, policy, stats.entropy)
-    return term.sum(), sums
-
-
-def _cross_entropy(stats, policy: Policy):
+def _loss(stats: Stats, task: _Task) -> tuple[Tensor, Tensor]:
+    """The live rows' loss, and the fields of Metrics in one tensor, empty for cross entropy."""
+    policy = task.policy if task.live is None else task.policy.at(task.live)
+    if not task.is_cross_entropy:
+        term, _, sums = policy_rows(stats.logp, policy, stats.entropy)
+        return term.sum(), sums
     logp = stats.logp if policy.mask is None else stats.logp * policy.mask
     return -logp.sum() / policy.denom, logp.new_empty(0)
 
 
-class _Job(NamedTuple):
-    """What was checked."""
-
-    targets: Tensor  # (R,) int64, 0 where ignored
-    valid: Tensor | None  # (R,) bool; None: all are
-    scores: Scores
-    chunk: int
-    wide: torch.dtype  # of statistics
-
-    def valid_rows(self) -> Tensor | None:
-        """Their index; None: all of them."""
-        return None if self.valid is None else self.valid.nonzero()[:, 0]
+def _statistics(hidden: Tensor, weight: Tensor, job: _Job, index: Tensor | None, want_entropy: bool) -> Stats:
+    """Statistics of the rows in index, in order."""
+    parts = []
+    for _, rows in _chunks(len(hidden), job, index):
+        given = job.targets[rows], job.scores.at(rows), want_entropy
+        parts.append(row_stats(_scores(hidden[rows], weight, job.wide), *given))
+    return _joined(parts, job)
 
 
 class _Grads:
     """Gradients being summed over the chunks: of the hidden rows, the weight, the bias."""
 
-    def __init__(self, hidden, weight, bias, needs, index, job, weight_grad_into=None):
-        self._dhidden = None
+    def __init__(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor | None],
+        needs: Sequence[bool],
+        job: _Job,
+        index: Tensor | None,
+        weight_grad_into: Tensor | None = None,
+    ) -> None:
+        self.hidden, self.weight, bias = inputs
+        self._dhidden = self._dbias = None
         if needs[0]:
-            self._dhidden = torch.empty_like(hidden) if index is None else torch.zeros_like(hidden)
+            self._dhidden = torch.empty_like(self.hidden) if index is None else torch.zeros_like(self.hidden)
         self._given, self._dweight = weight_grad_into is not None, weight_grad_into
         self._first = not self._given  # the first chunk writes, nothing is filled with zeros before
         if needs[1] and not self._given:
-            self._dweight = torch.empty(weight.shape, dtype=job.wide, device=weight.device)
-        self._dbias = weight.new_zeros(weight.shape[0], dtype=job.wide) if bias is not None and needs[2] else None
-        self._wide, self._dtypes = job.wide, (hidden.dtype, weight.dtype)
+            self._dweight = torch.empty(self.weight.shape, dtype=job.wide, device=self.weight.device)
+        if needs[2] and bias is not None:
+            self._dbias = bias.new_zeros(len(bias), dtype=job.wide)
 
-    def add_chunk(self, h, weight, rows, row_kernel):
-        """row_kernel(z, out=dz) on the scores of some rows, and the products of dz; what the kernel returns."""
-        z = _scores(h, weight, self._wide)
-        # over the scores; apart where a GPU's products read half precision
-        dz = torch.empty_like(z, dtype=h.dtype) if z.is_cuda and h.dtype != z.dtype else z
-        result = row_kernel(z, out=dz)
+    def add(self, rows: Rows, h: Tensor, dz: Tensor) -> None:
+        """The products of dz (c, V), the gradient of the scores of some rows, whose hidden states are h (c, D)."""
         if self._dbias is not None:
             self._dbias += dz.sum(0, dtype=self._dbias.dtype)
         if self._dhidden is not None:
-            self._dhidden[rows] = _times_weight(dz, weight).to(self._dtypes[0])
+            self._dhidden[rows] = _times_weight(dz, self.weight).to(self.hidden.dtype)
         if self._dweight is not None:
             _add_product(self._dweight, dz, h, self._first)
         self._first = False
-        return result
 
-    def result(self):
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes of hidden, weight and bias; None where not needed, or where the caller holds the sum."""
         if self._first and self._dweight is not None:
             self._dweight.zero_()
-        dweight = None if self._given or self._dweight is None else self._dweight.to(self._dtypes[1])
-        return self._dhidden, dweight, None if self._dbias is None else self._dbias.to(self._dtypes[1])
+        dweight = None if self._given or self._dweight is None else self._dweight.to(self.weight.dtype)
+        return self._dhidden, dweight, None if self._dbias is None else self._dbias.to(self.weight.dtype)
 
 
-def _chunks(hidden, job, index):
+# One chunk each, in a function of its own: its scores are freed before the next chunk's are made.
+
+
+def _add_policy_rows(grads: _Grads, rows: Rows, job: _Job, task: _Task) -> Stats:
+    h = grads.hidden[rows]
+    z, dz = _scores_and_room(h, grads.weight, job.wide)
+    policy, scores = task.policy.at(rows), job.scores.at(rows)
+    stats = row_policy(z, job.targets[rows], policy, scores, task.want_entropy, out=dz)
+    grads.add(rows, h, dz)
+    return stats
+
+
+def _add_scored_rows(
+    grads: _Grads, rows: Rows, job: _Job, stats: Stats, dlogp: Tensor | None, dentropy: Tensor | None
+) -> None:
+    h = grads.hidden[rows]
+    z, dz = _scores_and_room(h, grads.weight, job.wide)
+    row_grad(z, job.targets[rows], stats, dlogp, dentropy, job.scores.at(rows), out=dz)
+    grads.add(rows, h, dz)
+
+
+def _scores_and_room(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """z and where dz goes: over the scores; apart where a GPU's products read half precision."""
+    z = _scores(h, weight, dtype)
+    return z, torch.empty_like(z, dtype=h.dtype) if z.is_cuda and h.dtype != z.dtype else z
+
+
+def _chunks(num_rows: int, job: _Job, index: Tensor | None) -> Iterator[tuple[slice, Rows]]:
     """Places among the live rows, and which rows they are (slice or index), by chunk."""
-    num = len(hidden) if index is None else len(index)
+    num = num_rows if index is None else len(index)
     parts = -(-num // job.chunk)
     size = -(-num // max(1, parts))  # the last chunk is about as large as the others
     size = min(-(-size // 16) * 16, job.chunk)  # in whole tiles of the matrix products
@@ -357,7 +393,7 @@ def _chunks(hidden, job, index):
 # half-precision products would round the logits.
 
 
-def _scores(h, weight, dtype):
+def _scores(h: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """h @ weight.T in that dtype, (c, V)."""
     if h.is_cuda:
         return h @ weight.T if h.dtype == dtype else torch.mm(h, weight.T, out_dtype=dtype)
@@ -370,13 +406,15 @@ def _scores(h, weight, dtype):
     return out
 
 
-def _times_weight(dz, weight):
+def _times_weight(dz: Tensor, weight: Tensor) -> Tensor:
     """dz @ weight, (c, D)."""
     if dz.is_cuda:
         return dz @ weight
     if _suits_onednn(weight, dz.dtype):
-        return sum(_onednn(dz[:, at], slab.T) for at, slab in _slabs(weight, dz.dtype, CHAIN))
-    return sum(dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype, SLAB))
+        products = (_onednn(dz[:, at], slab.T) for at, slab in _slabs(weight, dz.dtype, CHAIN))
+    else:
+        products = (dz[:, at] @ slab for at, slab in _slabs(weight, dz.dtype, SLAB))
+    return cast(Tensor, sum(products))
 
 
 # MKL, which torch's fp32 products on the CPU run on, first copies the larger matrix: for a hundred rows a third of the
@@ -384,55 +422,66 @@ def _times_weight(dz, weight):
 # MKL forms sums of sums, so it gets short ones; and on strided matrices it is a thousand times slower.
 
 
-def _suits_onednn(weight, dtype):
-    large = weight.nbytes > CACHE_BYTES
+def _suits_onednn(weight: Tensor, dtype: torch.dtype) -> bool:
     return (
-        large
+        weight.nbytes > CACHE_BYTES
         and weight.dtype == dtype == torch.float32
         and weight.is_contiguous()
         and torch.backends.mkldnn.is_available()
     )
 
 
-def _onednn(x, y):
+def _onednn(x: Tensor, y: Tensor) -> Tensor:
     """x @ y.T"""
-    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+    return product
 
 
-def _add_product(dweight, dz, h, first):
+def _add_product(dweight: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     """dweight (V, D) += dz.T @ h; = where first."""
-    if h.is_cuda and h.dtype != dweight.dtype:
-        kind = {"out_dtype": dweight.dtype, "out": dweight}
-        torch.mm(dz.T, h, **kind) if first else torch.addmm(dweight, dz.T, h, **kind)
-    else:
+    if not h.is_cuda or h.dtype == dweight.dtype:
         h = h.to(dweight.dtype)
         torch.mm(dz.T, h, out=dweight) if first else dweight.addmm_(dz.T, h)
+    elif first:
+        torch.mm(dz.T, h, out_dtype=dweight.dtype, out=dweight)
+    else:
+        torch.addmm(dweight, dz.T, h, out_dtype=dweight.dtype, out=dweight)
 
 
-def _slabs(weight, dtype, size):
+def _slabs(weight: Tensor, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, weight.shape[0], size):
         at = slice(start, start + size)
         yield at, weight[at].to(dtype)
 
 
-def _spread(live, index, job):
-    """The live rows' values among all rows, 0 elsewhere."""
-    return live if index is None or live is None else live.new_zeros(len(job.targets)).index_copy_(0, index, live)
+def _spread(stats: Stats, index: Tensor | None, job: _Job) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of the rows in index among all rows, 0 elsewhere."""
+    if index is None:
+        return stats.logp, stats.entropy
+    num = len(job.targets)
+    logp, entropy = (None if x is None else x.new_zeros(num).index_copy_(0, index, x) for x in stats[:2])
+    assert logp is not None
+    return logp, entropy
 
 
-def _joined(parts: list[Stats], job, device) -> Stats:
+def _joined(parts: list[Stats], job: _Job) -> Stats:
     columns = zip(*parts, strict=True) if parts else [()] * 3
-    empty = torch.empty(0, dtype=job.wide, device=device)
-    return Stats(*(None if any(x is None for x in c) else torch.cat([empty, *c]) for c in columns))
+    empty = torch.empty(0, dtype=job.wide, device=job.targets.device)
+    logp, entropy, lse = (None if any(x is None for x in c) else torch.cat([empty, *c]) for c in columns)
+    assert logp is not None
+    return Stats(logp, entropy, lse)
 
 
-def _and(mask, valid):
+def _and(mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
     if mask is None or valid is None:
         return valid if mask is None else mask
     return torch.where(valid, mask, torch.zeros_like(mask))
 
 
-def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, chunk, wait) -> _Job:
+def _check(
+    given: _Given, temperature: float | Tensor, softcap: float | None, ignore_index: int, chunk: int | str, wait: bool
+) -> _Job:
+    hidden, weight, bias, targets = given
     if hasattr(weight, "full_tensor"):
         raise ValueError("weight is a DTensor; pass gather_weight(weight), or call from the module that FSDP2 gathers")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
@@ -445,50 +494,54 @@ def _check(hidden, weight, targets, temperature, bias, softcap, ignore_index, ch
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     _expect("targets", targets, hidden.shape[:1], torch.int64, hidden.device)
-    if isinstance(temperature, Tensor):
-        _expect("temperature", temperature, hidden.shape[:1], wide, hidden.device)
-        temperature = temperature.detach().contiguous()
-    elif not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    else:
-        whole = {"dtype": wide, "device": hidden.device}
-        temperature = None if temperature == 1 else torch.full(targets.shape, float(temperature), **whole)
-    if bias is not None:
-        _expect("bias", bias, weight.shape[:1], weight.dtype, weight.device)
-        bias = bias.detach().to(wide).contiguous()
+    heat = _temperatures(temperature, targets, wide)
+    _expect("bias", bias, weight.shape[:1], weight.dtype, weight.device)
+    bias = None if bias is None else bias.detach().to(wide).contiguous()
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if chunk == "auto":
-        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-        alive = CHUNK_BYTES if learns else SCORING_BYTES
-        chunk = max(16, alive.get(hidden.device.type, 1 << 30) // (4 * weight.shape[0]))
-    elif not (isinstance(chunk, int) and chunk > 0):
-        raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:3])
+    rows = _rows_at_a_time(chunk, weight, learns)
     targets = targets.contiguous()
     targets, valid = _valid(targets, weight.shape[0], ignore_index) if wait else (targets, None)
-    return _Job(targets, valid, Scores(temperature, bias, softcap), chunk, wide)
+    return _Job(targets, valid, Scores(heat, bias, softcap), rows, wide, wait, learns)
 
 
-def _valid(targets, vocab, ignore_index):
+def _temperatures(temperature: float | Tensor, targets: Tensor, wide: torch.dtype) -> Tensor | None:
+    """(R,), None where it is 1."""
+    if isinstance(temperature, Tensor):
+        _expect("temperature", temperature, targets.shape, wide, targets.device)
+        return temperature.detach().contiguous()
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if temperature == 1:
+        return None
+    return torch.full(targets.shape, float(temperature), dtype=wide, device=targets.device)
+
+
+def _rows_at_a_time(chunk: int | str, weight: Tensor, learns: bool) -> int:
+    if isinstance(chunk, int) and chunk > 0:
+        return chunk
+    if chunk != "auto":
+        raise ValueError(f'chunk must be "auto" or a positive number of rows, got {chunk!r}')
+    alive = CHUNK_BYTES if learns else SCORING_BYTES
+    return max(16, alive.get(weight.device.type, 1 << 30) // (4 * weight.shape[0]))
+
+
+def _valid(targets: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """Targets with 0 where ignored, and which are not (None: all). Waits for the device once."""
     if not len(targets):
         return targets, None
-    low, high = torch.stack(targets.aminmax()).tolist()
-    if low >= 0 and high < vocab:
-        # an ignore_index inside the vocabulary is possible, if odd
-        valid = None if not low <= ignore_index <= high else targets != ignore_index
-        return targets, valid
     valid = targets != ignore_index
     kept = targets.where(valid, 0)
-    low, high = torch.stack(kept.aminmax()).tolist()
+    low, high, all_valid = torch.stack((*kept.aminmax(), valid.all().long())).tolist()
     if low < 0 or high >= vocab:
         raise ValueError(
             f"targets must lie in [0, {vocab}) or be ignore_index {ignore_index}, got {low if low < 0 else high}"
         )
-    return kept, valid
+    return (targets, None) if all_valid else (kept, valid)
 
 
-def _expect(name, x, shape, dtype, device):
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
+def _expect(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device):
         want, got = (tuple(shape), dtype, device), (tuple(x.shape), x.dtype, x.device)
         raise ValueError(f"{name} must be {' '.join(map(str, want))}, got {' '.join(map(str, got))}")

@@ -1,9 +1,11 @@
-"""Which path an op takes. Chosen from device, dtype and what is installed; said once, stored with the run."""
+"""Which path an op takes, chosen from device, dtype and what is installed, and the modules behind the paths."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +13,13 @@ from torch import Tensor
 
 @cache
 def has_flash_attn() -> bool:
+    """Whether FlashAttention 2 is installed."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
 @cache
 def has_flash_attn_3() -> bool:
+    """Whether FlashAttention 3 is installed."""
     return importlib.util.find_spec("flash_attn_interface") is not None
 
 
@@ -43,18 +47,31 @@ def row_path(x: Tensor) -> str:
     return "cpp" if x.dtype == torch.float32 and x.device.type == "cpu" and has_cpp() else "torch"
 
 
+def op_path(x: Tensor) -> str:
+    """row_path for the model's ops: "torch" also under a compiler, which fuses the formula itself."""
+    return "torch" if torch.compiler.is_compiling() or x.dtype == torch.float64 else row_path(x)
+
+
 def paths(device: torch.device) -> dict[str, str]:
-    """What runs on a device, for the record."""
+    """The paths of attention and of the row ops on a device, in words, for logs and the run folder."""
     half, full = (attention_path(torch.empty(0, dtype=t, device=device)) for t in (torch.bfloat16, torch.float32))
     attention = half if half == full else f"{half}, in fp32 {full}"
     rows = row_path(torch.empty(0, device=device))
     if rows == "cpp":
-        from thinkmid import _csrc
-
-        rows = f"cpp, {_csrc.isa()}"
+        rows = f"cpp, {cpp().isa()}"
     return {"attention": attention, "rows": rows}
 
 
+def cpp() -> Any:
+    """csrc, compiled. Imported when a path needs it, as are the Triton modules: neither need be there."""
+    return importlib.import_module("thinkmid._csrc")
+
+
+def triton(name: str) -> Any:
+    """The module of Triton kernels of that name in thinkmid.kernels.gpu."""
+    return importlib.import_module(f"thinkmid.kernels.gpu.{name}")
+
+
 def address(x: Tensor | None) -> int:
-    """For csrc, which takes plain pointers; 0 stands for None. The caller keeps x alive."""
+    """Pointer to x for csrc, 0 for None. The caller keeps x alive."""
     return 0 if x is None else x.data_ptr()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x**2) + eps) * weight over the last axis, in fp32, rounded once. x (..., D), weight (D,).
 
     With a residual: of h = x + residual, and h is returned too.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from thinkmid.kernels import launch, ref
-from thinkmid.kernels.launch import address
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x**2) + eps) * weight over the last axis, rounded once. x (..., D), weight (D,) of one dtype.
 
     With a residual like x: h = x + residual, rounded to x's dtype; returns (the norm of h, h). Statistics are fp32
@@ -17,19 +18,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Source: Zhang and Sennrich 2019.
     """
     _check(x, weight, residual)
-    # a compiler fuses the formula itself
-    if torch.compiler.is_compiling() or x.dtype == torch.float64 or (path := launch.row_path(x)) == "torch":
+    path = launch.op_path(x)
+    if path == "torch":
         return ref.rms_norm(x, weight, eps, residual)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
-    ):
-        y, h = _RMSNorm.apply(x, weight, eps, residual, path)
+    inputs = (x, weight) if residual is None else (x, weight, residual)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        y, h = _RMSNorm.apply(x, weight, eps, residual, path)  # type: ignore[no-untyped-call]
     else:
         y, h, _ = _forward(path, x, weight, eps, residual, want_rstd=False)
     return y if residual is None else (y, h)
 
 
-def _check(x, weight, residual):
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x (..., D) and weight (D,), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -45,7 +45,9 @@ def _check(x, weight, residual):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual, path):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, path: str
+    ) -> tuple[Tensor, Tensor | None]:
         y, h, rstd = _forward(path, x, weight, eps, residual, want_rstd=True)
         ctx.save_for_backward(h if residual is not None else x, weight, rstd)
         ctx.path = path
@@ -53,59 +55,49 @@ class _RMSNorm(torch.autograd.Function):
         return y, h if residual is not None else None
 
     @staticmethod
-    def backward(ctx, dy, dh):
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError("rms_norm has no second derivative; thinkmid.kernels.ref.rms_norm has one")
         if dy is None:  # the norm was not used, only the sum
             return dh, None, None, dh, None
-        h, weight, rstd = ctx.saved_tensors
-        dx, dweight = _backward(ctx.path, h, weight, rstd, dy, dh, want_dweight=ctx.needs_input_grad[1])
+        dx, dweight = _backward(ctx.path, ctx.saved_tensors, dy, dh, want_dweight=ctx.needs_input_grad[1])
         return dx, dweight, None, dx if ctx.needs_input_grad[3] else None, None
 
 
-def _forward(path, x, weight, eps, residual, *, want_rstd):
+def _forward(
+    path: str, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *, want_rstd: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """y like x, h = x + residual (x itself without one), 1 / sqrt(mean(h**2) + eps) (R,) fp32 if wanted."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
     width = weight.shape[0]
     num_rows = x.numel() // width if width else 0
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if want_rstd else None
-    if num_rows == 0:
-        return y, h, rstd
-    if path == "triton":
-        from thinkmid.kernels.gpu import rmsnorm as gpu
-
-        gpu.rms_norm_forward(x, residual, weight.contiguous(), eps, h, y, rstd)
-    else:
-        from thinkmid import _csrc
-
-        weight = weight.contiguous()
-        added = 0 if residual is None else h.data_ptr()
-        _csrc.rms_norm(
-            num_rows, width, eps, x.data_ptr(), address(residual), weight.data_ptr(), added, y.data_ptr(), address(rstd)
-        )
+    if num_rows and path == "triton":
+        launch.triton("rmsnorm").rms_norm_forward(x, residual, weight, eps, h, y, rstd)
+    elif num_rows:
+        tensors = (x, residual, weight, None if residual is None else h, y, rstd)
+        launch.cpp().rms_norm(num_rows, width, eps, *map(launch.address, tensors))
     return y, h, rstd
 
 
-def _backward(path, h, weight, rstd, dy, dh, *, want_dweight):
-    """Gradients of x (and of the residual, which is the same) and of the weight, None if it is not wanted."""
-    h, weight, dy = h.contiguous(), weight.contiguous(), dy.contiguous()
-    dh = None if dh is None else dh.contiguous()
+def _backward(
+    path: str, saved: tuple[Tensor, Tensor, Tensor], dy: Tensor, dh: Tensor | None, *, want_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x (and of the residual, which is the same) and of the weight, None if it is not wanted.
+
+    saved: h like x, weight (D,), rstd (R,).
+    """
+    h, weight, rstd = (t.contiguous() for t in saved)
+    dy, dh = dy.contiguous(), None if dh is None else dh.contiguous()
     dx = torch.empty_like(h)
     num_rows, width = len(rstd), len(weight)
     if num_rows == 0:
         return dx, torch.zeros_like(weight) if want_dweight else None
     if path == "triton":
-        from thinkmid.kernels.gpu import rmsnorm as gpu
-
-        return dx, gpu.rms_norm_backward(h, weight, rstd, dy, dh, dx, want_dweight=want_dweight)
-    from thinkmid import _csrc
-
+        return dx, launch.triton("rmsnorm").rms_norm_backward(h, weight, rstd, dy, dh, dx, want_dweight=want_dweight)
     dweight = torch.empty_like(weight) if want_dweight else None
-    _csrc.rms_norm_backward(
-        num_rows, width, h.data_ptr(), weight.data_ptr(), rstd.data_ptr(), dy.data_ptr(), address(dh), dx.data_ptr(),
-        address(dweight),
-    )  # fmt: skip
+    launch.cpp().rms_norm_backward(num_rows, width, *map(launch.address, (h, weight, rstd, dy, dh, dx, dweight)))
     return dx, dweight

@@ -2,76 +2,61 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from thinkmid.kernels import launch
-from thinkmid.kernels.policy import Policy, policy_rows
+from thinkmid.kernels.policy import policy_rows
+from thinkmid.kernels.streams import Policy, Scores, Stats
 
 
-class Scores(NamedTuple):
-    """What stands between hidden @ weight.T and the logits s: s = softcap(z + bias) / temperature."""
+def row_stats(z: Tensor, targets: Tensor, scores: Scores, want_entropy: bool) -> Stats:
+    """Log-prob of the targets, entropy and log-sum-exp of each row, in nats.
 
-    temperature: Tensor | None = None  # (c,), of the statistics' dtype
-    bias: Tensor | None = None  # (V,), likewise
-    softcap: float | None = None  # softcap(x) = softcap * tanh(x / softcap)
-
-    def at(self, rows) -> Scores:
-        return self if self.temperature is None else self._replace(temperature=self.temperature[rows])
-
-
-class Stats(NamedTuple):
-    """(c,) each."""
-
-    logp: Tensor
-    entropy: Tensor | None
-    lse: Tensor | None
-
-
-def row_stats(z, targets, scores: Scores, want_entropy: bool) -> Stats:
-    """Log-prob of the targets, entropy in nats, log-sum-exp. z (c, V) fp32 or fp64 may be overwritten; targets (c,)."""
+    z (c, V) fp32 or fp64, which may be overwritten; targets (c,) int64.
+    Same as s = softcap(z + bias) / temperature; s.log_softmax(-1)[arange(c), targets], and so on.
+    """
     path = launch.row_path(z)
     if path == "triton":
-        from thinkmid.kernels.gpu import rows
+        on_gpu: Stats = launch.triton("rows").row_stats(z, targets, scores, want_entropy)
+        return on_gpu
+    if path == "torch":
+        return _stats(_logits(z, scores), targets, want_entropy)
+    stats = _empty_stats(z, want_entropy)
+    _cpp("stats", z, z, scores, (targets, *stats, None, None))
+    return stats
 
-        return Stats(*rows.row_stats(z, targets, **scores._asdict(), want_entropy=want_entropy))
-    if path == "cpp":
-        return _cpp(z, targets, scores, want_entropy, z)
-    s = _logits(z, scores)
-    return _stats(s, targets, want_entropy)
 
-
-def row_grad(z, targets, stats: Stats, dlogp, dentropy, scores: Scores, out) -> None:
+def row_grad(
+    z: Tensor, targets: Tensor, stats: Stats, dlogp: Tensor | None, dentropy: Tensor | None, scores: Scores, out: Tensor
+) -> None:
     """Writes the gradient with respect to z into out (c, V), z itself or of another dtype.
 
     dlogp, dentropy (c,) or None: the loss's derivatives. stats: of the same scores.
     """
     path = launch.row_path(z)
     if path == "triton":
-        from thinkmid.kernels.gpu import rows
-
-        entropy = None if dentropy is None else stats.entropy
-        rows.row_grad(z, targets, stats.lse, entropy, dlogp, dentropy, **scores._asdict(), out=out)
-    elif path == "cpp":
-        _cpp(z, targets, scores, False, out, stats=stats, dlogp=dlogp, dentropy=dentropy)
+        launch.triton("rows").row_grad(z, targets, stats, dlogp, dentropy, scores, out)
+    elif path == "torch":
+        out.copy_(_gradient(_logits(z, scores), targets, stats, dlogp, dentropy, scores))
     else:
-        s = _logits(z, scores)
-        out.copy_(_gradient(s, targets, stats, dlogp, dentropy, scores))
+        given = [None if x is None else x.contiguous() for x in (dlogp, dentropy)]
+        _cpp("grad", z, out, scores, (targets, *stats, *given))
 
 
-def row_policy(z, targets, policy: Policy, scores: Scores, want_entropy: bool, out) -> Stats:
+def row_policy(z: Tensor, targets: Tensor, policy: Policy, scores: Scores, want_entropy: bool, out: Tensor) -> Stats:
     """row_stats, and in out the gradient of the policy's loss: a row's coefficient needs its own log-prob only."""
     path = launch.row_path(z)
     want_entropy = want_entropy or bool(policy.entropy_coef)
     if path == "triton":
-        from thinkmid.kernels.gpu import rows
-
-        options = {**scores._asdict(), "want_entropy": want_entropy, "out": out}
-        return Stats(*rows.row_policy(z, targets, policy.for_device(), **options), None)
+        stats: Stats = launch.triton("rows").row_policy(z, targets, policy.for_device(), scores, want_entropy, out)
+        return stats
     if path == "cpp":
-        return _cpp(z, targets, scores, want_entropy, out, policy=policy)
+        stats = _empty_stats(z, want_entropy)
+        _cpp("policy", z, out, scores, (targets, *stats, None, None), policy)
+        return stats
     s = _logits(z, scores)
     stats = _stats(s, targets, want_entropy)
     _, dlogp, _ = policy_rows(stats.logp, policy, stats.entropy)
@@ -83,29 +68,22 @@ def row_policy(z, targets, policy: Policy, scores: Scores, want_entropy: bool, o
     return stats
 
 
-def _cpp(z, targets, scores, want_entropy, out, *, stats=None, dlogp=None, dentropy=None, policy=None) -> Stats:
-    from thinkmid import _csrc
+def _empty_stats(z: Tensor, want_entropy: bool) -> Stats:
+    return Stats(z.new_empty(len(z)), z.new_empty(len(z)) if want_entropy else None, z.new_empty(len(z)))
 
+
+def _cpp(
+    mode: str, z: Tensor, out: Tensor, scores: Scores, rows: Sequence[Tensor | None], policy: Policy | None = None
+) -> None:
+    """rows: targets, log-probs, entropies, log-sum-exps, dlogp, dentropy."""
     # csrc sees addresses only
     assert all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (z, out)), f"{z.dtype} {out.dtype}"
-    got = stats or Stats(z.new_empty(len(z)), z.new_empty(len(z)) if want_entropy else None, z.new_empty(len(z)))
-    mode = "grad" if stats else "policy" if policy else "stats"
-    held = (None,) * 5 if policy is None else tuple(policy.tensors().values())
-    of_rows = [None if x is None else x.contiguous() for x in (dlogp, dentropy)]
-    tensors = (z, out, targets, scores.temperature, scores.bias, *got, *of_rows, *held)
-    _csrc.rows(
-        mode,
-        *z.shape,
-        z.stride(0),
-        out.stride(0),
-        scores.softcap or 0.0,
-        [launch.address(x) for x in tensors],
-        policy.scalars if policy else [],
-    )
-    return got
+    tensors = (z, out, rows[0], scores.temperature, scores.bias, *rows[1:], *(policy.streams if policy else [None] * 5))
+    pointers, scalars = [launch.address(x) for x in tensors], policy.scalars if policy else []
+    launch.cpp().rows(mode, *z.shape, z.stride(0), out.stride(0), scores.softcap or 0.0, pointers, scalars)
 
 
-def _logits(z, scores: Scores):
+def _logits(z: Tensor, scores: Scores) -> Tensor:
     if scores.bias is not None:
         z.add_(scores.bias)
     if scores.softcap:
@@ -113,7 +91,7 @@ def _logits(z, scores: Scores):
     return z if scores.temperature is None else z.div_(scores.temperature[:, None])
 
 
-def _stats(s, targets, want_entropy) -> Stats:
+def _stats(s: Tensor, targets: Tensor, want_entropy: bool) -> Stats:
     # differences from the maximum: s - lse would round away what is left of a log-prob near 0
     most = s.amax(-1, keepdim=True)
     e = (s - most).exp_()
@@ -124,9 +102,12 @@ def _stats(s, targets, want_entropy) -> Stats:
     return Stats(logp[:, 0], entropy, (most + log_sum)[:, 0])
 
 
-def _gradient(s, targets, stats: Stats, dlogp, dentropy, scores: Scores):
+def _gradient(
+    s: Tensor, targets: Tensor, stats: Stats, dlogp: Tensor | None, dentropy: Tensor | None, scores: Scores
+) -> Tensor:
     """With respect to the raw scores, overwriting the logits s."""
-    slope = None if not scores.softcap else _softcap_slope(s, scores)
+    assert stats.lse is not None
+    slope = _softcap_slope(s, scores.softcap, scores.temperature) if scores.softcap else None
     # d logp_y / ds = onehot - p;  d entropy / ds = -p (log p + entropy)
     logp_all = s.sub_(stats.lse[:, None])
     at_target = targets[:, None]
@@ -136,6 +117,7 @@ def _gradient(s, targets, stats: Stats, dlogp, dentropy, scores: Scores):
     if dentropy is None:
         ds = logp_all.exp_().mul_(-scale[:, None])
     else:
+        assert stats.entropy is not None
         p = logp_all.exp()
         bend = dentropy[:, None] * (logp_all + stats.entropy[:, None]).masked_fill_(p == 0, 0.0)
         hit -= (bend * p).gather(1, at_target)[:, 0]
@@ -146,6 +128,6 @@ def _gradient(s, targets, stats: Stats, dlogp, dentropy, scores: Scores):
     return ds if scores.temperature is None else ds.div_(scores.temperature[:, None])
 
 
-def _softcap_slope(s, scores: Scores):
-    tanh = s / scores.softcap if scores.temperature is None else s * (scores.temperature[:, None] / scores.softcap)
+def _softcap_slope(s: Tensor, softcap: float, temperature: Tensor | None) -> Tensor:
+    tanh = s / softcap if temperature is None else s * (temperature[:, None] / softcap)
     return 1 - tanh.square_()

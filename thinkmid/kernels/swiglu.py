@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,57 +20,45 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate and up alike, got {tuple(gate.shape)} {gate.dtype} on {gate.device} "
             f"and {tuple(up.shape)} {up.dtype} on {up.device}"
         )
-    # a compiler fuses the formula itself
-    if torch.compiler.is_compiling() or gate.dtype == torch.float64 or (path := launch.row_path(gate)) == "torch":
+    path = launch.op_path(gate)
+    if path == "torch":
         return ref.swiglu(gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Swiglu.apply(gate, up, path)
+        gated: Tensor = _Swiglu.apply(gate, up, path)  # type: ignore[no-untyped-call]
+        return gated
     return _forward(path, gate, up)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, path):
+    def forward(ctx: Any, gate: Tensor, up: Tensor, path: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.path = path
         return _forward(path, gate, up)
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():
             raise NotImplementedError("swiglu has no second derivative; thinkmid.kernels.ref.swiglu has one")
-        return *_backward(ctx.path, *ctx.saved_tensors, dout), None
+        gate, up = ctx.saved_tensors
+        return *_backward(ctx.path, gate, up, dout), None
 
 
-def _forward(path, gate, up):
+def _forward(path: str, gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    if out.numel() == 0:
-        return out
-    if path == "triton":
-        from thinkmid.kernels.gpu import swiglu as gpu
-
-        gpu.swiglu_forward(gate, up, out)
-    else:
-        from thinkmid import _csrc
-
-        _csrc.swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    if out.numel() and path == "triton":
+        launch.triton("swiglu").swiglu_forward(gate, up, out)
+    elif out.numel():
+        launch.cpp().swiglu(out.numel(), *map(launch.address, (gate, up, out)))
     return out
 
 
-def _backward(path, gate, up, dout):
+def _backward(path: str, gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, dout = gate.contiguous(), up.contiguous(), dout.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    if dout.numel() == 0:
-        return dgate, dup
-    if path == "triton":
-        from thinkmid.kernels.gpu import swiglu as gpu
-
-        gpu.swiglu_backward(gate, up, dout, dgate, dup)
-    else:
-        from thinkmid import _csrc
-
-        _csrc.swiglu_backward(
-            gate.numel(), gate.data_ptr(), up.data_ptr(), dout.data_ptr(), dgate.data_ptr(), dup.data_ptr()
-        )
+    if dout.numel() and path == "triton":
+        launch.triton("swiglu").swiglu_backward(gate, up, dout, dgate, dup)
+    elif dout.numel():
+        launch.cpp().swiglu_backward(dout.numel(), *map(launch.address, (gate, up, dout, dgate, dup)))
     return dgate, dup

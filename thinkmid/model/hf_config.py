@@ -13,7 +13,7 @@ from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 PARTIAL = "partial_rotary_factor"
-# of other decoders: each changes what is computed, unless it is null, false, 0, 1 or empty
+# keys of other decoders: each changes what is computed, unless it is null, false, 0, 1 or empty
 FOREIGN = (
     "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv", "use_qk_norm",
@@ -23,7 +23,7 @@ FOREIGN = (
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """ModelConfig from a folder's config.json. UserError names the key of what this decoder cannot do."""
+    """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
@@ -34,7 +34,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def config_dict(cfg: ModelConfig) -> dict[str, Any]:
-    """What config.json says of cfg. RoPE stands in it twice: as transformers 5 spells it, and as older readers do."""
+    """The config.json of a ModelConfig. RoPE is written twice: as transformers 5 spells it, and as older readers do."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (scaling := cfg.rope_scaling) is not None:
         stretch = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
@@ -68,7 +68,7 @@ def config_dict(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def token_ids(cfg: ModelConfig) -> dict[str, Any]:
-    """The part that config.json and generation_config.json share."""
+    """The keys that config.json and generation_config.json share."""
     eos = list(cfg.eos_ids) if len(cfg.eos_ids) > 1 else next(iter(cfg.eos_ids), None)
     return {"bos_token_id": cfg.bos_id, "eos_token_id": eos}
 
@@ -113,14 +113,14 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         "layer_types": raw.get("layer_types") not in (None, ["full_attention"] * min(layers, MOST_LAYERS)),
         "quantization_config": raw.get("quantization_config"),
     }
-    for key in (key for key, bad in refused.items() if bad):
-        raise ValueError(f"{key} {_short(raw[key])} is not supported for {kind}")
+    if bad := [key for key, is_bad in refused.items() if is_bad]:
+        raise ValueError(f"{bad[0]} {_short(raw[bad[0]])} is not supported for {kind}")
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from rope_parameters (transformers 5) or from rope_theta and rope_scaling (older).
 
-    Of two that differ transformers takes rope_scaling, and other readers one or the other: ValueError.
+    ValueError where both are given and differ: readers disagree on which one counts.
     """
     found = {key: _rope_of(raw, key) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
     if len(set(found.values())) > 1:

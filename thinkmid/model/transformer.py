@@ -1,4 +1,4 @@
-"""One decoder for training and decoding: Llama 3.x, Qwen2.5, Qwen3. Who attends to what is the caller's business."""
+"""One decoder for training and decoding: Llama 3.x, Qwen2.5, Qwen3. The caller supplies the attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HeadFn = Callable[[Tensor, Tensor], Any]  # hidden (R, D), weight (V, D) -> logi
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the slow frequencies."""
+    """Llama 3.1's stretch of RoPE's slow frequencies."""
 
     factor: float  # >= 1, how far the slowest frequencies are stretched
     low_freq_factor: float  # fewer turns than this over original_max_positions: stretched in full
@@ -37,7 +37,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a decoder. The kind decides where biases and q/k norms stand."""
+    """Sizes of a decoder. The kind decides where it has biases and q/k norms. ValueError names field and value."""
 
     kind: Kind  # qwen2: biases on q, k, v; qwen3: RMSNorm on each head of q and k before RoPE
     vocab: int
@@ -76,6 +76,7 @@ class ModelConfig:
 
     @property
     def qkv_bias(self) -> bool:
+        """Whether the q, k and v projections have biases."""
         return self.kind == "qwen2" or self.attention_bias
 
     @property
@@ -101,6 +102,8 @@ def inverse_frequencies(cfg: ModelConfig) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """kernels.rms_norm with its weight (D,). x (..., D); with a residual it returns (norm of the sum, sum)."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -111,6 +114,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Projections and RoPE around attend. x (T, D), cos and sin (T, C/2) -> (T, D)."""
+
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, cfg.head_dim
@@ -128,10 +133,13 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, heads)), cos, sin)  # (T, H, C)
         k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, heads)), cos, sin)  # (T, K, C)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        return out
 
 
 class MLP(nn.Module):
+    """SwiGLU feed-forward. x (T, D) -> (T, D)."""
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
@@ -139,10 +147,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
 
 
 class Block(nn.Module):
+    """One pre-norm layer, its residual sums included. x (T, D) -> (T, D)."""
+
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
@@ -152,11 +163,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         y, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, attend), x)
-        return x + self.mlp(y)
+        out: Tensor = x + self.mlp(y)
+        return out
 
 
 class Head(nn.Module):
-    """Holds the (V, D) weight; the caller's function uses it. A module, so that FSDP2's hooks gather it first."""
+    """The (V, D) weight, given to the caller's function. A module, so that FSDP2's hooks gather the weight first."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -210,7 +222,8 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits (T, V) of one sequence, tokens (T,) int64."""
-        return self(tokens, torch.arange(len(tokens), device=tokens.device), _attend_causal)
+        out: Tensor = self(tokens, torch.arange(len(tokens), device=tokens.device), _attend_causal)
+        return out
 
 
 def _attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
-"""Hugging Face model folders, in and out, for plain and FSDP2-sharded models."""
+"""Read and write Hugging Face model folders, for plain and FSDP2-sharded models."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -22,11 +20,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
-from thinkmid.files import read_json, regular
+from thinkmid.model import weight_files
 from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
+from thinkmid.model.weight_files import INDEX, SEAL, SINGLE, Sources, Stamp
 
-SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -35,29 +33,20 @@ Dtype = str | torch.dtype
 Device = str | torch.device
 
 
-class Stamp(NamedTuple):
-    """A weight file as it was hashed, and what tells without reading it that it is still that file."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-    inode: int
-
-
 def hf_name(name: str) -> str:
     """Hugging Face's name of one of our parameters."""
     return name if name == HEAD else f"model.{name}"
 
 
 def build(cfg: ModelConfig, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
-    """Transformer with uninitialised weights, or none yet where device is "meta"."""
+    """Transformer in dtype with uninitialised weights; without memory where device is "meta"."""
     with torch.device("meta"):
         model = Transformer(cfg).to(_dtype(dtype))
     return materialise(model, device)
 
 
 def materialise(model: Transformer, device: Device) -> Transformer:
-    """Give a meta model, sharded or not, uninitialised memory on a device."""
+    """Give a meta model, sharded or not, uninitialised memory on a device; returns the model."""
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
@@ -70,19 +59,20 @@ def materialise(model: Transformer, device: Device) -> Transformer:
 
 
 def load_model(folder: str | Path, dtype: Dtype = "float32", device: Device = "cpu") -> Transformer:
-    """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserError names what is wrong."""
-    with torch.device("meta"):
-        model = Transformer(read_config(folder)).to(_dtype(dtype))
+    """The model in a Hugging Face folder, weights rounded to dtype, in eval mode. UserErrors as in load_into."""
+    model = build(read_config(folder), dtype, "meta")
     matched(model, folder)
     load_into(materialise(model, device), folder)
     return model.eval()
 
 
-def matched(model: Transformer, folder: str | Path) -> tuple[dict[str, Tensor], dict[str, tuple[Path, Any]]]:
-    """A model's parameters by Hugging Face name, and the open file of each tensor in a folder. UserError unless these
-    are the model's. It may be a meta model still: a wrong config.json asks for no memory."""
+def matched(model: Transformer, folder: str | Path) -> tuple[dict[str, Tensor], Sources]:
+    """A model's parameters by Hugging Face name, and the open file of each tensor in a folder.
+
+    UserError unless these tensors are the model's. A meta model will do: a wrong config.json asks for no memory.
+    """
     parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
-    sources = _open_all(Path(folder))
+    sources = weight_files.open_all(Path(folder))
     twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
     _compare(Path(folder), parameters | twin, sources)
     return parameters, sources
@@ -99,8 +89,8 @@ def load_into(model: Transformer, folder: str | Path) -> None:
     reshard(model)
     parameters, sources = matched(model, folder)
     sharded = any(isinstance(p, DTensor) for p in parameters.values())
-    if (folder / SEAL).exists():
-        stamps(folder, *((dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)))
+    if weight_files.is_export(folder):
+        weight_files.stamps(folder, *((dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)))
     for name, p in parameters.items():
         local, start = _local(p)
         local.copy_(_rows(*sources[name], name, start, len(local)))
@@ -109,34 +99,20 @@ def load_into(model: Transformer, folder: str | Path) -> None:
         _check_twin(folder, sources, *_local(parameters[EMBEDDING]))
 
 
-def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
-    """Weight file -> sha256, of those that fall to this rank. An export's seal names them; load_into() compares."""
-    folder = Path(folder)
-    sealed, mine = _sealed(folder), sorted(_weight_files(folder))[rank::world]
-    return {file: sealed.get(file) or _sha256(regular(folder / file)) for file in mine}
-
-
-def is_sealed(folder: str | Path) -> bool:
-    """Whether hashes() need not read the weights."""
-    return _weight_files(Path(folder)).keys() <= _sealed(Path(folder)).keys()
-
-
 def stream_folder(
     folder: str | Path, dtype: Dtype, known: Mapping[str, Stamp] | None = None, *, are_finite: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as of load_into.
+    """(Hugging Face name, whole tensor in dtype) in layer order, one read at a time; UserErrors as in load_into.
 
-    known: stamps() of all its files, taken earlier. What is as it was then is not hashed again; UserError names a file
-    whose bytes are others by now. are_finite: these bytes were streamed before, their values are not looked at again.
+    known: weight_files.stamps() of all files, taken earlier. A file that is unchanged since is not hashed again;
+    UserError names one whose bytes differ. are_finite: these bytes were streamed before, their values are not checked.
     """
-    with torch.device("meta"):
-        model = Transformer(read_config(folder))
-    parameters, sources = matched(model, folder)
     folder = Path(folder)
+    parameters, sources = matched(build(read_config(folder), device="meta"), folder)
     if known is not None:
-        _check_same(folder, known)
-    elif (folder / SEAL).exists():
-        stamps(folder)
+        weight_files.check_same(folder, known)
+    elif weight_files.is_export(folder):
+        weight_files.stamps(folder)
     if HEAD in sources.keys() - parameters.keys():
         _check_twin(folder, sources, parameters[EMBEDDING], 0)
     for name, p in parameters.items():
@@ -152,128 +128,37 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
         raise UserError(f"{path}: {name} holds values that are not finite, as {tensor.dtype}")
 
 
-def _check_twin(folder: Path, sources: dict[str, tuple[Path, Any]], local: Tensor, start: int) -> None:
+def _check_twin(folder: Path, sources: Sources, local: Tensor, start: int) -> None:
     """The head that a tied model's folder holds too must be the embedding; rows from start on, as many as local has."""
     twins = [_rows(*sources[name], name, start, len(local)) for name in (HEAD, EMBEDDING)]
     if not torch.equal(*twins):
         raise UserError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
 
 
-def _open_all(folder: Path) -> dict[str, tuple[Path, Any]]:
-    """Tensor name -> file that holds it, open. Every file holds exactly what the index says."""
-    sources: dict[str, tuple[Path, Any]] = {}
-    for file, listed in _weight_files(folder).items():
-        handle = _open(folder, file)
-        names = set(handle.keys())
-        if listed is not None and names != listed:
-            both = _list(in_the_file_but_not_listed_for_it=names - listed, listed_for_it_but_not_there=listed - names)
-            raise UserError(f"{folder / file}: {both}")
-        sources.update(dict.fromkeys(names, (folder / file, handle)))
-    return sources
-
-
-def _weight_files(folder: Path) -> Mapping[str, set[str] | None]:
-    """Weight file -> tensors it should hold; None where no index says so. The index may come from the net."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; which one counts?")
-    if single.exists():
-        return {SINGLE: None}
-    if not index.exists():
-        raise UserError(f"{single}: No such file or directory")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: weight_map must map tensor names to file names")
-    files: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if not re.fullmatch(r"\w[\w.+ -]{0,250}", file, re.ASCII):
-            raise UserError(f"{index}: weight_map: {file[:80]!r} is not a plain file name")
-        files.setdefault(file, set()).add(name)
-    return files
-
-
-def _open(folder: Path, file: str) -> Any:
-    """A safetensors file, open for slices; a regular file of the folder itself."""
-    path, home = folder / file, Path(os.path.realpath(folder))  # unlike resolve, it lives through a loop of links
-    # a snapshot in Hugging Face's cache holds links to the blobs beside it
-    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
-    if Path(os.path.realpath(path)).parent not in homes:
-        raise UserError(f"{path}: links to a file outside its folder")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: damaged or not safetensors: {_one_line(e)}") from None
-
-
-def stamps(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, Stamp]:
-    """Of every world-th weight file, from rank on, where ranks share the work. UserError names a file that does not
-    match the hash written when it was exported, if it was."""
-    folder, found = Path(folder), {}
-    is_export, sealed = (folder / SEAL).exists(), _sealed(folder)
-    for file in sorted(_weight_files(folder))[rank::world]:
-        at = _stat(folder, file)  # before its bytes are read: what replaces it meanwhile shows
-        found[file] = Stamp(_sha256(folder / file), *at)
-        if is_export and sealed.get(file) != found[file].sha256:
-            raise UserError(f"{folder / file}: does not match its sha256 in {SEAL}; damaged or changed since export")
-    return found
-
-
-def _check_same(folder: Path, known: Mapping[str, Stamp]) -> None:
-    if odd := sorted(known.keys() ^ _weight_files(folder).keys()):
-        raise UserError(f"{folder / odd[0]}: came or went since this run began to read the folder")
-    for file, stamp in known.items():
-        if _stat(folder, file) != stamp[1:] and _sha256(folder / file) != stamp.sha256:
-            raise UserError(f"{folder / file}: changed since this run began to read it")
-
-
-def _stat(folder: Path, file: str) -> tuple[int, int, int]:
-    _open(folder, file)  # a regular file of the folder itself
-    at = (folder / file).stat()
-    return at.st_size, at.st_mtime_ns, at.st_ino
-
-
-def _sealed(folder: Path) -> dict[str, str]:
-    """What an export says of its files; {} of a folder that is none."""
-    sealed = read_json(folder / SEAL).get("sha256") if (folder / SEAL).exists() else {}
-    if not isinstance(sealed, dict):
-        raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
-    return sealed
-
-
-def _compare(folder: Path, expected: dict[str, Tensor], sources: dict[str, tuple[Path, Any]]) -> None:
+def _compare(folder: Path, expected: dict[str, Tensor], sources: Sources) -> None:
     shared = {name: sources[name][1].get_slice(name) for name in expected.keys() & sources.keys()}
-    problems = _list(
-        missing=expected.keys() - sources.keys(),
-        unexpected=sources.keys() - expected.keys(),
-        mis_shaped={
-            f"{name} {t.get_shape()} instead of {list(expected[name].shape)}"
-            for name, t in shared.items()
-            if t.get_shape() != list(expected[name].shape)
-        },
-        of_unsupported_dtype={
-            f"{name} {t.get_dtype()}" for name, t in shared.items() if t.get_dtype() not in ("F32", "BF16", "F16")
-        },
-    )
-    if problems:
-        raise UserError(f"{folder}: {problems}")
-
-
-def _list(**problems: Iterable[str]) -> str:
-    """One line: how many of each kind, and the first few by name."""
-    parts = []
-    for kind, names in ((kind, sorted(names)) for kind, names in problems.items() if names):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        parts.append(f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}")
-    return "; ".join(parts)
+    mis_shaped = {
+        f"{name} {t.get_shape()} instead of {list(expected[name].shape)}"
+        for name, t in shared.items()
+        if t.get_shape() != list(expected[name].shape)
+    }
+    odd = {f"{name} {t.get_dtype()}" for name, t in shared.items() if t.get_dtype() not in ("F32", "BF16", "F16")}
+    problems = {
+        "missing": expected.keys() - sources.keys(),
+        "unexpected": sources.keys() - expected.keys(),
+        "mis shaped": mis_shaped,
+        "of unsupported dtype": odd,
+    }
+    if any(problems.values()):
+        raise UserError(f"{folder}: {weight_files.summary(problems)}")
 
 
 def _rows(path: Path, handle: Any, name: str, start: int, count: int) -> Tensor:
     try:
-        return handle.get_slice(name)[start : start + count]
+        rows: Tensor = handle.get_slice(name)[start : start + count]
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: cannot read {name}: {_one_line(e)}") from None
+        raise UserError(f"{path}: cannot read {name}: {weight_files.one_line(e)}") from None
+    return rows
 
 
 def _local(p: Tensor) -> tuple[Tensor, int]:
@@ -310,7 +195,7 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
 
 
 def replaceable(folder: str | Path) -> Path:
-    """Where save() may write, without links. UserError for what is there and not an export."""
+    """The folder with links resolved, if save() may write there. UserError if it holds anything but an export."""
     folder = Path(os.path.realpath(folder))
     if os.path.lexists(folder) and not (folder / SEAL).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is not an export of ours ({SEAL} is missing); it will not be replaced")
@@ -338,7 +223,7 @@ def save(
     else:
         tmp = _fresh(folder)
         files = _write_shards(tmp, named, _dtype(dtype), max_shard_bytes)
-        hashes = {file: _sha256(tmp / file) for file in files}
+        hashes = {file: weight_files.sha256(tmp / file) for file in files}
         _write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
         _write_configs(tmp, cfg, str(_dtype(dtype)).removeprefix("torch."))
         for file in TOKENIZER_FILES:
@@ -424,16 +309,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _dtype(dtype: Dtype) -> torch.dtype:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split())

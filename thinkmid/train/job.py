@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from thinkmid.errors import UserError
-from thinkmid.model import weights
+from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
@@ -253,7 +253,7 @@ def _compared_folders(
     """
     moved = saved is not None and ranks.any(ranks.rank == 0 and has_moved(cfg))
     compared = dict(inputs.frozen)
-    if moved or (not saved and ranks.run_on_all(weights.is_sealed, source.folder)):
+    if moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
         compared["weights"] = source.folder
     return compared, moved
 
@@ -344,7 +344,7 @@ def _check_vocabulary(source: Source) -> None:
 
 def weights_digest(folder: Path, ranks: Ranks) -> str:
     """Digest of all weights in an HF folder, each file hashed by one rank where no seal holds its hash. Collective."""
-    mine = ranks.run_on_all(weights.hashes, folder, ranks.rank, ranks.world)
+    mine = ranks.run_on_all(weight_files.hashes, folder, ranks.rank, ranks.world)
     shares = ranks.gather_bytes(json.dumps(mine).encode())
     return fingerprint(sorted(item for share in shares for item in json.loads(share).items()))
 

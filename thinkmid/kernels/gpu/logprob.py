@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from thinkmid.kernels.gpu.policy import on_device_of
 from thinkmid.kernels.gpu.rows import LOG2E, LOWEST, absorbed, finish, inverse_of, rescaled, tanh
+from thinkmid.kernels.streams import Scores, Stats
 
 # (rows, columns, inner), warps, stages by (compute capability, bytes of an element); capability 9 stands for all above.
 # fp32 goes without tensor cores, whose tf32 has 10 bits: small tiles, because operands and sums share the registers
@@ -104,24 +106,27 @@ def _merge_kernel(
         tl.store(entropy_ptr + rows, entropy, mask=live)
 
 
-def linear_logprob_forward(hidden, weight, targets, *, temperature, bias, softcap, want_entropy):
+def linear_logprob_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scores: Scores, want_entropy: bool
+) -> Stats:
     """Log-prob of the targets, entropy or None, log-sum-exp; (N,) fp32 each.
 
-    hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 in [0, V); temperature (N,), bias (V,) fp32 or None.
+    hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 in [0, V).
     Same as row_stats(hidden @ weight.T in fp32, ...), in memory for a few numbers per row. The number of parts into
     which the vocabulary is cut depends on N and the device, and with it the order of the sums.
     """
-    _check(hidden, weight, targets, temperature, bias)
-    outs = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3)]
-    logp, lse, entropy = outs if want_entropy else (*outs[:2], None)
+    _check(hidden, weight, targets, scores)
+    logp, lse, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+    stats = Stats(logp, entropy if want_entropy else None, lse)
     if len(hidden):
         with on_device_of(hidden):
-            _launch(hidden, weight, targets, temperature, bias, softcap, logp, entropy, lse)
-    return logp, entropy, lse
+            _launch(hidden, weight, targets, scores, stats)
+    return stats
 
 
-def _launch(hidden, weight, targets, temperature, bias, softcap, logp, entropy, lse):
+def _launch(hidden: Tensor, weight: Tensor, targets: Tensor, scores: Scores, stats: Stats) -> None:
     (N, D), V = hidden.shape, len(weight)
+    temperature, bias, softcap = scores
     block_n, block_v, block_d, num_warps, num_stages = _tile(hidden)
     block_v = min(block_v, SOFTCAP_COLUMNS) if softcap else block_v
     num_blocks, num_tiles = triton.cdiv(N, block_n), triton.cdiv(V, block_v)
@@ -132,16 +137,16 @@ def _launch(hidden, weight, targets, temperature, bias, softcap, logp, entropy, 
     partial = hidden.new_empty(4, parts, N, dtype=torch.float32)
     _tiles_kernel[(num_blocks * parts,)](
         _descriptor(hidden, block_n, block_d), _descriptor(weight, block_v, block_d), targets, temperature, bias,
-        *partial, N, V, D, num_blocks, tiles_per_part, SOFTCAP=softcap or None, WITH_ENTROPY=entropy is not None,
+        *partial, N, V, D, num_blocks, tiles_per_part, SOFTCAP=softcap or None, WITH_ENTROPY=stats.entropy is not None,
         BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=block_d, UPCAST=triton.knobs.runtime.interpret, num_warps=num_warps,
         num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(N, BLOCK_R),)](
-        *partial, temperature, logp, entropy, lse, N, parts, BLOCK_R=BLOCK_R, num_warps=4, enable_fp_fusion=True
+        *partial, temperature, *stats, N, parts, BLOCK_R=BLOCK_R, num_warps=4, enable_fp_fusion=True
     )
 
 
-def _descriptor(x, *block):
+def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
     """Made on the host: one made in the kernel would need scratch memory from an allocator set for each thread."""
     unit = 16 // x.element_size()
     if x.stride(0) % unit or x.stride(1) != 1 or x.data_ptr() % 16:
@@ -149,16 +154,16 @@ def _descriptor(x, *block):
     return TensorDescriptor.from_tensor(x, list(block))
 
 
-def _tile(x):
+def _tile(x: Tensor) -> tuple[int, int, int, int, int]:
     arch = 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
     return TILES[min(arch // 10, 9), x.element_size()]
 
 
-def _num_multiprocessors(x):
+def _num_multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132  # of an H100
 
 
-def _check(hidden, weight, targets, temperature, bias):
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, scores: Scores) -> None:
     assert hidden.shape[1] == weight.shape[1], f"{hidden.shape} by {weight.shape}"
     assert hidden.dtype == weight.dtype, f"{hidden.dtype} by {weight.dtype}"
     assert hidden.dtype in (torch.float32, torch.bfloat16, torch.float16), hidden.dtype
@@ -166,26 +171,5 @@ def _check(hidden, weight, targets, temperature, bias):
     assert targets.is_contiguous()
     # coordinates of tiles, and rows times parts, are counted in 32 bits
     assert max(len(hidden), len(weight)) < 2**30, f"{len(hidden)} rows, {len(weight)} columns"
-    for x, size in ((temperature, len(hidden)), (bias, len(weight))):
+    for x, size in ((scores.temperature, len(hidden)), (scores.bias, len(weight))):
         assert x is None or (x.shape == (size,) and x.is_contiguous() and x.dtype == torch.float32), x
-
-
-def _variant(dtype, *, options=False, want_entropy=True):
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    scores = {"temperature": meta(32768), "bias": meta(128256), "softcap": 30.0} if options else {}
-    scores = {"temperature": None, "bias": None, "softcap": None} | scores
-    hidden, weight = meta(32768, 4096, dtype=dtype), meta(128256, 4096, dtype=dtype)
-    return linear_logprob_forward(hidden, weight, meta(32768, dtype=torch.int64), **scores, want_entropy=want_entropy)
-
-
-_DOT = {"_tiles_kernel": {"hgmma": "64x256x16", "tma": True}, "_merge_kernel": {"load": 64}}
-VARIANTS = {
-    "linear_logprob bf16": (lambda: _variant(torch.bfloat16, want_entropy=False), _DOT),
-    "linear_logprob bf16 entropy": (lambda: _variant(torch.bfloat16), _DOT),
-    "linear_logprob bf16 every option": (
-        lambda: _variant(torch.bfloat16, options=True), {"_tiles_kernel": {"hgmma": "64x128x16", "tma": True}},
-    ),
-    "linear_logprob fp32 entropy": (lambda: _variant(torch.float32), {"_tiles_kernel": {"tma": True}}),
-}  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from thinkmid.kernels.policy import DevicePolicy
+from thinkmid.kernels.streams import DevicePolicy
 
 NUM_METRICS = 10  # nine sums, then gap_max
 BLOCK_R = 1024
@@ -16,7 +17,7 @@ BLOCK_R = 1024
 
 @triton.jit
 def policy_terms(logp, adv, old, sampler, ref, mask, scalars_ptr):
-    """Of rows or of one: (loss without its entropy term, d loss / d logp, what is logged). Absent inputs are None."""
+    """For a row or a block of rows: loss without its entropy term, d loss / d logp, what is logged. None: absent."""
     inv_denom = tl.load(scalars_ptr)
     clip_low = tl.load(scalars_ptr + 1)
     clip_high = tl.load(scalars_ptr + 2)
@@ -121,7 +122,7 @@ def _policy_kernel(
     tl.store(sums_ptr + 9, tl.max(tl.where(kept, tl.abs(gap), 0.0), 0))
 
 
-def policy_rows(logp, policy, entropy):
+def policy_rows(logp: Tensor, policy: DevicePolicy, entropy: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each row (R,), its derivative with respect to logp (R,), and the metrics (10,), gap_max last.
 
     Sums are taken block by block and then over the blocks, always in that order: two runs agree bit for bit.
@@ -139,20 +140,6 @@ def policy_rows(logp, policy, entropy):
     return loss, dlogp, torch.cat((sums[:, :9].sum(0), sums[:, 9:].amax(0)))
 
 
-def on_device_of(x):
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _variant(*, full):
-    row, scalars = torch.empty(32768, device="meta"), torch.empty(8, device="meta")
-    streams = [row] * 4 if full else [None] * 4
-    return policy_rows(row, DevicePolicy(row, *streams, scalars, full), row if full else None)
-
-
-# what benchmarks.compile_report compiles and what it must find: calls of the launchers above with meta tensors, so that
-# what is checked is what ships. load, store: bits of the widest access
-VARIANTS = {
-    "policy_rows on-policy": (lambda: _variant(full=False), {"load": 128, "store": 128, "regs": 128}),
-    "policy_rows every stream": (lambda: _variant(full=True), {"load": 128, "store": 128, "regs": 128}),
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from thinkmid.kernels.gpu.policy import on_device_of
 
@@ -64,7 +65,9 @@ def _backward_kernel(
         tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * D + cols, dweight, mask=cols < D)
 
 
-def rms_norm_forward(x, residual, weight, eps, h, y, rstd) -> None:
+def rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, h: Tensor, y: Tensor, rstd: Tensor | None
+) -> None:
     """Writes y, h unless residual is None, rstd (R,) fp32 unless it is None. All contiguous, (..., D) or (D,)."""
     D = len(weight)
     num_rows = x.numel() // D
@@ -75,7 +78,9 @@ def rms_norm_forward(x, residual, weight, eps, h, y, rstd) -> None:
         )
 
 
-def rms_norm_backward(h, weight, rstd, dy, dh, dx, *, want_dweight):
+def rms_norm_backward(
+    h: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dh: Tensor | None, dx: Tensor, *, want_dweight: bool
+) -> Tensor | None:
     """Writes dx, of h's shape; returns the weight's gradient (D,), None if it is not wanted. dh may be None."""
     num_rows, D = len(rstd), len(weight)
     shape = _shape(D)
@@ -83,10 +88,10 @@ def rms_norm_backward(h, weight, rstd, dy, dh, dx, *, want_dweight):
     partial = torch.empty(programs, D, dtype=torch.float32, device=h.device) if want_dweight else None
     with on_device_of(h):
         _backward_kernel[(programs,)](h, weight, rstd, dy, dh, dx, partial, num_rows, D, **shape)
-    return partial.sum(0).to(weight.dtype) if want_dweight else None
+    return None if partial is None else partial.sum(0).to(weight.dtype)
 
 
-def _shape(D):
+def _shape(D: int) -> dict[str, int]:
     """Beyond D = 32768 a row no longer fits the registers: right, but slow."""
     block = triton.next_power_of_2(D)
     rows = max(1, TILE // block)
@@ -94,32 +99,8 @@ def _shape(D):
     return {"BLOCK_R": rows, "BLOCK_D": block, "num_warps": min(16, max(4, block // 512))}
 
 
-def _resident(x, num_warps):
+def _resident(x: Tensor, num_warps: int) -> int:
     """Programs that run at once, about 16 warps on a multiprocessor: more would only leave more partial sums."""
     if not x.is_cuda:  # interpreted: few, so that each takes several blocks
         return 3
     return max(1, 16 // num_warps) * torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
-def _variant(D, dtype, *, residual, back):
-    def meta(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, weight, rstd = meta(32768 * 4096 // D, D), meta(D), meta(32768 * 4096 // D, dtype=torch.float32)
-    if back:
-        return rms_norm_backward(x, weight, rstd, x, x if residual else None, x, want_dweight=True)
-    return rms_norm_forward(x, x if residual else None, weight, 1e-6, x, x, None if D == 128 else rstd)
-
-
-# what benchmarks.compile_report compiles and what it must find
-VARIANTS = {
-    f"rms_norm {'backward' if back else 'forward'} D={D} {str(dtype)[6:]}{' residual' if residual else ''}": (
-        lambda D=D, dtype=dtype, residual=residual, back=back: _variant(D, dtype, residual=residual, back=back),
-        {"load": 128, "store": 128},
-    )
-    for D, dtype, residual in (
-        (4096, torch.bfloat16, True), (4096, torch.bfloat16, False), (128, torch.bfloat16, False),
-        (1024, torch.float32, True),
-    )
-    for back in (False, True)
-}  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from thinkmid.kernels.gpu.policy import on_device_of
 
@@ -31,7 +31,7 @@ def _rotate_kernel(
     tl.store(out_at + half, b * cos + a * sin, mask=live)
 
 
-def rotate(x, cos, sin, sign, out) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> None:
     """Writes out (T, H, C) contiguous. x (T, H, C) with last stride 1, cos, sin (T, C/2) contiguous; sign 1 or -1."""
     T, H, C = x.shape
     block_h, block_c = triton.next_power_of_2(H), triton.next_power_of_2(C // 2)
@@ -40,19 +40,3 @@ def rotate(x, cos, sin, sign, out) -> None:
             x, cos, sin, out, x.stride(0), x.stride(1), H, C,
             BACK=sign < 0, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=min(8, max(1, block_h * block_c // 256)),
         )  # fmt: skip
-
-
-def _variant(H, dtype, sign):
-    def meta(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    angles = meta(32768, 64, dtype=torch.float32)
-    return rotate(meta(32768, H + 16, 128)[:, :H], angles, angles, sign, meta(32768, H, 128))
-
-
-# what benchmarks.compile_report compiles and what it must find
-VARIANTS = {
-    "rope forward H=32 bfloat16": (lambda: _variant(32, torch.bfloat16, 1.0), {"load": 128, "store": 128}),
-    "rope backward H=8 bfloat16": (lambda: _variant(8, torch.bfloat16, -1.0), {"load": 128, "store": 128}),
-    "rope forward H=32 float32": (lambda: _variant(32, torch.float32, 1.0), {"load": 128, "store": 128}),
-}

@@ -1,17 +1,14 @@
-"""Triton twin of the head's row kernel: one program per row of a chunk of scores, one sweep for statistics, one for dz.
-
-A module beside this one that holds kernels ends with VARIANTS: name -> (a call of its launcher with meta tensors of a
-real size, what sm_90 must show). benchmarks.compile_report compiles what those calls launch, and tests hold it to it.
-"""
+"""Triton twin of the head's row kernel: a program per row of a chunk of scores, a sweep for statistics, one for dz."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from thinkmid.kernels.gpu.policy import load_mask, load_rows, on_device_of, policy_terms
-from thinkmid.kernels.policy import DevicePolicy
+from thinkmid.kernels.streams import DevicePolicy, Scores, Stats
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -222,62 +219,68 @@ def _policy_kernel(
     )  # fmt: skip
 
 
-def row_stats(z, targets, *, temperature, bias, softcap, want_entropy):
+def row_stats(z: Tensor, targets: Tensor, scores: Scores, want_entropy: bool) -> Stats:
     """Log-prob of the targets, entropy or None, log-sum-exp; (c,) fp32 each. z (c, V) fp32, last stride 1."""
-    _check(z, targets, temperature, bias)
+    _check(z, targets, scores)
     logp, lse = z.new_empty(len(z)), z.new_empty(len(z))
     entropy = z.new_empty(len(z)) if want_entropy else None
     if len(z):
         with on_device_of(z):
             _stats_kernel[(len(z),)](
-                z, targets, temperature, bias, logp, entropy, lse, z.stride(0), z.shape[1], SOFTCAP=softcap or None,
-                **_shape(z),
+                z, targets, scores.temperature, scores.bias, logp, entropy, lse, z.stride(0), z.shape[1],
+                SOFTCAP=scores.softcap or None, **_shape(z),
             )  # fmt: skip
-    return logp, entropy, lse
+    return Stats(logp, entropy, lse)
 
 
-def row_grad(z, targets, lse, entropy, dlogp, dentropy, *, temperature, bias, softcap, out) -> None:
+def row_grad(
+    z: Tensor, targets: Tensor, stats: Stats, dlogp: Tensor | None, dentropy: Tensor | None, scores: Scores, out: Tensor
+) -> None:
     """Writes dz into out (c, V): z itself, or a tensor that shares no memory with it, fp32, bf16 or fp16.
 
     p is e^(s - lse): as good as lse is in fp32, some |lse| * 2^-24. row_policy does not go through lse.
     """
-    _check(z, targets, temperature, bias, out)
+    _check(z, targets, scores, out)
     dlogp, dentropy = (None if x is None else x.contiguous() for x in (dlogp, dentropy))
+    entropy = None if dentropy is None else stats.entropy
     if len(z):
         with on_device_of(z):
             _grad_kernel[(len(z),)](
-                z, targets, temperature, bias, lse, entropy, dlogp, dentropy, out, z.stride(0), out.stride(0),
-                z.shape[1], SOFTCAP=softcap or None, **_shape(z),
+                z, targets, scores.temperature, scores.bias, stats.lse, entropy, dlogp, dentropy, out, z.stride(0),
+                out.stride(0), z.shape[1], SOFTCAP=scores.softcap or None, **_shape(z),
             )  # fmt: skip
 
 
-def row_policy(z, targets, policy, *, temperature, bias, softcap, want_entropy, out):
-    """row_stats, then at once the gradient of the policy's loss with respect to z into out, as row_grad would."""
-    _check(z, targets, temperature, bias, out)
+def row_policy(
+    z: Tensor, targets: Tensor, policy: DevicePolicy, scores: Scores, want_entropy: bool, out: Tensor
+) -> Stats:
+    """row_stats without log-sum-exp, and at once the gradient of the policy's loss with respect to z into out."""
+    _check(z, targets, scores, out)
     logp = z.new_empty(len(z))
     entropy = z.new_empty(len(z)) if want_entropy else None
     if len(z):
         with on_device_of(z):
             _policy_kernel[(len(z),)](
-                z, targets, temperature, bias, *policy[:6], logp, entropy, out, z.stride(0), out.stride(0), z.shape[1],
-                SOFTCAP=softcap or None, ENTROPY_GRAD=policy.has_entropy_grad, **_shape(z),
+                z, targets, scores.temperature, scores.bias, *policy[:6], logp, entropy, out, z.stride(0),
+                out.stride(0), z.shape[1], SOFTCAP=scores.softcap or None, ENTROPY_GRAD=policy.has_entropy_grad,
+                **_shape(z),
             )  # fmt: skip
-    return logp, entropy
+    return Stats(logp, entropy, None)
 
 
-def _check(z, targets, temperature, bias, out=None):
+def _check(z: Tensor, targets: Tensor, scores: Scores, out: Tensor | None = None) -> None:
     assert z.dtype == torch.float32, f"scores are fp32; got {z.dtype}"
     assert z.stride(1) == 1, f"the last stride is 1; got {z.stride()}"
     assert z.shape[1] < 2**31, f"columns are counted in 32 bits; got {z.shape[1]}"
     assert targets.shape == z.shape[:1], f"{targets.shape} targets of {z.shape} scores"
     assert targets.is_contiguous()
-    for x, size in ((temperature, len(z)), (bias, z.shape[1])):
+    for x, size in ((scores.temperature, len(z)), (scores.bias, z.shape[1])):
         assert x is None or (x.shape == (size,) and x.is_contiguous() and x.dtype == torch.float32), x
     assert out is None or (out.shape == z.shape and out.stride(1) == 1), f"{out.shape} {out.stride()} for {z.shape}"
 
 
-def _shape(z):
-    """Columns that a program takes at a time, its warps; a * b + c in one instruction, said because defaults differ."""
+def _shape(z: Tensor) -> dict[str, int | bool]:
+    """Columns a program takes at a time, its warps, and fused multiply-add, set because defaults differ."""
     V = z.shape[1]
     if V <= 65536:
         block = min(256 * VEC.value, max(256, triton.next_power_of_2(V)))
@@ -285,35 +288,3 @@ def _shape(z):
     # 1024 threads of more than 32 registers: one row per multiprocessor, so that more of each stays in cache until it
     # is read again; 16 columns per thread are 64 KB in flight, four times what hides the memory's latency
     return {"BLOCK_V": 1024 * VEC.value * 2, "num_warps": 32, "enable_fp_fusion": True}
-
-
-def _variant(call, V, *, dtype=torch.float32, options=False, full=False):
-    """Of c = 16384 rows: with V = 131072 and more their offsets pass 2^31."""
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    z, y, row = meta(16384, V), meta(16384, dtype=torch.int64), meta(16384)
-    scores = {"temperature": row, "bias": meta(V), "softcap": 30.0} if options else {}
-    scores = {"temperature": None, "bias": None, "softcap": None} | scores
-    out = z if dtype == torch.float32 else meta(16384, V, dtype=dtype)
-    if call is row_stats:
-        return row_stats(z, y, **scores, want_entropy=full)
-    if call is row_grad:
-        return row_grad(z, y, row, row, row, row if full else None, **scores, out=out)
-    policy = DevicePolicy(row, *([row] * 4 if full else [None] * 4), meta(8), full)
-    return row_policy(z, y, policy, **scores, want_entropy=full, out=out)
-
-
-_WIDE = {"load": 128, "store": 128, "regs": 64}  # 1024 threads have 64 registers each
-VARIANTS = {
-    "row_stats V=128256": (lambda: _variant(row_stats, 128256), {"load": 128, "regs": 64}),
-    "row_stats V=151936 entropy": (lambda: _variant(row_stats, 151936, full=True), {"load": 128, "regs": 64}),
-    "row_grad V=128256 bf16": (lambda: _variant(row_grad, 128256, dtype=torch.bfloat16), _WIDE),
-    "row_policy V=128256 bf16": (lambda: _variant(row_policy, 128256, dtype=torch.bfloat16), _WIDE),
-    "row_policy V=128256 in place": (lambda: _variant(row_policy, 128256), _WIDE),
-    "row_policy V=151936 bf16 every option": (
-        lambda: _variant(row_policy, 151936, dtype=torch.bfloat16, options=True, full=True), _WIDE,
-    ),
-    "row_policy V=32000 bf16": (lambda: _variant(row_policy, 32000, dtype=torch.bfloat16), {"load": 128, "store": 128}),
-}  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from thinkmid.kernels.gpu.policy import on_device_of
 
@@ -33,30 +33,15 @@ def _backward_kernel(gate_ptr, up_ptr, dout_ptr, dgate_ptr, dup_ptr, size, BLOCK
     tl.store(dup_ptr + at, d * (g * sigmoid), mask=live)
 
 
-def swiglu_forward(gate, up, out) -> None:
+def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Writes out. All contiguous and of one shape."""
     with on_device_of(gate):
         _forward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=8)
 
 
-def swiglu_backward(gate, up, dout, dgate, dup) -> None:
+def swiglu_backward(gate: Tensor, up: Tensor, dout: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Writes dgate and dup. All contiguous and of one shape."""
     with on_device_of(gate):
         _backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
             gate, up, dout, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8
         )
-
-
-def _variant(dtype, *, back):
-    x = torch.empty(32768, 14336, dtype=dtype, device="meta")
-    return swiglu_backward(x, x, x, x, x) if back else swiglu_forward(x, x, x)
-
-
-# what benchmarks.compile_report compiles and what it must find
-VARIANTS = {
-    f"swiglu {'backward' if back else 'forward'} {str(dtype)[6:]}": (
-        lambda dtype=dtype, back=back: _variant(dtype, back=back), {"load": 128, "store": 128},
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-    for back in (False, True)
-}  # fmt: skip

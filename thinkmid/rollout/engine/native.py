@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thinkmid.kernels.attention import attend_segments
+from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.kv_cache import Cache, Prefixes, attention
@@ -131,7 +131,7 @@ class NativeEngine:
         tokens = torch.tensor([t for tokens in sequences for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
         rows = (lengths.cumsum(0) - 1).to(self._device)
-        return self._model(tokens, positions, attend_segments(cu, cu), rows=rows).float()
+        return self._model(tokens, positions, SegmentAttention(cu, cu), rows=rows).float()
 
     def _admit(self, taken, prompts, rows, prefixes):
         """Give each sequence a row, and each new prompt a slot that holds its prefix."""
@@ -151,7 +151,7 @@ class NativeEngine:
         tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
         cache, last = prefixes.cache, self._model.cfg.layers - 1
-        segments, spans = attend_segments(cu, cu), list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
+        segments, spans = SegmentAttention(cu, cu), list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
 
         def attend(layer, q, k, v):
             for (p, _), (lo, hi) in zip(batch, spans, strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from thinkmid.errors import UserError
-from thinkmid.model import weights
+from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling, make_engine
@@ -178,7 +178,7 @@ class JudgeWeights:
 
     def __init__(self, folder: str, dtype: str):
         self._folder, self._dtype = folder, dtype
-        self._known, self._are_finite = weights.stamps(folder), False
+        self._known, self._are_finite = weight_files.stamps(folder), False
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor). UserError as of weights.stream_folder."""
