@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from thinkmid.eval.config import EvalConfig
 from thinkmid.files import Kinds, check_row, is_count, is_text, locked, read_json, read_rows, reopen, write_whole
 from thinkmid.model import identity, weights
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Prompt
+from thinkmid.types import Prompt, Request
 
 MARK = "drawn-by.json"
 PATH_ALONE = "model, template, sampling and seed"
@@ -128,17 +131,24 @@ def draw(
         ranks.agree(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
         ranks.barrier()  # all have looked before one writes
         left = [p for p in prompts if key(p.meta, keys) not in have]
-        mine = left[ranks.rank // share :: ranks.world // share]
-        write = ranks.rank % share == 0
-        alike_P_G = alike(mine)
-        seeds_P_G = [[seed(cfg.run.seed, 0, p.id, 0) for p in group] for group in alike_P_G]
+        alike_P_G = alike(left[i] for i in places(len(left), ranks, share))
+        requests = requests_of(alike_P_G, cfg.run.seed)
+        total, done, writes = sum(map(len, alike_P_G)), 0, leads(ranks, share)
         with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
-            drawn = engine.generate([group[0] for group in alike_P_G], seeds_P_G, sampling)
-            for done, (p, g, sample) in enumerate(drawn, start=1):
-                if write:
+            for request, sample in chain.from_iterable(engine.generate(requests, sampling)):
+                p, g = request.key
+                if writes:
                     file.write(json.dumps(row_of(alike_P_G[p][g], sample, text), ensure_ascii=False) + "\n")
+                done += 1
                 if ranks.rank == 0 and done % 500 == 0:
-                    print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
+                    print(f"{name}: {done} of {total} samples of this rank", flush=True)
+
+
+def requests_of(alike_P_G: list[list[Prompt]], run_seed: int) -> Iterator[Request]:
+    """One request for each prompt, with the first of its group in its place: an engine reads that once."""
+    for p, group in enumerate(alike_P_G):
+        for g, prompt in enumerate(group):
+            yield Request(prompt=group[0], seed=seed(run_seed, 0, prompt.id, 0), key=(p, g))
 
 
 def check_asked(folder: Path, name: str, prompts: Iterable[Prompt], have: dict[tuple, dict], keys: Kinds) -> None:

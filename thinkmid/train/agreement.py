@@ -10,7 +10,7 @@ import torch
 from thinkmid.data.pack import Reply, Unit, make_pack, plan
 from thinkmid.errors import UserError
 from thinkmid.plan import memory
-from thinkmid.train import exchange
+from thinkmid.train import rollouts
 from thinkmid.train.loss import logprobs
 from thinkmid.types import Group
 
@@ -59,7 +59,7 @@ class Agreement:
             if left <= 0:
                 break
         run, cfg = self._run, self._cfg
-        everyone = exchange.all_groups(few, mine[: len(few)], run.ranks)
+        everyone = rollouts.all_groups(few, mine[: len(few)], run.ranks)
         packs = plan(
             [_unit(g) for g in everyone],
             capacity=cfg.batch.pack_tokens,

@@ -14,15 +14,16 @@ from thinkmid.data.source import Order
 from thinkmid.errors import UserError
 from thinkmid.plan import memory
 from thinkmid.rollout.engine import weight_sync
-from thinkmid.rollout.engine.protocol import Engine, check_vllm, make_engine
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import Engine, check_vllm
+from thinkmid.rollout.engine.slices import places
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import EXIT, Interrupt, Stopped
 from thinkmid.run.log import finite
 from thinkmid.run.ranks import Ranks, start_ranks
-from thinkmid.train import advantage, exchange, job
+from thinkmid.train import advantage, job
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import Reward, judged, places, refuse_stale, refuse_unjudged, rollouts
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.metrics import (
@@ -39,6 +40,7 @@ from thinkmid.train.metrics import (
 )
 from thinkmid.train.optim import Offload
 from thinkmid.train.references import next_token_units
+from thinkmid.train.rollouts import Reward, finished, judged, refuse_stale, refuse_unjudged, rollouts
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt
 
@@ -203,7 +205,7 @@ def train(
                 checked = agreement.rescore(step, groups, mine, draw)
             with clock("reward"):
                 groups = judged(run, cfg, groups, pending_P_G, mine)
-                checked |= exchange.finished(reward, step, ranks, cfg.engine.tensor_parallel)
+                checked |= finished(reward, step, ranks, cfg.engine.tensor_parallel)
                 refuse_stopped(run)
                 engine.sleep()
                 if scores:

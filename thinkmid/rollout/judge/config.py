@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from thinkmid.errors import UserError
-from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, make_engine
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.judge import templates
 from thinkmid.types import Prompt, Tally
 
