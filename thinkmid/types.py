@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+# of a sample: one value per token, (n,)
+STREAMS = {"tokens": np.int32, "logp": np.float32, "drawn": np.bool_, "versions": np.int32}
 # metrics of one rank's part of a step: numbers add up over ranks, pairs (sum, count) become means
 Tally = dict[str, float | tuple[float, float]]
 

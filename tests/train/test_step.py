@@ -19,7 +19,7 @@ from thinkmid.train import advantage, fsdp, job, optim, rollouts
 from thinkmid.train.config import LossConfig, ModelSection
 from thinkmid.train.loss import logprobs, policy_loss, text_loss
 from thinkmid.train.step import train_step
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import STREAMS, Group, Prompt, Sample
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 LOSS = LossConfig(denom=3.0)
@@ -300,9 +300,7 @@ REWARD = st.one_of(st.just(math.nan), st.floats(allow_nan=False, allow_infinity=
 
 
 def as_sample(rows, finish, num_think):
-    streams = {
-        name: np.array([row[i] for row in rows], dtype) for i, (name, dtype) in enumerate(rollouts.STREAMS.items())
-    }
+    streams = {name: np.array([row[i] for row in rows], dtype) for i, (name, dtype) in enumerate(STREAMS.items())}
     return Sample(**streams, finish=finish, num_think=num_think)
 
 

@@ -100,8 +100,8 @@ class Questions:
         while True:
             if self._again:
                 item, asking = self._again.popleft()
-            elif item := next(self._items, None):
-                asking = annotators.begin(item.chunk, self._writer.annotator)
+            elif following := next(self._items, None):
+                item, asking = following, annotators.begin(following.chunk, self._writer.annotator)
             elif self._asked:
                 yield None
                 continue
@@ -126,8 +126,12 @@ class Questions:
     def hear(self, request: Request, sample: Sample) -> None:
         """Take an answer: it settles its chunk, or the model is asked again."""
         item, asking = self._asked.pop(request.key)
-        cost = {"prompt_tokens": len(request.prompt.tokens), "written_tokens": len(sample.tokens)}
-        reply = Reply(self._writer.tokenizer.decode(sample.tokens), **cost, cut=sample.finish != "eos")
+        reply = Reply(
+            self._writer.tokenizer.decode(sample.tokens),
+            prompt_tokens=len(request.prompt.tokens),
+            written_tokens=len(sample.tokens),
+            cut=sample.finish != "eos",
+        )
         annotators.hear(asking, reply, self._writer.annotator)
         if asking.done:
             self._settled.append((item, asking.out))

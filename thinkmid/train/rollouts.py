@@ -14,16 +14,15 @@ import numpy as np
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
 from thinkmid.rollout.engine.slices import leads
-from thinkmid.rollout.judge.model import Pending
+from thinkmid.rollout.verdict import Pending
 from thinkmid.run.ranks import Ranks
 from thinkmid.run.watch import Watch
 from thinkmid.train.config import RLConfig
 from thinkmid.train.job import Job
-from thinkmid.types import Group, Prompt, Request, Sample, Tally
+from thinkmid.types import STREAMS, Group, Prompt, Request, Sample, Tally
 
 # engine steps between two polls of whether neighbours that share an engine were asked to stop
 STEPS_BETWEEN_POLLS = 16
-STREAMS = {"tokens": np.int32, "logp": np.float32, "drawn": np.bool_, "versions": np.int32}
 
 
 class Reward(Protocol):

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from thinkmid.rollout.engine.protocol import Sampling
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Request, Sample, Written
+from thinkmid.types import STREAMS, Request, Sample, Written
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Texts = NDArray[np.str_]
 
-STREAMS = {"tokens": np.int32, "logp": np.float32, "drawn": np.bool_, "versions": np.int32}  # one value per token
 STATE = {
     "seed": np.uint64,
     "newest": np.int64,  # last token
@@ -127,8 +126,9 @@ class Rows:
         """(b,) whether the next token of rows (b,) must be one of a forced closing tag."""
         if not self._sampling.force_close:
             return np.zeros(len(at), bool)
-        unclosed = self._table["opened"][at] & (self._table["think"][at] == 0)
-        return unclosed & (self._table["count"][at] >= self._sampling.max_think - len(self._close))
+        table, before_tag = self._table, self._sampling.max_think - len(self._close)
+        spent: Bools = table["opened"][at] & (table["think"][at] == 0) & (table["count"][at] >= before_tag)
+        return spent
 
     def forced(self, at: Ints) -> Ints:
         """(b,) the token that must come next in rows (b,) whose thought budget is spent, else -1."""
@@ -150,15 +150,15 @@ class Rows:
         new = count >= table["written"][at]
         for name, values in zip(STREAMS, (token, logp, drawn, version), strict=True):
             table[name][at, count] = np.where(new, values, table[name][at, count])
-        token = table["tokens"][at, count]
+        stored = table["tokens"][at, count]
         table["forced"][at] += ~table["drawn"][at, count]
-        table["newest"][at] = token
+        table["newest"][at] = stored
         table["position"][at] += 1
         count += 1
         table["count"][at] = count
-        table["state"][at], hits = self._matcher.step(table["state"][at], token)
+        table["state"][at], hits = self._matcher.step(table["state"][at], stored)
         table["hits"][at] += hits
-        table["open_state"][at], opens = self._opener.step(table["open_state"][at], token)
+        table["open_state"][at], opens = self._opener.step(table["open_state"][at], stored)
         table["opened"][at] = opened = table["opened"][at] | (opens > 0)
         think = table["think"][at]
         table["think"][at] = think = np.where((think == 0) & (hits > 0), count, think)
@@ -166,7 +166,7 @@ class Rows:
         ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
         ended[count >= np.where(opened, self._sampling.max_new, self._sampling.max_direct)] = "suffix"
         ended[opened & (think == 0) & (count >= self._sampling.max_think)] = "unclosed"
-        ended[np.isin(token, self._eos)] = "eos"
+        ended[np.isin(stored, self._eos)] = "eos"
         ended[table["hits"][at] > 1] = "reclosed"
         return ended
 

@@ -221,13 +221,13 @@ class VllmEngine:
             (why,) = rows.append(at, tag, 0.0, False, self.version)
             if why:
                 return str(why)
-        seed = int(rows.seed[row])
+        tokens = rows.tokens(row)
         id = self._add(
-            rows.tokens(row),
+            tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            **self._draws.params(seed, len(rows.tokens(row))),
+            **self._draws.params(int(rows.seed[row]), len(tokens)),
             max_tokens=sampling.max_new - int(rows.count[row]),
             stop_token_ids=list(self.tokenizer.eos_ids),
             logprobs=0,
