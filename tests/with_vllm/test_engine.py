@@ -17,10 +17,10 @@ from thinkmid.model import weights
 from thinkmid.model.transformer import RopeScaling
 from thinkmid.rollout.engine import vllm, weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect, requests_of
 from thinkmid.run.ranks import start_ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
-from thinkmid.types import Prompt, Request, Written
+from thinkmid.types import Prompt, Written
 
 MAX_LEN = 320
 SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples.", "<think> 12 - 5 = 7 </think> So 7 remain."]
@@ -139,14 +139,6 @@ def test_what_is_drawn_depends_on_the_seed_alone(one):
         assert a.tokens.tolist() == b.tokens.tolist()
     a, b = together[-1].samples
     assert a.tokens.tolist() != b.tokens.tolist()
-
-
-def requests_of(prompts, seeds_P_G):
-    return [
-        Request(prompt=prompt, seed=seed, key=(p, g))
-        for p, prompt in enumerate(prompts)
-        for g, seed in enumerate(seeds_P_G[p])
-    ]
 
 
 def drawn_from(engine, requests, sampling):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from thinkmid.errors import UserError
-from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
+from thinkmid.rollout.engine.protocol import Engine, Sampling, requests_of, seed
 from thinkmid.rollout.engine.slices import leads
 from thinkmid.rollout.verdict import Pending
 from thinkmid.run.ranks import Ranks
@@ -43,11 +43,7 @@ def rollouts(
     Draws depend on (run seed, step, prompt, sibling) alone. Collective: a UserError on one rank is raised on all.
     """
     siblings = range(cfg.batch.siblings)
-    requests = [
-        Request(prompt=prompt, seed=seed(cfg.run.seed, step, prompt.id, g), key=(p, g))
-        for p, prompt in enumerate(prompts)
-        for g in siblings
-    ]
+    requests = requests_of(prompts, [[seed(cfg.run.seed, step, p.id, g) for g in siblings] for p in prompts])
     samples, pending = run.ranks.agree(lambda: draw(run, engine, requests, cfg.sampling, reward))
     if len(samples) < len(requests):
         return None, []

@@ -12,7 +12,7 @@ from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.native import NativeEngine, draw
-from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.protocol import Sampling, collect, requests_of
 from thinkmid.thoughts import CLOSE, OPEN
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs
@@ -367,14 +367,6 @@ def test_each_prefix_is_prefilled_once_even_with_refill(endless):
     engine._prefill = prefill
     collect(engine, prompts, seeds(len(prompts), 5), Sampling(max_think=3, max_batch=3))
     assert prefilled == [prompt.tokens[:-1] for prompt in prompts if len(prompt.tokens) > 1]
-
-
-def requests_of(prompts, seeds_P_G):
-    return [
-        Request(prompt=prompt, seed=seed, key=(p, g))
-        for p, prompt in enumerate(prompts)
-        for g, seed in enumerate(seeds_P_G[p])
-    ]
 
 
 def drawn_from(engine, requests, sampling):

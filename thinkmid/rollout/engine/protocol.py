@@ -150,15 +150,20 @@ def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def collect(engine: Engine, prompts: Sequence[Prompt], seeds_P_G: list[list[int]], sampling: Sampling) -> list[Group]:
-    """One sample for each seed, as groups in the order of the prompts."""
-    requests = [
+def requests_of(prompts: Sequence[Prompt], seeds_P_G: list[list[int]]) -> list[Request]:
+    """A request for each sibling; its key is (prompt, sibling)."""
+    return [
         Request(prompt=prompt, seed=seed, key=(p, g))
         for p, (prompt, seeds) in enumerate(zip(prompts, seeds_P_G, strict=True))
         for g, seed in enumerate(seeds)
     ]
-    samples = {request.key: sample for step in engine.generate(requests, sampling) for request, sample in step}
+
+
+def collect(engine: Engine, prompts: Sequence[Prompt], seeds_P_G: list[list[int]], sampling: Sampling) -> list[Group]:
+    """One sample for each seed, as groups in the order of the prompts."""
+    steps = engine.generate(requests_of(prompts, seeds_P_G), sampling)
+    samples = {request.key: sample for step in steps for request, sample in step}
     return [
-        Group(prompt=prompt, samples=[samples[p, g] for g in range(len(seeds))])
-        for p, (prompt, seeds) in enumerate(zip(prompts, seeds_P_G, strict=True))
+        Group(prompt=prompt, samples=[samples[p, g] for g in range(len(seeds_P_G[p]))])
+        for p, prompt in enumerate(prompts)
     ]

@@ -172,11 +172,11 @@ class Rows:
 
     def tokens(self, row: int) -> list[int]:
         """The row's sequence: prompt, and tokens so far."""
-        own: list[int] = self._table["tokens"][row, : self.count[row]].tolist()
+        own: list[int] = self._table["tokens"][row, : self._table["count"][row]].tolist()
         return [*self.requests[row].prompt.tokens, *own]
 
     def sample(self, row: int, finish: str) -> Sample:
-        n, think = int(self.count[row]), int(self._table["think"][row])
+        n, think = int(self._table["count"][row]), int(self._table["think"][row])
         return Sample(**self._streams(row, n), finish=str(finish), num_think=think or n)
 
     def unfinished(self) -> list[Request]:
@@ -184,7 +184,7 @@ class Rows:
         out = []
         for row, request in enumerate(self.requests):
             # one that is still replaying keeps all that it brought
-            n = int(max(self.count[row], self._table["written"][row]))
+            n = int(max(self._table["count"][row], self._table["written"][row]))
             out.append(replace(request, written=Written(**self._streams(row, n)) if n else None))
         return [*out, *self.waiting]
 
