@@ -450,6 +450,8 @@ def test_a_sequence_cut_anywhere_ends_as_one_that_was_not(text, what):
     script = text.encode(words)
     (whole,) = scripted(text, [script], sampling)
     n = len(whole.tokens)
+    assert whole.finish == ("unclosed" if what == "budget" else "suffix")
+    assert whole.drawn.all() == (what != "forced")
     for k in range(1, n):
         (sample,) = scripted(text, [script], sampling, written=cut(whole, k, version=-5))
         assert same(sample, whole)
