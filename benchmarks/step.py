@@ -106,7 +106,7 @@ def make_groups(vocab, args, num_live) -> list[Group]:
                 drawn=np.ones(args.reply, bool),
                 finish="suffix",
                 num_think=args.reply,
-                version=0,
+                versions=np.zeros(args.reply, np.int32),
             )
             for _ in range(args.siblings)
         ]

@@ -158,7 +158,7 @@ def random_groups(rewards_P_G, seed=0, *, max_prefix=9, max_reply=7, version=0):
         n = int(rng.integers(1, max_reply + 1))
         return Sample(
             tokens=rng.integers(0, TINY.vocab, n).astype(np.int32), logp=rng.normal(-4, 1, n).astype(np.float32),
-            drawn=rng.random(n) < 0.8, finish="eos", num_think=n, version=version,
+            drawn=rng.random(n) < 0.8, finish="eos", num_think=n, versions=np.full(n, version, np.int32),
         )  # fmt: skip
 
     groups = []

@@ -21,10 +21,10 @@ from thinkmid.kernels.policy import dr_grpo_loss
 from thinkmid.model import weights
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.run.ranks import Ranks
-from thinkmid.train import advantage, exchange, fsdp, optim, rlmt
+from thinkmid.train import advantage, fsdp, optim, rlmt, rollouts
 from thinkmid.train.config import LossConfig
-from thinkmid.train.draw import refuse_stale
 from thinkmid.train.loss import logprobs, policy_loss
+from thinkmid.train.rollouts import refuse_stale
 from thinkmid.train.step import train_step
 
 NAN = float("nan")
@@ -144,7 +144,7 @@ SPLITS = [(24, 0.0, False), (200, 0.05, True)]
 def ranks_worker(rank, world, folder):
     ranks = join_ranks(rank, world, folder)
     mine = list(range(rank, len(GROUPS), world))  # 7 groups: 4 and 3, or 2, 2, 2 and 1
-    groups = exchange.all_groups([GROUPS[i] for i in mine], mine, ranks)
+    groups = rollouts.all_groups([GROUPS[i] for i in mine], mine, ranks)
     for capacity, clip, tied in SPLITS:
         model = random_model(replace(TINY, tied=tied), dtype=torch.float64)
         fsdp.shard(model, ranks, compute_dtype=torch.float64)
@@ -350,9 +350,15 @@ def test_without_a_cap_there_is_no_importance_weight():
 def test_a_sample_of_other_weights_is_refused_by_name():
     groups = random_groups([[1, 0], [0, 1]], version=3)
     refuse_stale(groups, 3)
-    groups[1].samples[1] = replace(groups[1].samples[1], version=2)
-    with pytest.raises(RuntimeError, match=r"prompt 1: .*version 2, the trainer holds 3"):
-        refuse_stale(groups, 3)
+    late = groups[1].samples[1]
+    for wrong in (2, 4):
+        versions = late.versions.copy()
+        versions[-1] = wrong  # one token is enough
+        groups[1].samples[1] = replace(late, versions=versions)
+        with pytest.raises(RuntimeError, match=rf"prompt 1: .*version {wrong}, the trainer holds 3"):
+            refuse_stale(groups, 3)
+        if wrong == 2:
+            refuse_stale(groups, 3, lag=1)
 
 
 class Held:

@@ -1,4 +1,4 @@
-"""Prompt, Sample, Group, Pack: the only things that travel between folders, beside a Tally for the log."""
+"""Prompt, Request, Sample, Group, Pack: the only things that travel between folders, beside a Tally for the log."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
 
+# of a sample: one value per token, (n,)
+STREAMS = {"tokens": np.int32, "logp": np.float32, "drawn": np.bool_, "versions": np.int32}
 # metrics of one rank's part of a step: numbers add up over ranks, pairs (sum, count) become means
 Tally = dict[str, float | tuple[float, float]]
 
@@ -25,36 +28,36 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Tokens of a sample that an earlier step left unfinished."""
+    """Tokens of a sample that an earlier generation left unfinished; the streams of a Sample."""
 
-    tokens: np.ndarray  # (n,) int32
-    logp: np.ndarray  # (n,) float32
-    drawn: np.ndarray  # (n,) bool, False where the token was forced
-    versions: np.ndarray  # (n,) int32, of the weights that drew each
+    tokens: NDArray[np.int32]  # (n,)
+    logp: NDArray[np.float32]  # (n,)
+    drawn: NDArray[np.bool_]  # (n,) False where the token was forced
+    versions: NDArray[np.int32]  # (n,) of the weights that drew each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What an engine is given: one sample to draw."""
 
-    prompt: Prompt
+    prompt: Prompt  # siblings are requests of one Prompt object: an engine reads it once
     seed: int  # 64 bits; a draw depends on this and the token's number alone
     key: tuple[int, ...] = ()  # the caller's own, opaque to engines: prompt and sibling of a group
-    written: Written | None = None  # continued, not drawn again
+    written: Written | None = None  # the sample's first tokens: continued, not drawn again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """What the policy wrote after a prompt."""
 
-    tokens: np.ndarray  # (n,) int32, generated tokens only
-    logp: np.ndarray  # (n,) float32, log-prob of each token at the sampling temperature, unfiltered
-    drawn: np.ndarray  # (n,) bool, False where the token was forced
+    tokens: NDArray[np.int32]  # (n,) generated tokens only
+    logp: NDArray[np.float32]  # (n,) log-prob of each token at the sampling temperature, unfiltered
+    drawn: NDArray[np.bool_]  # (n,) False where the token was forced
+    versions: NDArray[np.int32]  # (n,) of the weights that drew each
     # "eos", "suffix" (N tokens after the tag, or the budget without a thought), "unclosed" (thought budget spent) or
     # "reclosed" (second tag)
     finish: str
     num_think: int  # tokens before the predicted suffix, closing tag included; all of them if it never came
-    version: int  # of the weights that drew it
 
 
 @dataclass(frozen=True, kw_only=True)

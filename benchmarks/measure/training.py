@@ -31,7 +31,7 @@ def groups_of(family: Family, *, vocab: int, live: int | None = None) -> list[Gr
             Sample(
                 tokens=rng.integers(vocab, size=family.reply).astype(np.int32),
                 logp=np.full(family.reply, -np.log(vocab), np.float32), drawn=np.ones(family.reply, bool),
-                finish="suffix", num_think=family.reply, version=0,
+                finish="suffix", num_think=family.reply, versions=np.zeros(family.reply, np.int32),
             )
             for _ in range(family.siblings)
         ]  # fmt: skip

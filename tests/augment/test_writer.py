@@ -22,7 +22,7 @@ from conftest import TINY, exchange, exit_code, flip_bit, random_model
 from thinkmid.augment import annotate, annotators, writer
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.shards import Chunk
-from thinkmid.augment.writer import WriterConfig, through_engine
+from thinkmid.augment.writer import EngineWriter, WriterConfig
 from thinkmid.data.chat import Chat
 from thinkmid.model import weights
 from thinkmid.rollout.engine.native import NativeEngine
@@ -59,37 +59,41 @@ class Scripted:
 
     def __init__(self, text):
         self.text, self.calls, self.rng = text, [], random.Random(0)
-        self.generations, self.waiting = 0, []
+        self.generations, self.running = 0, []
 
-    def generate(self, prompts, seeds_P_G, sampling, stop):
+    def generate(self, requests, sampling):
         self.generations += 1
-        left, seen = list(range(len(prompts))), len(prompts)
-        while left and not stop():
-            p = left.pop(self.rng.randrange(min(7, len(left))))
-            self.waiting.append(len(left))
-            [seed] = seeds_P_G[p]
-            question = self.text.decode(prompts[p].tokens)
-            self.calls.append((question, seed))
-            reply = misbehave.reply(question)
-            tokens = np.array(self.text.encode(reply.text) + [self.text.eos_ids[0]] * (not reply.cut), np.int32)
-            yield p, 0, Sample(
-                tokens=tokens, logp=np.zeros(len(tokens), np.float32), drawn=np.ones(len(tokens), bool),
-                finish="unclosed" if reply.cut else "eos", num_think=len(tokens), version=0,
-            )  # fmt: skip
-            assert len(prompts) - seen <= 1, "more than one for a sample"
-            left += range(seen, len(prompts))
-            seen = len(prompts)
+        running, source = [], iter(requests)
+        while True:
+            while len(running) < 7 and (request := next(source, None)):
+                running.append(request)
+            if not running:
+                return
+            self.running.append(len(running))
+            yield [(request := running.pop(self.rng.randrange(len(running))), self.answer(request))]
+
+    def answer(self, request):
+        question = self.text.decode(request.prompt.tokens)
+        self.calls.append((question, request.seed))
+        reply = misbehave.reply(question)
+        tokens = np.array(self.text.encode(reply.text) + [self.text.eos_ids[0]] * (not reply.cut), np.int32)
+        n = len(tokens)
+        return Sample(
+            tokens=tokens, logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), versions=np.zeros(n, np.int32),
+            finish="unclosed" if reply.cut else "eos", num_think=n,
+        )  # fmt: skip
 
 
-def scripted_run(world, out, *, wave=8, stop_after=0, retries=1):
+def scripted_run(world, out, *, stop_after=0, retries=1):
     """Annotate with the scripted engine. Returns the exit code and the engine."""
     text = Tokenizer.load(world / "model")
     engine, cfg = Scripted(text), misbehave.settings(world, out=out)
     stopped = lambda: bool(stop_after) and len(engine.calls) >= stop_after  # noqa: E731
-    through = partial(
-        through_engine, cfg=AnnotatorConfig(kind="engine", retries=retries), writer=WriterConfig(max_batch=wave),
-        engine=engine, text=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6, stopped=stopped,
+    write = EngineWriter(
+        engine=engine, tokenizer=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6,
+        annotator=AnnotatorConfig(kind="engine", retries=retries), config=WriterConfig(),
     )  # fmt: skip
+    through = partial(write, stopped=stopped)
     return annotate.work(cfg, Tokenizer.load(world / "tokenizer"), through, stopped=stopped), engine
 
 
@@ -118,11 +122,11 @@ def test_an_engine_that_misbehaves_gives_the_files_and_counts_of_an_endpoint_tha
     assert files(world / "engine") == files(world / "endpoint")
     assert counts(world / "engine") == counts(world / "endpoint")
     assert Counter(question for question, _ in engine.calls) == Counter(asked)
-    # one call after the other would run empty at each end: here the queue is full until the corpus ends
-    queue, tries = 8 * writer.QUEUE, 2
+    # one call after the other would run empty at each end: here the engine is full until the corpus ends
+    tries = 2
     assert engine.generations == 1
-    assert engine.waiting == sorted(engine.waiting, reverse=True)
-    assert engine.waiting.count(queue - 1) > len(engine.calls) - queue * tries
+    assert engine.running == sorted(engine.running, reverse=True)
+    assert engine.running.count(7) > len(engine.calls) - 7 * tries
     assert counts(world / "engine")["accepted"] > 100
     assert len(counts(world / "engine")["refused_by"]) > 10
 
@@ -153,10 +157,11 @@ def test_what_exceeds_the_context_is_refused_by_that_reason_and_the_rest_goes_on
     needs = {n: len(chat(annotators.begin(chunks[n], AnnotatorConfig()).prompt)) + 50 for n in (0, 1, 3)}
     cfg, engine, answered = AnnotatorConfig(kind="engine", retries=0), Scripted(text), 0
     for max_len in (needs[0], needs[0] - 1, needs[1]):
-        through = through_engine(
-            iter(items), cfg, WriterConfig(max_tokens=50), engine, text, chat, max_len=max_len, stopped=never
-        )
-        found = {item.place.number: outcome for item, outcome in through}
+        write = EngineWriter(
+            engine=engine, tokenizer=text, chat=chat, max_len=max_len, annotator=cfg,
+            config=WriterConfig(max_tokens=50),
+        )  # fmt: skip
+        found = {item.place.number: outcome for item, outcome in write(iter(items), never)}
         fits = {n for n, need in needs.items() if need <= max_len}
         assert {n for n, outcome in found.items() if outcome.refused == "exceeds the context"} == needs.keys() - fits
         assert {n for n, outcome in found.items() if outcome.calls} == fits
@@ -165,16 +170,16 @@ def test_what_exceeds_the_context_is_refused_by_that_reason_and_the_rest_goes_on
     assert len(engine.calls) == answered > 3
 
 
-def as_engine(text, scripts):
-    """A native engine whose model is certain of scripts[p], token by token."""
+def as_engine(text, script):
+    """A native engine whose model is certain of a script, token by token."""
     shape = replace(TINY, vocab=text.vocab_size, max_positions=4096)
     engine = NativeEngine(shape, writer.blind(text))
     engine.load_weights(weights.stream(random_model(shape)), 0)
 
     def decode(cache, rows, families):
         logits = torch.zeros(rows.num, text.vocab_size)
-        for row, (p, _) in enumerate(rows.owner):
-            logits[row, scripts[p][int(rows.count[row])]] = 1e4
+        for row in range(rows.num):
+            logits[row, script[int(rows.count[row])]] = 1e4
         return logits
 
     engine._decode = decode
@@ -188,14 +193,12 @@ def test_thoughts_written_by_a_real_engine_come_out_where_they_were_put(world, s
     woven = "<think>It sets a scene.</think>Rain fell. It was cold.<think>So what would we do?</think> We stayed in.\n"
     body = {"insert": "@1 It sets a scene.\n@3 <think>So what would we do?</think>", "rewrite": woven}[strategy]
     script = [*text.encode(misbehave.framed(body)), text.eos_ids[0]]
-    engine = as_engine(text, [script])
-    through = through_engine(
-        iter([SimpleNamespace(place=Chunk("k", 0), chunk=chunk)]),
-        AnnotatorConfig(kind="engine", strategy=strategy, retries=0),
-        WriterConfig(max_tokens=len(script)),
-        engine, text, Chat(world / "model", text, thinking=False), max_len=4096, stopped=never,
+    write = EngineWriter(
+        engine=as_engine(text, script), tokenizer=text, chat=Chat(world / "model", text, thinking=False), max_len=4096,
+        annotator=AnnotatorConfig(kind="engine", strategy=strategy, retries=0),
+        config=WriterConfig(max_tokens=len(script)),
     )  # fmt: skip
-    [(_, outcome)] = through
+    [(_, outcome)] = write(iter([SimpleNamespace(place=Chunk("k", 0), chunk=chunk)]), never)
     assert outcome.text == woven
     assert outcome.written_tokens == len(script)
 

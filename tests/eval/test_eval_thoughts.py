@@ -38,22 +38,24 @@ class Reader:
     def load_weights(self, named, version):
         list(named)
 
-    def generate(self, prompts, seeds_P_G, sampling, stop=lambda: False):
+    def generate(self, requests, sampling):
         self.longest = sampling.max_new
-        for p, g, s in ((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds)):
+        for request in requests:
+            prompt, s = request.prompt, request.seed
             if len(self.drawn) >= self.stop_after:
                 raise KeyboardInterrupt
-            asked = self.text.decode(prompts[p].tokens)
-            self.drawn.append((s, prompts[p].tokens))
+            asked = self.text.decode(prompt.tokens)
+            self.drawn.append((s, prompt.tokens))
             if s in self.of_seed:
                 ids = [i for c in self.first(asked, *self.of_seed[s]) for i in self.one_by_one(c)]
             else:
                 ids = self.text.encode(self.answer(asked))
             n = len(ids)
-            yield p, g, Sample(
+            sample = Sample(
                 tokens=np.array(ids, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="eos",
-                num_think=self.text.split_at_close(ids).num_think or n, version=0,
+                num_think=self.text.split_at_close(ids).num_think or n, versions=np.zeros(n, np.int32),
             )  # fmt: skip
+            yield [(request, sample)]
 
     def first(self, asked, i, k):
         head = "" if asked.endswith(OPEN) else f" Hm. {OPEN}"

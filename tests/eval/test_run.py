@@ -19,7 +19,8 @@ from thinkmid.eval import generate, generations, run
 from thinkmid.eval.conditions import KEYS
 from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
-from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Sample
 
@@ -37,11 +38,13 @@ class Scripted:
     def load_weights(self, named, version):
         list(named)
 
-    def generate(self, prompts, seeds_P_G, sampling, stop=lambda: False):
-        assert len({tuple(prompt.tokens) for prompt in prompts}) == len(prompts)  # each is read once
-        for p, g, s in ((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds)):
-            i, k = self.of_seed[s]  # every sample has a seed of its own
-            assert prompts[p].meta["id"] == f"q{i}"
+    def generate(self, requests, sampling):
+        prompts = {}
+        for request in requests:
+            # each is read once: the same tokens are one prompt
+            assert prompts.setdefault(tuple(request.prompt.tokens), request.prompt) is request.prompt
+            i, k = self.of_seed[request.seed]  # every sample has a seed of its own
+            assert request.prompt.meta["id"] == f"q{i}"
             self.drawn.append((i, k))
             said = 2 * i + 1 if i < RIGHT and k % 4 else 99
             thought = self.text.encode("hm")
@@ -49,9 +52,9 @@ class Scripted:
             n = len(tokens)
             sample = Sample(
                 tokens=np.array(tokens, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="eos",
-                num_think=len(thought) + len(self.text.close_ids), version=0,
+                num_think=len(thought) + len(self.text.close_ids), versions=np.zeros(n, np.int32),
             )  # fmt: skip
-            yield p, g, sample
+            yield [(request, sample)]
 
 
 @pytest.fixture

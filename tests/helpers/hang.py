@@ -14,7 +14,7 @@ from pathlib import Path
 from thinkmid import config
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.train import draw, rlmt
+from thinkmid.train import rlmt, rollouts
 
 
 def spoilt(run, what):
@@ -33,7 +33,7 @@ def spoilt(run, what):
 
 def unreadable(rewarded):
     def _rewarded(group, pending, watch):
-        if os.environ["RANK"] == "1" and group.samples[0].version == 2:
+        if os.environ["RANK"] == "1" and group.samples[0].versions[0] == 2:
             raise PermissionError("judge/model.safetensors: cannot be read")
         return rewarded(group, pending, watch)
 
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     if what in ("engine", "dies", "prompt"):
         NativeEngine._run = spoilt(NativeEngine._run, what)
     if what == "verdict":
-        draw.rewarded = unreadable(draw.rewarded)
+        rollouts.rewarded = unreadable(rollouts.rewarded)
     config.run(rlmt.main, argv)

@@ -46,7 +46,9 @@ def groups_of(text, verdicts=None) -> list[Group]:
         num = text.split_at_close(tokens).num_think
         zeros = np.zeros(len(tokens), np.float32)
         finish, think = ("suffix", num) if num else ("unclosed", len(tokens))
-        return Sample(tokens=tokens, logp=zeros, drawn=zeros == 0, finish=finish, num_think=think, version=0)
+        return Sample(
+            tokens=tokens, logp=zeros, drawn=zeros == 0, finish=finish, num_think=think, versions=zeros.astype(np.int32)
+        )
 
     groups = []
     for p, (prefix, reference, written) in enumerate(WORLD):

@@ -47,7 +47,7 @@ def groups_of(text, world=WORLD, seed=0) -> list[Group]:
         n = int(rng.integers(1, 7))
         return Sample(
             tokens=rng.integers(0, text.vocab_size, n).astype(np.int32), logp=rng.normal(-4, 1, n).astype(np.float32),
-            drawn=rng.random(n) < 0.8, finish="suffix", num_think=n, version=0,
+            drawn=rng.random(n) < 0.8, finish="suffix", num_think=n, versions=np.zeros(n, np.int32),
         )  # fmt: skip
 
     groups = []
@@ -174,5 +174,12 @@ def test_a_continuation_begins_true_where_bytes_agree_up_to_an_end_of_tokens_in_
     ids = [words.index(piece.encode()) for piece in pieces]
     ids += [len(words) + 7]  # an id past the vocabulary adds nothing
     zeros = np.zeros(len(ids), np.float32)
-    sample = Sample(tokens=np.array(ids), logp=zeros, drawn=zeros == 0, finish="suffix", num_think=2, version=0)
+    sample = Sample(
+        tokens=np.array(ids),
+        logp=zeros,
+        drawn=zeros == 0,
+        finish="suffix",
+        num_think=2,
+        versions=zeros.astype(np.int32),
+    )
     assert begins_true(sample, [words.index(piece.encode()) for piece in reference], text, num) == is_true

@@ -91,7 +91,9 @@ def test_a_thought_that_holds_the_answer_gains_more_than_a_blank_one(home):
 def written(text, words):
     ids = np.array(text.encode(words), np.int32)
     zeros = np.zeros(len(ids), np.float32)
-    return Sample(tokens=ids, logp=zeros, drawn=zeros == 0, finish="suffix", num_think=len(ids), version=0)
+    return Sample(
+        tokens=ids, logp=zeros, drawn=zeros == 0, finish="suffix", num_think=len(ids), versions=zeros.astype(np.int32)
+    )
 
 
 def test_the_moving_average_follows_the_weights(home):

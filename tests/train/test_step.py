@@ -15,11 +15,11 @@ from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import Transformer
 from thinkmid.run.ranks import Ranks
-from thinkmid.train import advantage, exchange, fsdp, job, optim
+from thinkmid.train import advantage, fsdp, job, optim, rollouts
 from thinkmid.train.config import LossConfig, ModelSection
 from thinkmid.train.loss import logprobs, policy_loss, text_loss
 from thinkmid.train.step import train_step
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import STREAMS, Group, Prompt, Sample
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 LOSS = LossConfig(denom=3.0)
@@ -291,19 +291,17 @@ def test_an_update_without_a_backward_reaches_the_next_forward(world, tied, tmp_
     spawn(stale_worker, world, world, str(tmp_path), tied)
 
 
-TEXT = st.text(max_size=8)
+TEXT, INT32 = st.text(max_size=8), st.integers(0, 2**31 - 1)
 SAMPLE = st.tuples(
-    st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(width=32), st.booleans()), max_size=6),
-    st.sampled_from(["eos", "suffix", "unclosed"]), st.integers(0, 99), st.integers(0, 2**40),
+    st.lists(st.tuples(INT32, st.floats(width=32), st.booleans(), INT32), max_size=6),
+    st.sampled_from(["eos", "suffix", "unclosed"]), st.integers(0, 99),
 )  # fmt: skip
 REWARD = st.one_of(st.just(math.nan), st.floats(allow_nan=False, allow_infinity=False))
 
 
-def as_sample(rows, finish, num_think, version):
-    tokens, logp, drawn = (
-        np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.int32, np.float32, bool))
-    )
-    return Sample(tokens=tokens, logp=logp, drawn=drawn, finish=finish, num_think=num_think, version=version)
+def as_sample(rows, finish, num_think):
+    streams = {name: np.array([row[i] for row in rows], dtype) for i, (name, dtype) in enumerate(STREAMS.items())}
+    return Sample(**streams, finish=finish, num_think=num_think)
 
 
 @st.composite
@@ -329,8 +327,8 @@ def groups_of_a_rank(draw):
 
 def exactly(group):
     """Everything in a group, floats by their bits."""
-    arrays = [(s.tokens.tobytes(), s.logp.tobytes(), s.drawn.tobytes()) for s in group.samples]
-    samples = [(*a, s.finish, s.num_think, s.version) for a, s in zip(arrays, group.samples, strict=True)]
+    arrays = [(s.tokens.tobytes(), s.logp.tobytes(), s.drawn.tobytes(), s.versions.tobytes()) for s in group.samples]
+    samples = [(*a, s.finish, s.num_think) for a, s in zip(arrays, group.samples, strict=True)]
     rewards = ["nan" if r != r else float(r).hex() for r in group.rewards]
     p = group.prompt
     return (p.id, list(p.tokens), p.meta, samples, rewards, group.whys)
@@ -340,7 +338,7 @@ def exactly(group):
 @given(groups=groups_of_a_rank())
 def test_groups_survive_the_exchange_bit_by_bit(groups):
     indices = [7 * i + 2 for i in range(len(groups))]
-    back = exchange.unpack(exchange.pack(groups, indices))
+    back = rollouts.unpack(rollouts.pack(groups, indices))
     assert [i for i, _ in back] == indices
     assert [exactly(g) for _, g in back] == [exactly(g) for g in groups]
     dtypes = {(s.tokens.dtype.name, s.logp.dtype.name, s.drawn.dtype.name) for _, g in back for s in g.samples}

@@ -15,13 +15,13 @@ from world import rlmt_flags, sft_flags
 from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.rollout.engine import weight_sync
+from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import make_engine
 from thinkmid.run.interrupt import Interrupt
 from thinkmid.run.ranks import start_ranks
 from thinkmid.train import loss, metrics, rl, rlmt, sft
-from thinkmid.train.draw import STEPS_BETWEEN_POLLS, rollouts
 from thinkmid.train.optim import Offload
+from thinkmid.train.rollouts import STEPS_BETWEEN_POLLS, rollouts
 from thinkmid.types import Prompt
 
 
@@ -329,14 +329,11 @@ class Steps:
     def __init__(self, num, at, interrupt):
         self.num, self.at, self.interrupt, self.done = num, at, interrupt, 0
 
-    def generate(self, prompts, seeds_P_G, sampling, stop):
+    def generate(self, requests, sampling):
         while self.done < self.num:
-            if stop():
-                return
             self.done += 1
             self.interrupt.requested |= self.done == self.at
-        for g in range(len(seeds_P_G[0])):
-            yield 0, g, "sample"
+            yield [] if self.done < self.num else [(request, "sample") for request in requests]
 
 
 def draws(rank, world, folder):

@@ -14,6 +14,7 @@ from thinkmid import config
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.slices import places
 from thinkmid.rollout.engine.vllm import VllmEngine
 from thinkmid.rollout.judge import reward
 from thinkmid.rollout.verdict import Ready, Verdict
@@ -125,10 +126,7 @@ def compared(train):
             assert weight_sync.difference(e, sums, {}) == ""
         engine.wake_cache()
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
-        # ranks that share an engine ask for the same
-        share = cfg.engine.tensor_parallel
-        mine = range(job.ranks.rank // share, len(prompts), job.ranks.world // share)
-        some = [prompts[i] for i in mine][:8]
+        some = [prompts[i] for i in places(len(prompts), job.ranks, cfg.engine.tensor_parallel)[:8]]
         names = len(list(engine.named_weights()))
         ours, theirs = (collect(e, some, [[0]] * len(some), greedy) for e in (engine, native))
         pairs = [(a.samples[0], b.samples[0]) for a, b in zip(ours, theirs, strict=True)]

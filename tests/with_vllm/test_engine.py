@@ -4,6 +4,7 @@ import gc
 from dataclasses import replace
 from types import FunctionType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,10 @@ from thinkmid.model import weights
 from thinkmid.model.transformer import RopeScaling
 from thinkmid.rollout.engine import vllm, weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect, requests_of
 from thinkmid.run.ranks import start_ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
-from thinkmid.types import Prompt
+from thinkmid.types import Prompt, Written
 
 MAX_LEN = 320
 SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples.", "<think> 12 - 5 = 7 </think> So 7 remain."]
@@ -126,7 +127,7 @@ def test_after_a_push_the_engine_holds_and_uses_the_trainers_bits(world):
     sampling = GREEDY[0]
     ours, theirs = (collect(e, world.prompts, seeds(world), sampling) for e in (world.vllm, world.native))
     assert [s.tokens.tolist() for s in samples(ours)] == [s.tokens.tolist() for s in samples(theirs)]
-    assert {s.version for s in samples(ours)} == {7}
+    assert {v for s in samples(ours) for v in s.versions.tolist()} == {7}
     world.push(world.model, 8)
 
 
@@ -140,27 +141,101 @@ def test_what_is_drawn_depends_on_the_seed_alone(one):
     assert a.tokens.tolist() != b.tokens.tolist()
 
 
-def test_what_is_appended_to_a_running_generation_is_drawn_as_if_it_had_been_there(one, monkeypatch):
+def drawn_from(engine, requests, sampling):
+    return {request.key: sample for step in engine.generate(requests, sampling) for request, sample in step}
+
+
+def test_what_comes_during_a_generation_is_drawn_as_if_it_had_been_there(one, monkeypatch):
     # one token in twelve is an end: sequences end at different times, and others take their rows
-    monkeypatch.setattr(one.vllm, "text", replace(one.vllm.text, eos_ids=tuple(range(0, one.cfg.vocab, 12))))
-    sampling = Sampling(max_think=20, max_suffix=5)
-    whole = collect(one.vllm, one.prompts, seeds(one, 1), sampling)
-    now, now_seeds, found = one.prompts[:2], seeds(one, 1)[:2], {}
-    for p, g, sample in one.vllm.generate(now, now_seeds, sampling):
-        found[p, g] = sample.tokens.tolist()
-        if len(now) < len(one.prompts):
-            now.append(one.prompts[len(now)])
-            now_seeds.append(seeds(one, 1)[len(now_seeds)])
-    assert found == {(p, 0): group.samples[0].tokens.tolist() for p, group in enumerate(whole)}
+    ragged = replace(one.vllm.tokenizer, eos_ids=tuple(range(0, one.cfg.vocab, 12)))
+    monkeypatch.setattr(one.vllm, "tokenizer", ragged)
+    sampling = Sampling(max_think=20, max_suffix=5, max_batch=2)
+    requests, found = requests_of(one.prompts, seeds(one, 1)), {}
+    whole = drawn_from(one.vllm, requests, replace(sampling, max_batch=16))
+
+    def come():
+        for number, request in enumerate(requests):
+            while number > len(found) + 1:  # none to ask until one has ended
+                yield None
+            yield request
+
+    for step in one.vllm.generate(come(), sampling):
+        found |= {request.key: sample.tokens.tolist() for request, sample in step}
+    assert found == {key: sample.tokens.tolist() for key, sample in whole.items()}
     assert len({len(tokens) for tokens in found.values()}) > 3
 
 
-def test_an_appended_prompt_beyond_the_context_is_named(one):
-    now, now_seeds = one.prompts[:2], [[0], [0]]
-    drawn = one.vllm.generate(now, now_seeds, Sampling(max_think=20, max_suffix=5))
+CONTINUED = {
+    "drawn": Sampling(max_think=30, max_suffix=5),
+    "filtered": Sampling(temperature=0.7, top_k=20, top_p=0.9, max_think=30, max_suffix=5),
+    "forced": Sampling(max_think=30, max_suffix=5, force_close=True),
+    "greedy": Sampling(temperature=0, max_think=30, max_suffix=5, force_close=True),
+}
+
+
+@pytest.mark.parametrize("after", [1, 12, 22, 31])
+@pytest.mark.parametrize("what", CONTINUED)
+def test_what_is_interrupted_and_continued_is_what_is_not_interrupted(one, what, after):
+    requests, sampling = requests_of(one.prompts, seeds(one)), CONTINUED[what]
+    whole, first = drawn_from(one.vllm, requests, sampling), {}
+    for number, step in enumerate(one.vllm.generate(requests, sampling), 1):
+        first |= {request.key: sample for request, sample in step}
+        if number == after:
+            break
+    left = one.vllm.unfinished()
+    assert {r.key for r in left} == {r.key for r in requests} - first.keys()
+    assert after > 30 or len(left) > 5
+    before, one.vllm.version = one.vllm.version, one.vllm.version + 1  # the same weights under another number
+    rest = drawn_from(one.vllm, left, sampling)
+    together = first | rest
+    assert together.keys() == whole.keys()
+    assert all(alike(together[key], whole[key]) for key in whole)
+    for request in left:
+        n, versions = len(request.written.tokens), rest[request.key].versions.tolist()
+        assert n >= after
+        assert versions == [before] * n + [before + 1] * (len(versions) - n)
+    one.vllm.version = before
+
+
+def alike(a, b):
+    assert (a.tokens.tolist(), a.finish, a.num_think) == (b.tokens.tolist(), b.finish, b.num_think)
+    return a.drawn.tolist() == b.drawn.tolist() and abs(a.logp - b.logp).max() < 1e-3
+
+
+@pytest.mark.parametrize("what", ["tag", "budget", "forced"])
+def test_a_sequence_cut_anywhere_is_continued_by_both_engines(one, what):
+    """In the middle of a closing tag of several tokens, at the thought's budget, inside a forced tag."""
+    close = one.vllm.tokenizer.close_ids
+    prompt, n = one.prompts[2], len(close)
+    sampling = Sampling(temperature=0, max_think=n + 4, max_suffix=3, force_close=what != "budget")
+    (request,) = requests_of([prompt], [[0]])
+    if what == "tag":  # written by the policy, as far as anyone can see
+        ids = np.array([5, *close], np.int32)
+        some = written(ids, np.zeros(n + 1, np.float32), np.ones(n + 1, bool))
+        (whole,) = drawn_from(one.vllm, [replace(request, written=some)], sampling).values()
+    else:
+        (whole,) = drawn_from(one.vllm, [request], sampling).values()
+    assert len(whole.tokens) == {"tag": n + 4, "budget": n + 4, "forced": n + 7}[what]
+    for k in range(1, len(whole.tokens)):
+        if what == "tag" and k <= n:
+            continue  # the rest of the tag would be drawn
+        some = written(*(getattr(whole, name)[:k] for name in ("tokens", "logp", "drawn")))
+        for engine in (one.vllm, one.native):
+            (sample,) = drawn_from(engine, [replace(request, written=some)], sampling).values()
+            assert (sample.tokens.tolist(), sample.finish) == (whole.tokens.tolist(), whole.finish)
+            assert (sample.num_think, sample.drawn.tolist()) == (whole.num_think, whole.drawn.tolist())
+            assert abs(sample.logp - whole.logp)[sample.drawn].max() < 1e-3
+
+
+def written(tokens, logp, drawn):
+    return Written(tokens=tokens, logp=logp, drawn=drawn, versions=np.full(len(tokens), -5, np.int32))
+
+
+def test_a_request_that_comes_later_beyond_the_context_is_named(one):
+    long = Prompt(id="rl-17#2", tokens=[1] * (MAX_LEN - 9))
+    requests = requests_of([*one.prompts[:2], long], [[0], [0], [0]])
+    drawn = one.vllm.generate(requests, Sampling(max_think=20, max_suffix=5, max_batch=2))
     next(drawn)
-    now.append(Prompt(id="rl-17#2", tokens=[1] * (MAX_LEN - 9)))
-    now_seeds.append([0])
     with pytest.raises(UserError, match=r"rl-17#2: 311 tokens and 25 new"):
         list(drawn)
 
@@ -171,17 +246,17 @@ def test_questions_are_answered_while_others_are_drawn(one):
     alone = [one.native.ask(tokens, (5, 9)) for tokens in questions]
     expected = [answer.result() for answer in alone]
     answers = []
-    for p, _, _ in one.vllm.generate(prompts, [[p, 99 * p] for p in range(1, 22)], Sampling(max_think=20)):
-        answers.append((p, one.vllm.ask(questions[p], (5, 9))))
+    requests = requests_of(prompts, [[p, 99 * p] for p in range(1, 22)])
+    for step in one.vllm.generate(requests, Sampling(max_think=20)):
+        answers += [(r.key[0], one.vllm.ask(questions[r.key[0]], (5, 9))) for r, _ in step]
     assert any(answer.p is not None for _, answer in answers)  # without anyone having waited for it
     assert all(abs(answer.result() - expected[p]) < 1e-5 for p, answer in answers)
 
 
-def test_a_generation_that_is_stopped_leaves_nothing_running(one):
-    calls = []
-    stop = lambda: len(calls) > 3 or calls.append(0)  # noqa: E731
-    drawn = collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=30), stop)
-    assert drawn is None
+def test_a_generation_that_is_left_leaves_nothing_running(one):
+    for number, _ in enumerate(one.vllm.generate(requests_of(one.prompts, seeds(one)), Sampling(max_think=30))):
+        if number == 3:
+            break
     weight_sync.push(one.model, one.vllm, 9, torch.float32)  # which empties the cache, and that needs an idle engine
     assert len(samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=4)))) == 2 * len(one.prompts)
 
@@ -189,13 +264,13 @@ def test_a_generation_that_is_stopped_leaves_nothing_running(one):
 def test_a_prompt_beyond_the_context_is_named(one):
     long = Prompt(id="rl-17#2", tokens=[1] * (MAX_LEN - 9))
     with pytest.raises(UserError, match=r"rl-17#2: 311 tokens and 25 new"):
-        one.vllm.generate([long], [[0]], Sampling(max_think=20, max_suffix=5))
+        collect(one.vllm, [long], [[0]], Sampling(max_think=20, max_suffix=5))
 
 
 def test_an_engine_that_sleeps_or_holds_nothing_refuses(one):
     one.vllm.sleep()
     with pytest.raises(RuntimeError, match="generate while asleep"):
-        one.vllm.generate(one.prompts, seeds(one), Sampling())
+        one.vllm.generate([], Sampling())
     with pytest.raises(RuntimeError, match="load_weights while asleep"):
         weight_sync.push(one.model, one.vllm, 10, torch.float32)
     one.vllm.wake_weights()
@@ -203,7 +278,7 @@ def test_an_engine_that_sleeps_or_holds_nothing_refuses(one):
         one.vllm.wake_cache()
     weight_sync.push(one.model, one.vllm, 10, torch.float32)
     one.vllm.wake_cache()
-    assert samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=2)))[0].version == 10
+    assert samples(collect(one.vllm, one.prompts, seeds(one), Sampling(max_think=2)))[0].versions.tolist() == [10, 10]
 
 
 def test_the_run_keeps_its_threads_precision_and_draws(one, tmp_path):
@@ -213,7 +288,7 @@ def test_the_run_keeps_its_threads_precision_and_draws(one, tmp_path):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     weights.save(tmp_path / "hf", one.cfg, weights.stream(one.model), dtype=torch.float32)
     config = EngineConfig(kind="vllm", compile=False, kv_gb=0.05)
-    vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.text, config, max_len=MAX_LEN, rows=4)
+    vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.tokenizer, config, max_len=MAX_LEN, rows=4)
     assert torch.equal(torch.rand(3), expected)
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
 
@@ -242,7 +317,7 @@ def test_two_engines_of_one_rope_share_no_tensor_and_each_draws_with_its_own_wei
     other = random_model(one.cfg, seed=8)
     weights.save(tmp_path / "hf", one.cfg, weights.stream(one.model), dtype=torch.float32)
     config = EngineConfig(kind="vllm", compile=False, kv_gb=0.05)
-    second = vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.text, config, max_len=MAX_LEN, rows=16)
+    second = vllm.VllmEngine(tmp_path / "hf", one.cfg, one.vllm.tokenizer, config, max_len=MAX_LEN, rows=16)
     models = {second: other, one.vllm: one.model}
     for version, (engine, model) in enumerate(models.items()):
         weight_sync.push(model, engine, 11 + version, torch.float32)

@@ -102,7 +102,8 @@ def with_endpoint(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
 def with_engine(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
     """Each rank its own engine, on its own accelerator."""
     from thinkmid.model import weights
-    from thinkmid.rollout.engine.protocol import check_vllm, make_engine
+    from thinkmid.rollout.engine.build import make_engine
+    from thinkmid.rollout.engine.protocol import check_vllm
     from thinkmid.run.ranks import start_ranks
 
     folder, rows = Path(cfg.writer.folder), cfg.writer.max_batch
@@ -119,9 +120,10 @@ def with_engine(cfg: AnnotateConfig, tokenizer: Tokenizer) -> int:
     engine = make_engine(cfg.engine, folder, model_cfg, blind, device=ranks.device, max_len=max_len, rows=rows)
     engine.load_weights(weights.stream_folder(folder, cfg.engine.dtype, known), 0)
     stopped = lambda: interrupt.requested  # noqa: E731
-    held = {"engine": engine, "text": theirs, "chat": ask, "max_len": max_len, "stopped": stopped}
-    through = partial(writer.through_engine, cfg=cfg.annotator, writer=cfg.writer, **held)
-    return work(cfg, tokenizer, through, stopped=stopped, model=model)
+    write = writer.EngineWriter(
+        engine=engine, tokenizer=theirs, chat=ask, max_len=max_len, annotator=cfg.annotator, config=cfg.writer
+    )
+    return work(cfg, tokenizer, partial(write, stopped=stopped), stopped=stopped, model=model)
 
 
 def begin(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> split.Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,11 +10,11 @@ from typing import Protocol
 from thinkmid.augment import annotators
 from thinkmid.augment.annotators import AnnotatorConfig, Asking, Outcome, Reply
 from thinkmid.augment.shards import Chunk
+from thinkmid.data.chat import Chat
 from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Prompt
+from thinkmid.types import Prompt, Request, Sample
 
-QUEUE = 2  # times max_batch: questions in the engine's hands, so that for each that ends another one waits
 INSTRUCTIONS = 2048  # tokens of ours around a chunk, for any tokenizer
 CONTEXT = "exceeds the context"
 
@@ -30,7 +31,7 @@ class WriterConfig:
     seed: int = 0  # a try's draws depend on this, its chunk and its number alone
     thinking: bool = False  # templates that know enable_thinking: the model reasons before it answers
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in (("max_tokens", 1), ("max_batch", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -62,52 +63,82 @@ def room(chunk_tokens: int, cfg: WriterConfig) -> int:
     return 2 * chunk_tokens + INSTRUCTIONS + cfg.max_tokens
 
 
-def through_engine(
-    items: Iterator[Item],
-    cfg: AnnotatorConfig,
-    writer: WriterConfig,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    chat: Callable[[str], list[int]],
-    *,
-    max_len: int,
-    stopped: Callable[[], bool],
-) -> Iterator[tuple[Item, Outcome]]:
-    """Items with the outcomes of their chunks, as they come; what was unfinished when stopped() came is left out.
+@dataclass(frozen=True, kw_only=True)
+class EngineWriter:
+    """An annotator's model in an engine."""
 
-    text: the annotator's. chat: the ids of a question. max_len: tokens of the longest prompt with its answer.
-    """
-    prompts: list[Prompt] = []
-    seeds_P_G: list[list[int]] = []
-    asked: dict[int, tuple[Item, Asking]] = {}  # by the number of the prompt
+    engine: Engine
+    tokenizer: Tokenizer  # the model's
+    chat: Chat  # ids of a question
+    max_len: int  # tokens of the longest question with its answer
+    annotator: AnnotatorConfig
+    config: WriterConfig
 
-    def queue(item: Item, asking: Asking) -> bool:
-        """Hand the question over. False: nothing is to be asked, the outcome stands."""
-        tokens = [] if asking.done else chat(asking.prompt)
-        if not asking.done and len(tokens) + writer.max_tokens > max_len:
-            asking.out.refused, asking.done = CONTEXT, True
-        if not asking.done:
-            asked[len(prompts)] = item, asking
-            prompts.append(Prompt(id=f"{item.place.key}/{item.place.number}", tokens=tokens))
-            seeds_P_G.append([seed(writer.seed, asking.out.calls, prompts[-1].id, 0)])
-        return not asking.done
+    def __call__(self, items: Iterator[Item], stopped: Callable[[], bool]) -> Iterator[tuple[Item, Outcome]]:
+        """Items with the outcomes of their chunks, as they come; what is unfinished once stopped() is left out."""
+        questions = Questions(items, self)
+        for finished in self.engine.generate(questions, self.config.sampling):
+            for request, sample in finished:
+                questions.hear(request, sample)
+            yield from questions.settled()
+            if stopped():
+                return
+        yield from questions.settled()
 
-    def queue_fresh(number: int) -> Iterator[tuple[Item, Outcome]]:
-        """Hand over so many new chunks. Yields those before them about which nothing is to be asked."""
-        while number and (item := next(items, None)):
-            if queue(item, asking := annotators.begin(item.chunk, cfg)):
-                number -= 1
+
+class Questions:
+    """A run's questions, as the engine pulls them: a chunk's next try before the next chunk. None: none for now."""
+
+    def __init__(self, items: Iterator[Item], writer: EngineWriter):
+        self._items, self._writer = items, writer
+        self._again: deque[tuple[Item, Asking]] = deque()
+        self._asked: dict[tuple[int, ...], tuple[Item, Asking]] = {}  # by the key of the request
+        self._settled: list[tuple[Item, Outcome]] = []
+        self._num = 0
+
+    def __iter__(self) -> Iterator[Request | None]:
+        while True:
+            if self._again:
+                item, asking = self._again.popleft()
+            elif following := next(self._items, None):
+                item, asking = following, annotators.begin(following.chunk, self._writer.annotator)
+            elif self._asked:
+                yield None
+                continue
             else:
-                yield item, asking.out
+                return
+            tokens = [] if asking.done else self._writer.chat(asking.prompt)
+            if tokens and len(tokens) + self._writer.config.max_tokens > self._writer.max_len:
+                asking.out.refused, asking.done = CONTEXT, True
+            if asking.done:
+                self._settled.append((item, asking.out))
+            else:
+                yield self._request(item, asking, tokens)
 
-    yield from queue_fresh(QUEUE * writer.max_batch)
-    for p, _, sample in engine.generate(prompts, seeds_P_G, writer.sampling, stopped):
-        item, asking = asked.pop(p)
-        cost = {"prompt_tokens": len(prompts[p].tokens), "written_tokens": len(sample.tokens)}
-        prompts[p].tokens.clear()  # the list grows by every question of a run
-        reply = Reply(tokenizer.decode(sample.tokens), **cost, cut=sample.finish != "eos")
-        annotators.hear(asking, reply, cfg)
-        # one place is free: for the same chunk, else for the next one
-        if not queue(item, asking):
-            yield item, asking.out
-            yield from queue_fresh(1)
+    def _request(self, item: Item, asking: Asking, tokens: list[int]) -> Request:
+        self._num += 1
+        prompt = Prompt(id=f"{item.place.key}/{item.place.number}", tokens=tokens)
+        number = seed(self._writer.config.seed, asking.out.calls, prompt.id, 0)
+        request = Request(prompt=prompt, seed=number, key=(self._num,))
+        self._asked[request.key] = item, asking
+        return request
+
+    def hear(self, request: Request, sample: Sample) -> None:
+        """Take an answer: it settles its chunk, or the model is asked again."""
+        item, asking = self._asked.pop(request.key)
+        reply = Reply(
+            self._writer.tokenizer.decode(sample.tokens),
+            prompt_tokens=len(request.prompt.tokens),
+            written_tokens=len(sample.tokens),
+            cut=sample.finish != "eos",
+        )
+        annotators.hear(asking, reply, self._writer.annotator)
+        if asking.done:
+            self._settled.append((item, asking.out))
+        else:
+            self._again.append((item, asking))
+
+    def settled(self) -> list[tuple[Item, Outcome]]:
+        """Chunks with their outcomes, since the last call."""
+        settled, self._settled = self._settled, []
+        return settled

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from thinkmid.files import Kinds, Row, locked, reopen, write_whole
 from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine.protocol import Sampling, make_engine, seed
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.run import identity
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Prompt, Sample
+from thinkmid.types import Prompt, Request, Sample
 
 
 def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
@@ -72,17 +75,24 @@ def draw(
         ranks.run_on_all(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
         ranks.barrier()  # all have looked before one writes
         left = [p for p in prompts if key(p.meta, keys) not in have]
-        mine = left[ranks.rank // share :: ranks.world // share]
-        write = ranks.rank % share == 0
-        alike_P_G = alike(mine)
-        seeds_P_G = [[seed(cfg.run.seed, 0, p.id, 0) for p in group] for group in alike_P_G]
+        alike_P_G = alike(left[i] for i in places(len(left), ranks, share))
+        requests = requests_of(alike_P_G, cfg.run.seed)
+        total, done, writes = sum(map(len, alike_P_G)), 0, leads(ranks, share)
         with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
-            drawn = engine.generate([group[0] for group in alike_P_G], seeds_P_G, sampling)
-            for done, (p, g, sample) in enumerate(drawn, start=1):
-                if write:
+            for request, sample in chain.from_iterable(engine.generate(requests, sampling)):
+                p, g = request.key
+                if writes:
                     file.write(json.dumps(row_of(alike_P_G[p][g], sample, text), ensure_ascii=False) + "\n")
+                done += 1
                 if ranks.rank == 0 and done % 500 == 0:
-                    print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
+                    print(f"{name}: {done} of {total} samples of this rank", flush=True)
+
+
+def requests_of(alike_P_G: list[list[Prompt]], run_seed: int) -> Iterator[Request]:
+    """One request for each prompt, with the first of its group in its place: an engine reads that once."""
+    for p, group in enumerate(alike_P_G):
+        for g, prompt in enumerate(group):
+            yield Request(prompt=group[0], seed=seed(run_seed, 0, prompt.id, 0), key=(p, g))
 
 
 def check_asked(

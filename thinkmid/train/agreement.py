@@ -11,12 +11,11 @@ from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.protocol import Engine
-from thinkmid.train import exchange
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import rollouts
 from thinkmid.train.job import Job
 from thinkmid.train.loss import logprobs
 from thinkmid.train.packing import Packing
+from thinkmid.train.rollouts import all_groups, rollouts
 from thinkmid.types import Group
 
 
@@ -61,7 +60,7 @@ class Agreement:
             if left <= 0:
                 break
         job, cfg = self._job, self._cfg
-        everyone = exchange.all_groups(few, mine[: len(few)], job.ranks)
+        everyone = all_groups(few, mine[: len(few)], job.ranks)
         packing = Packing(cfg.batch.pack_tokens, job.model.cfg, job.ranks)
         gaps = [np.zeros(0, np.float32)]
         with torch.no_grad():

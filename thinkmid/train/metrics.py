@@ -166,7 +166,7 @@ def rollout_rows(groups: list[Group], tokenizer: Tokenizer) -> Iterator[dict[str
                 "finish": sample.finish,
                 "tokens": len(sample.tokens),
                 "thinking_tokens": sample.num_think,
-                "version": sample.version,
+                "version": int(sample.versions[-1]),
             }
 
 

@@ -11,21 +11,22 @@ from thinkmid.data.pack import duplicated
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine.protocol import check_vllm, make_engine
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import check_vllm
 from thinkmid.rollout.judge.ask import Policy
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import Interrupt, Stopped
 from thinkmid.run.log import finite
 from thinkmid.run.ranks import Ranks, start_ranks
-from thinkmid.train import advantage, exchange, metrics
+from thinkmid.train import advantage, metrics
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import refuse_stale, refuse_unjudged
 from thinkmid.train.job import Inputs, Job, Source, State, check_source, open_job, sharded_model
 from thinkmid.train.likelihood import Scores
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.metrics import Clock, Update
 from thinkmid.train.packing import Packing
 from thinkmid.train.references import next_token_units
+from thinkmid.train.rollouts import finished, refuse_stale, refuse_unjudged
 from thinkmid.train.sampler import Sampler, refuse_stopped
 from thinkmid.train.step import train_step
 from thinkmid.types import Group, Prompt
@@ -156,7 +157,7 @@ def train(
             with sampler.awake(at.step, clock):
                 taken = order.take(at.cursor, cfg.batch.prompts)
                 groups, checks = sampler.rollout(prompts, taken, at.step, clock)
-                judged = exchange.finished(sampler.reward, at.step, job.ranks, cfg.engine.tensor_parallel)
+                judged = finished(sampler.reward, at.step, job.ranks, cfg.engine.tensor_parallel)
                 refuse_stopped(job)
             groups, terms = scores(groups) if scores else (groups, {})
             refuse_unjudged(groups, cfg.run.max_failed)

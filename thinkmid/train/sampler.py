@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from thinkmid.rollout.engine.protocol import Engine
+from thinkmid.rollout.engine.slices import places
 from thinkmid.rollout.verdict import Reward
 from thinkmid.run.interrupt import Stopped
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
-from thinkmid.train.draw import judged, places, rollouts
 from thinkmid.train.job import Job
 from thinkmid.train.metrics import Clock
 from thinkmid.train.optim import Offload
+from thinkmid.train.rollouts import judged, rollouts
 from thinkmid.types import Group, Prompt
 
 

@@ -5,7 +5,7 @@ from conftest import TINY, assert_no_worse
 
 from thinkmid import _csrc
 from thinkmid.kernels import launch
-from thinkmid.rollout.engine.kv_cache import Cache, Prefixes, attention
+from thinkmid.rollout.engine.kv_cache import Attention, Cache, Prefixes
 
 PREFIXES = [0, 1, 15, 16, 17, 40]  # tokens; each has as many siblings as its place says
 COUNTS = [0, 1, 14, 15, 16, 30]
@@ -30,10 +30,9 @@ def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0):
     """
     cfg = type("Shape", (), {"kv_heads": kv_heads, "head_dim": size, "layers": TINY.layers})
     like, layer = torch.zeros(0, dtype=dtype), 1
-    prefixes, owner = Prefixes(cfg, len(PREFIXES), max(PREFIXES), like), []
-    for p, length in enumerate(PREFIXES):
-        prefixes.add(p, length)
-        owner += [(p, g) for g in range(p + 1)]
+    prefixes = Prefixes(cfg, like)
+    prefixes.add(dict(enumerate(PREFIXES)))
+    owner = [p for p in range(len(PREFIXES)) for _ in range(p + 1)]
     num = len(owner)
     cache, count = Cache(cfg, num + 1, max(COUNTS) + 1, like), np.resize(np.array(COUNTS), num)
     for x in (*cache.k, *cache.v, *prefixes.cache.k, *prefixes.cache.v):
@@ -41,9 +40,9 @@ def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0):
     q, k, v = (torch.randn(num, n, size).to(dtype) for n in (heads, kv_heads, kv_heads))
     q *= scale
     before = cache.k[layer].clone()
-    out = attention(cache, prefixes.families(owner), count)(layer, q, k, v)
+    out = Attention(cache, prefixes.families(owner), count)(layer, q, k, v)
     assert out.dtype == dtype
-    for row, (p, _) in enumerate(owner):
+    for row, p in enumerate(owner):
         here, there = slice(count[row]), slice(PREFIXES[p])
         keys = [prefixes.cache.k[layer][p, ..., there], before[row, ..., here], k[row, ..., None]]
         keys = torch.cat(keys, -1).transpose(1, 2).repeat_interleave(heads // kv_heads, 0)

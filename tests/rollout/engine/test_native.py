@@ -1,3 +1,4 @@
+import itertools
 import re
 from dataclasses import replace
 
@@ -11,11 +12,11 @@ from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.native import NativeEngine, draw
-from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.protocol import Sampling, collect, requests_of
 from thinkmid.thoughts import CLOSE, OPEN
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs
-from thinkmid.types import Prompt
+from thinkmid.types import Prompt, Request, Written
 
 SENTENCES = ["The sum of 3 and 4 is 7.", "Mia has 12 apples.", "<think> 12 - 5 = 7 </think> So 7 remain."]
 LENGTHS = (1, 2, 7, 31, 33, 64)  # of prompts: no prefix at all, and around the steps of the cache
@@ -77,20 +78,22 @@ def tokens_P_G(groups):
     return [[s.tokens.tolist() for s in g.samples] for g in groups]
 
 
-def scripted(text, scripts, sampling, num_siblings=1, prompt=(5, 6)):
+def scripted(text, scripts, sampling, num_siblings=1, prompt=(5, 6), written=None):
     """Samples of an engine whose model is certain of the next token: scripts[p] in turn, then its last token again."""
     engine, _ = make_engine(text)
 
     def decode(cache, rows, families):
         logits = torch.zeros(rows.num, text.vocab_size)
-        for row, (p, _) in enumerate(rows.owner):
-            logits[row, scripts[p][min(int(rows._count[row]), len(scripts[p]) - 1)]] = 1e4
+        for row, request in enumerate(rows.requests):
+            script = scripts[request.key[0]]
+            logits[row, script[min(int(rows.count[row]), len(script) - 1)]] = 1e4
         return logits
 
     engine._decode = decode
     prompts = [Prompt(id=str(p), tokens=list(prompt)) for p in range(len(scripts))]
-    groups = collect(engine, prompts, seeds(len(scripts), num_siblings), sampling)
-    return [s for g in groups for s in g.samples]
+    requests = requests_of(prompts, seeds(len(scripts), num_siblings))
+    drawn = drawn_from(engine, [replace(r, written=written) for r in requests], sampling)
+    return [drawn[r.key] for r in requests]
 
 
 def tag_end(text, tokens):
@@ -358,24 +361,26 @@ def test_each_prefix_is_prefilled_once_even_with_refill(endless):
     inner = engine._prefill
 
     def prefill(batch, prefixes):
-        prefilled.extend(p for p, _ in batch)
+        prefilled.extend(tokens for _, tokens in batch)
         return inner(batch, prefixes)
 
     engine._prefill = prefill
     collect(engine, prompts, seeds(len(prompts), 5), Sampling(max_think=3, max_batch=3))
-    assert sorted(prefilled) == [p for p, prompt in enumerate(prompts) if len(prompt.tokens) > 1]
+    assert prefilled == [prompt.tokens[:-1] for prompt in prompts if len(prompt.tokens) > 1]
 
 
-def test_a_stop_leaves_the_generation_incomplete(endless):
+def drawn_from(engine, requests, sampling):
+    return {request.key: sample for step in engine.generate(requests, sampling) for request, sample in step}
+
+
+def test_a_generation_that_is_left_takes_no_further_step(endless):
     engine, _ = make_engine(endless)
-    asked = []
-
-    def stop():
-        asked.append(1)
-        return len(asked) > 5
-
-    assert collect(engine, make_prompts(endless.vocab_size), seeds(6, 2), Sampling(max_think=9), stop) is None
-    assert len(asked) == 6
+    steps, decode = [], engine._decode
+    engine._decode = lambda *given: steps.append(1) or decode(*given)
+    for number, _ in enumerate(engine.generate(requests_of(make_prompts(280), seeds(6, 2)), Sampling(max_think=9)), 1):
+        if number == 5:
+            break
+    assert len(steps) == 5
 
 
 def test_new_weights_take_effect_in_place(endless):
@@ -388,23 +393,130 @@ def test_new_weights_take_effect_in_place(endless):
     fresh = collect(make_engine(endless, seed=1)[0], prompts, seeds(6, 1), sampling)
     assert tokens_P_G(after) == tokens_P_G(fresh) != tokens_P_G(before)
     assert [t.data_ptr() for _, t in engine.named_weights()] == held
-    assert {s.version for g in before for s in g.samples} == {3}
-    assert {s.version for g in after for s in g.samples} == {4}
+    assert {v for g in before for s in g.samples for v in s.versions.tolist()} == {3}
+    assert {v for g in after for s in g.samples for v in s.versions.tolist()} == {4}
 
 
-def test_what_is_appended_to_a_running_generation_is_drawn_as_if_it_had_been_there(endless, path):
+def test_what_comes_during_a_generation_is_drawn_as_if_it_had_been_there(endless, path):
     ragged = replace(endless, eos_ids=tuple(range(0, endless.vocab_size, 12)))
     engine, _ = make_engine(ragged)
     sampling = Sampling(max_think=37, max_batch=5)
     prompts, seeds_P_G = make_prompts(endless.vocab_size, (1, 2, 7, 31, 5, 33, 64, 70, 3, 64, 1)), seeds(11, 2)
     whole = tokens_P_G(collect(engine, prompts, seeds_P_G, sampling))
-    now, now_seeds, found = prompts[:2], seeds_P_G[:2], {}
-    for p, g, sample in engine.generate(now, now_seeds, sampling):
-        found[p, g] = sample.tokens.tolist()
-        if len(found) % 2 == 0 and len(now) < len(prompts):  # longer prefixes than those at the start, and more
-            now.append(prompts[len(now)])
-            now_seeds.append(seeds_P_G[len(now_seeds)])
+    requests, found, pulled = requests_of(prompts, seeds_P_G), {}, []
+
+    def come():
+        for number, request in enumerate(requests):
+            # longer prefixes than those at the start, and more; nothing to ask until half as many have ended
+            while number > 4 and len(found) < number // 2:
+                yield None
+            pulled.append(len(found))
+            yield request
+
+    for step in engine.generate(come(), sampling):
+        found |= {request.key: sample.tokens.tolist() for request, sample in step}
     assert found == {(p, g): tokens for p, group in enumerate(whole) for g, tokens in enumerate(group)}
+    assert pulled[-1] >= 10
+
+
+def test_requests_are_pulled_as_places_become_free_and_one_ahead(endless):
+    engine, _ = make_engine(endless)
+    pulled, done = [], 0
+
+    def endlessly():
+        for number in itertools.count():
+            pulled.append(number)
+            yield Request(prompt=Prompt(id=str(number), tokens=[1 + number % 9]), seed=number)
+
+    for step in engine.generate(endlessly(), Sampling(max_think=3, max_batch=4)):
+        done += len(step)
+        assert len(pulled) == done - len(step) + 5
+        if done > 40:
+            break
+
+
+CUTS = {  # how a sequence ends, and what is cut through: a tag of several tokens, the thought's budget, a forced tag
+    "tag": ("7</think> So 7 remain.", {"max_think": 40, "max_suffix": 4}),
+    "budget": ("7 8 9 10 11 12 13 14 15", {"max_think": 6, "max_suffix": 3}),
+    "forced": ("7 8 9 10 11 12 13 14 15", {"max_think": 16, "max_suffix": 4, "force_close": True}),
+    "direct": ("7 8 9 10 11 12 13 14 15", {"max_think": 8, "max_suffix": 4}),
+}
+
+
+@pytest.mark.parametrize("what", CUTS)
+def test_a_sequence_cut_anywhere_ends_as_one_that_was_not(text, what):
+    words, budgets = CUTS[what]
+    sampling = (EvalSampling if what == "direct" else Sampling)(temperature=1.0, top_p=1.0, **budgets)
+    script = text.encode(words)
+    (whole,) = scripted(text, [script], sampling)
+    n = len(whole.tokens)
+    assert whole.finish == ("unclosed" if what == "budget" else "suffix")
+    assert whole.drawn.all() == (what != "forced")
+    for k in range(1, n):
+        (sample,) = scripted(text, [script], sampling, written=cut(whole, k, version=-5))
+        assert same(sample, whole)
+        assert sample.versions.tolist() == [-5] * k + [0] * (n - k)
+
+
+def cut(sample, k, version):
+    streams = {name: getattr(sample, name)[:k] for name in ("tokens", "logp", "drawn")}
+    return Written(**streams, versions=np.full(k, version, np.int32))
+
+
+def same(a, b):
+    """All but the versions, floats by their bits."""
+    streams = [[getattr(s, name).tobytes() for name in ("tokens", "logp", "drawn")] for s in (a, b)]
+    return streams[0] == streams[1] and (a.finish, a.num_think) == (b.finish, b.num_think)
+
+
+@pytest.mark.parametrize("force_close", [False, True])
+@pytest.mark.parametrize("after", [1, 7, 30, 39, 45])
+def test_what_is_interrupted_and_continued_is_what_is_not_interrupted_bit_by_bit(text, path, after, force_close):
+    engine, _ = make_engine(text, version=3)
+    sampling = Sampling(max_think=40, max_suffix=9, force_close=force_close)
+    requests = requests_of(make_prompts(text.vocab_size), seeds(len(LENGTHS), 3))
+    whole = drawn_from(engine, requests, sampling)
+    first = {}
+    for number, step in enumerate(engine.generate(requests, sampling), 1):
+        first |= {request.key: sample for request, sample in step}
+        if number == after:
+            break
+    left = engine.unfinished()
+    assert {r.key for r in left} == {r.key for r in requests} - first.keys()
+    assert all(len(r.written.tokens) == after for r in left)
+    engine.version = 4  # the same weights under another number
+    rest = drawn_from(engine, left, sampling)
+    together = first | rest
+    assert together.keys() == whole.keys()
+    # the same rows in the same order, until the first one ends: a matrix product's bits depend on its number of rows
+    exact = same if len(left) == len(requests) else close
+    assert all(exact(together[key], whole[key]) for key in whole)
+    for sample in rest.values():
+        assert sample.versions.tolist() == [3] * after + [4] * (len(sample.tokens) - after)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a.logp, b.logp, rtol=0, atol=1e-5)
+    return same(a, replace(b, logp=a.logp))
+
+
+def test_a_generation_that_is_left_hands_back_all_that_it_pulled(endless):
+    engine, _ = make_engine(endless)
+    requests, sampling = requests_of(make_prompts(endless.vocab_size), seeds(6, 2)), Sampling(max_think=9, max_batch=4)
+    source = iter(requests)
+    assert engine.unfinished() == []
+    next(engine.generate(source, sampling))
+    left = engine.unfinished()
+    assert [r.key for r in [*left, *source]] == [r.key for r in requests]
+    assert [len(r.written.tokens) if r.written else 0 for r in left] == [1] * 4 + [0]
+    # left once more, before what it brought is replayed
+    carried = [
+        replace(r, written=Written(**{n: np.repeat(x, 5) for n, x in vars(r.written).items()})) for r in left[:4]
+    ]
+    next(engine.generate(carried, sampling))
+    assert [len(r.written.tokens) for r in engine.unfinished()] == [5] * 4
+    assert drawn_from(engine, requests, sampling).keys() == {r.key for r in requests}
+    assert engine.unfinished() == []
 
 
 def test_a_sync_that_brings_too_little_is_an_error(endless):
@@ -414,12 +526,19 @@ def test_a_sync_that_brings_too_little_is_an_error(endless):
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj"):
         engine.load_weights(some, 0)
     with pytest.raises(RuntimeError, match="no weights"):  # half a sync is none
-        next(engine.generate([Prompt(id="", tokens=[1])], [[0]], Sampling()))
+        next(engine.generate([Request(prompt=Prompt(id="", tokens=[1]), seed=0)], Sampling()))
 
 
 def test_the_consumer_of_a_running_generation_may_train(endless):
     engine, _ = make_engine(endless)
-    for _ in engine.generate(make_prompts(endless.vocab_size), seeds(6, 1), Sampling(max_think=2)):
+    requests = requests_of(make_prompts(endless.vocab_size), seeds(6, 1))
+
+    def given():
+        for request in requests:
+            assert not torch.is_inference_mode_enabled()
+            yield request
+
+    for _ in engine.generate(given(), Sampling(max_think=2)):
         assert not torch.is_inference_mode_enabled()
 
 

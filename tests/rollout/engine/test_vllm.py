@@ -40,6 +40,7 @@ class Core:
 def make_engine(*steps):
     engine = object.__new__(vllm.VllmEngine)
     engine.max_len, engine._phases, engine._asked, engine._inbox = 99, Phases(), {}, []
+    engine._draws = vllm._Draws(SimpleNamespace())
     engine._phases.loaded = True
     engine._core, requests = Core(*steps), iter("abcdef")
     engine._add = lambda tokens, **params: next(requests)

@@ -290,7 +290,14 @@ def text(tmp_path_factory):
 def sample(text, written):
     tokens = np.array(text.encode(written), np.int32)
     zeros = np.zeros(len(tokens), np.float32)
-    return Sample(tokens=tokens, logp=zeros, drawn=zeros == 0, finish="eos", num_think=len(tokens), version=0)
+    return Sample(
+        tokens=tokens,
+        logp=zeros,
+        drawn=zeros == 0,
+        finish="eos",
+        num_think=len(tokens),
+        versions=zeros.astype(np.int32),
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,14 @@ def make(text, reference, written):
     """A prompt and a sample with this text."""
     tokens = np.array(text.encode(written), np.int32)
     zeros = np.zeros(len(tokens), np.float32)
-    sample = Sample(tokens=tokens, logp=zeros, drawn=zeros == 0, finish="suffix", num_think=len(tokens), version=0)
+    sample = Sample(
+        tokens=tokens,
+        logp=zeros,
+        drawn=zeros == 0,
+        finish="suffix",
+        num_think=len(tokens),
+        versions=zeros.astype(np.int32),
+    )
     return Prompt(id="p", tokens=[1], meta={"reference": reference}), sample
 
 

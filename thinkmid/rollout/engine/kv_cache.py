@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
 from thinkmid.kernels import launch
+from thinkmid.model.transformer import ModelConfig
 
 KEY_STEP = 16  # positions are read in steps of so many
 NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
 
 
-def attention(cache: Cache, families: Families, count):
-    """attend(layer, q, k, v) of one token per sequence: its key and value enter the cache, at position count (B,)."""
-    at = torch.from_numpy(count).to(cache.k[0].device)
-    if launch.row_path(cache.k[0]) == "cpp":
-        return lambda layer, q, k, v: _cpp(cache, families, at, layer, q, k, v)
-    return _torch(cache, families, at, int(count.max()) + 1)
+class Attention:
+    """attend(layer, q, k, v) of one token per sequence: its key and value enter the cache, at position count (B,).
 
+    q (B, H, C); k, v (B, K, C); returns (B, H, C) in q's dtype.
+    """
 
-def _cpp(cache, families, count, layer, q, k, v):
-    from thinkmid import _csrc
+    def __init__(self, cache: Cache, families: Families, count: NDArray[np.int64]):
+        self._cache, self._families = cache, families
+        self._count = torch.from_numpy(count).to(cache.k[0].device)
+        self._is_cpp = launch.row_path(cache.k[0]) == "cpp"
+        if not self._is_cpp:
+            num, longest = len(count), int(count.max()) + 1
+            self._length = min(-(-longest // KEY_STEP) * KEY_STEP, cache.max_len)
+            unseen = torch.arange(self._length, device=self._count.device) > self._count[:, None]
+            self._bias = bias_of(unseen, cache.k[0].shape[1])
+            self._rows = torch.arange(num, device=self._count.device)
 
-    prefix, num_keys = families.cache, k.shape[1]
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    out = torch.empty_like(q)
-    stored = (cache.k[layer], cache.v[layer], prefix.k[layer], prefix.v[layer])
-    tensors = (q, k, v, *stored, count, families.slot, families.lengths, out)
-    sizes = [len(q), num_keys, q.shape[1] // num_keys, q.shape[2], cache.max_len, prefix.max_len]
-    _csrc.decode_attention(sizes, [launch.address(x) for x in tensors])
-    return out
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._cpp(layer, q, k, v) if self._is_cpp else self._torch(layer, q, k, v)
 
+    def _cpp(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from thinkmid import _csrc
 
-def _torch(cache, families, count, longest):
-    num, num_keys = len(count), cache.k[0].shape[1]
-    length = min(-(-longest // KEY_STEP) * KEY_STEP, cache.max_len)
-    unseen = torch.arange(length, device=count.device) > count[:, None]
-    bias, rows = bias_of(unseen, num_keys), torch.arange(num, device=count.device)
+        cache, families, prefix, num_keys = self._cache, self._families, self._families.cache, k.shape[1]
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = torch.empty_like(q)
+        stored = (cache.k[layer], cache.v[layer], prefix.k[layer], prefix.v[layer])
+        tensors = (q, k, v, *stored, self._count, families.slot, families.lengths, out)
+        sizes = [len(q), num_keys, q.shape[1] // num_keys, q.shape[2], cache.max_len, prefix.max_len]
+        _csrc.decode_attention(sizes, [launch.address(x) for x in tensors])
+        return out
 
-    def attend(layer, q, k, v):
-        cache.k[layer][rows, :, :, count] = k
-        cache.v[layer][rows, :, count] = v
+    def _torch(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache, (num, num_keys) = self._cache, k.shape[:2]
+        cache.k[layer][self._rows, :, :, self._count] = k
+        cache.v[layer][self._rows, :, self._count] = v
         # the heads of a group are queries of one key head
         heads = q.reshape(num * num_keys, -1, q.shape[-1])  # (B*K, H/K, C)
-        own, own_lse = partial_attention(heads, *cache.first(layer, num, length), bias)
-        if families.length:
-            out, lse = families.attention(layer, heads)
+        own, own_lse = partial_attention(heads, *cache.first(layer, num, self._length), self._bias)
+        if self._families.length:
+            out, lse = self._families.attention(layer, heads)
             own = own.lerp_(out, (lse - own_lse).sigmoid_())
         return own.view_as(q).to(q.dtype)
 
-    return attend
 
-
-def partial_attention(q, k, v, bias):
+def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention over some of the keys, and the log of its denominator, (N, m, 1), by which parts are weighed; fp32.
 
     q (N, m, C); k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite, so that a part
@@ -66,7 +75,7 @@ def partial_attention(q, k, v, bias):
     return _product(p.to(v.dtype), v), lse
 
 
-def _product(x, y):
+def _product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y (N, m, n) in fp32: 16 bits would round scores of 10 by 0.03."""
     if x.dtype == torch.float32:
         return torch.bmm(x, y)
@@ -74,7 +83,7 @@ def _product(x, y):
     return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
 
 
-def bias_of(unseen, num_keys):
+def bias_of(unseen: Tensor, num_keys: int) -> Tensor:
     """(N*K, 1, length) what to add to the scores: NEVER where unseen (N, length), else 0."""
     bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, NEVER)
     return bias.repeat_interleave(num_keys, 0)[:, None]
@@ -86,18 +95,19 @@ class Cache:
     Keys lie transposed: the scores of neighbouring positions are neighbours.
     """
 
-    def __init__(self, cfg, num_rows, max_len, like):
+    def __init__(self, cfg: ModelConfig, num_rows: int, max_len: int, like: Tensor):
+        """like: a tensor of the dtype and on the device."""
         self.max_len = -(-max_len // KEY_STEP) * KEY_STEP
         num_keys, size = cfg.kv_heads, cfg.head_dim
         # zeros: masked keys still meet a multiplication, and 0 * NaN is NaN
         self.k = [like.new_zeros(num_rows, num_keys, size, self.max_len) for _ in range(cfg.layers)]
         self.v = [like.new_zeros(num_rows, num_keys, self.max_len, size) for _ in range(cfg.layers)]
 
-    def first(self, layer, num, length):
+    def first(self, layer: int, num: int, length: int) -> tuple[Tensor, Tensor]:
         """k (num*K, C, length), v (num*K, length, C): the first positions of the first rows."""
         return self.k[layer][:num, ..., :length].flatten(0, 1), self.v[layer][:num, :, :length].flatten(0, 1)
 
-    def reserve(self, num_rows: int, max_len: int):
+    def reserve(self, num_rows: int, max_len: int = 0) -> None:
         """Room for at least so many rows and positions; what is stored stays."""
         more = max(0, num_rows - len(self.k[0]))
         wider = max(self.max_len, -(-max_len // KEY_STEP) * KEY_STEP) - self.max_len
@@ -107,7 +117,7 @@ class Cache:
                 self.v[layer] = F.pad(v, (0, 0, 0, wider, 0, 0, 0, more))
             self.max_len += wider
 
-    def move(self, moves: list[tuple[int, int]]):
+    def move(self, moves: list[tuple[int, int]]) -> None:
         """Rows (from, to): the last rows fill the gaps that finished ones left."""
         if moves:
             source, target = (list(x) for x in zip(*moves, strict=True))
@@ -116,20 +126,21 @@ class Cache:
 
 
 class Prefixes:
-    """The prefixes in use, each stored once however many siblings read it."""
+    """The prefixes in use, each stored once however many siblings read it. A prompt is known by a number."""
 
-    def __init__(self, cfg, size, max_len, like):
-        self.cache = Cache(cfg, size, max_len, like)
+    def __init__(self, cfg: ModelConfig, like: Tensor):
+        self.cache = Cache(cfg, 0, 0, like)
         self.slot: dict[int, int] = {}  # prompt -> row of the cache; slots 0, 1, ... are taken
-        self._length = np.zeros(size, np.int64)
+        self._length = np.zeros(0, np.int64)
 
-    def add(self, prompt, length):
-        slot = self.slot[prompt] = len(self.slot)
-        self.cache.reserve(slot + 1, length)
-        self._length = np.pad(self._length, (0, max(0, slot + 1 - len(self._length))))
-        self._length[slot] = length
+    def add(self, lengths: dict[int, int]) -> None:
+        """A slot for each new prompt, with room for so many tokens."""
+        first, size = len(self.slot), len(self.slot) + len(lengths)
+        self.slot |= {prompt: slot for slot, prompt in enumerate(lengths, start=first)}
+        self.cache.reserve(size, max(lengths.values(), default=0))
+        self._length = np.append(self._length[:first], np.array([*lengths.values()], np.int64))
 
-    def keep(self, prompts: set[int]):
+    def keep(self, prompts: set[int]) -> None:
         """Drop all others; the last slots fill the gaps."""
         gone = [p for p in self.slot if p not in prompts]
         holes = sorted(self.slot.pop(p) for p in gone)
@@ -140,22 +151,23 @@ class Prefixes:
             self._length[hole] = self._length[self.slot[p]]
             self.slot[p] = hole
 
-    def families(self, owner) -> Families:
-        slots = np.array([self.slot[p] for p, _ in owner], np.int64)
+    def families(self, prompts: Iterable[int]) -> Families:
+        """prompts: of each row."""
+        slots = np.array([self.slot[p] for p in prompts], np.int64)
         return Families(self.cache, self._length[: len(self.slot)], slots)
 
 
 class Families:
     """Which rows read which prefix, for as long as no sequence comes or goes."""
 
-    def __init__(self, cache, length_A, slot_B):
+    def __init__(self, cache: Cache, length_A: NDArray[np.int64], slot_B: NDArray[np.int64]):
         self.cache, self.length = cache, int(length_A.max(initial=0))
         device = cache.k[0].device
         self.slot, self.lengths = (torch.from_numpy(x).to(device) for x in (slot_B, length_A[slot_B]))
         if launch.row_path(cache.k[0]) != "cpp":
             self._group(length_A, slot_B)
 
-    def _group(self, length_A, slot_B):
+    def _group(self, length_A: NDArray[np.int64], slot_B: NDArray[np.int64]) -> None:
         """All siblings query their prefix at once: a matrix product instead of one row at a time."""
         cache = self.cache
         device, num_keys = cache.k[0].device, cache.k[0].shape[1]
@@ -176,7 +188,7 @@ class Families:
             unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
             self._bias = bias_of(unseen, num_keys)
 
-    def attention(self, layer, q):
+    def attention(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
         num, num_keys, most = self._shape
         m, size = q.shape[1:]

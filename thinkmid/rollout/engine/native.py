@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
 from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine.kv_cache import Cache, Prefixes, attention
+from thinkmid.rollout.engine.kv_cache import Attention, Cache, Families, Prefixes
 from thinkmid.rollout.engine.phases import Phases
-from thinkmid.rollout.engine.protocol import Answer, Sampling
-from thinkmid.rollout.engine.sequences import Rows
+from thinkmid.rollout.engine.protocol import Answer, Finished, Sampling
+from thinkmid.rollout.engine.sequences import Rows, Texts, mixed
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Prompt, Sample
+from thinkmid.types import Request
 
 PREFILL_TOKENS = 8192  # prefix tokens in one forward
 
 
 class NativeEngine:
-    """Decodes with the trainer's own Transformer, so that its log-probs are the trainer's. CPU or one GPU."""
+    """Decodes with the trainer's own Transformer, so that its log-probs are the trainer's. CPU or one GPU.
 
-    def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, *, dtype="float32", device="cpu"):
+    Tokens that a request brings are decoded again, one a step, with the bits of a sequence that was never interrupted.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        dtype: weights.Dtype = "float32",
+        device: weights.Device = "cpu",
+    ):
         self.tokenizer = tokenizer
         self.version = -1  # no weights yet
         self._model = weights.build(cfg, dtype=dtype, device=device).requires_grad_(False)
         self._params = dict(weights.stream(self._model))
         self._device = torch.device(device)
         self._phases = Phases()
+        self._rows: Rows | None = None  # of the last generation
         self._asked: list[tuple[list[int], tuple[int, int], Answer]] = []
 
     # its weights stay where they are between steps, the cache lives for one call: there is nothing to give back
-    def sleep(self):
+    def sleep(self) -> None:
         self._phases.enter("sleep")
 
-    def wake_weights(self):
+    def wake_weights(self) -> None:
         self._phases.enter("wake_weights")
 
-    def wake_cache(self):
+    def wake_cache(self) -> None:
         self._phases.enter("wake_cache")
 
-    def reset_cache(self):
+    def reset_cache(self) -> None:
         """Nothing: a prefix is kept for one call."""
 
-    def load_weights(self, named, version):
+    def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._phases.enter("load_weights")
         missing = set(self._params)
         for name, tensor in named:
@@ -57,130 +69,142 @@ class NativeEngine:
             raise RuntimeError(f"sync brought no {sorted(missing)[0]} and {len(missing) - 1} more")
         self.version, self._phases.loaded = version, True
 
-    def named_weights(self):
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._params.items())
 
-    def part(self, name, whole):
+    def part(self, name: str, whole: Tensor) -> Tensor:
         return whole
 
-    def generate(self, prompts: list[Prompt], seeds_P_G, sampling: Sampling, stop=lambda: False):
+    def generate(self, requests: Iterable[Request | None], sampling: Sampling) -> Iterator[Finished]:
         self._phases.enter("generate")
-        return self._run(prompts, seeds_P_G, sampling, stop)
+        self._rows = Rows(requests, sampling, self.tokenizer)
+        return self._run(self._rows, sampling)
 
-    # a decorator, not a with-block: between two samples the consumer must not find itself in inference mode
+    def unfinished(self) -> list[Request]:
+        return self._rows.unfinished() if self._rows else []
+
+    # no inference mode here: the caller's code runs between two steps, and where requests are pulled
+    def _run(self, rows: Rows, sampling: Sampling) -> Iterator[Finished]:
+        cfg, like = self._model.cfg, next(iter(self._params.values()))
+        prefixes, cache = Prefixes(cfg, like), Cache(cfg, 0, rows.max_new, like)
+        families = None
+        while True:
+            free = sampling.max_batch - rows.num
+            waiting = rows.pull(free + 1)
+            # a refill costs a prefill: wait until an eighth of the batch is free, or there is room for all that wait
+            if waiting and (free > rows.most // 8 or free >= waiting):
+                self._admit(rows, free, prefixes, cache)
+                families = None
+            if not rows.num:
+                return
+            families = families or prefixes.families(id(r.prompt) for r in rows.requests)
+            finished = self._step(rows, cache, families, sampling)
+            ended = np.flatnonzero(finished != "")
+            out = [(rows.requests[row], rows.sample(row, finished[row])) for row in ended]
+            if out:
+                self._drop(rows, ended, prefixes, cache)
+                families = None
+            yield out
+
     @torch.inference_mode()
-    def _run(self, prompts, seeds_P_G, sampling, stop) -> Iterator[tuple[int, int, Sample]]:
-        waiting = deque((p, g, s) for p, seeds in enumerate(seeds_P_G) for g, s in enumerate(seeds))
-        if not waiting:
-            return
-        max_rows = min(sampling.max_batch, len(waiting))
-        longest = max(len(p.tokens) for p in prompts) - 1
-        # one more prefix than rows: the next sequence may be a sibling of one that has just ended
-        like = next(iter(self._params.values()))
-        prefixes = Prefixes(self._model.cfg, min(len(prompts), max_rows + 1), longest, like)
-        cache = Cache(self._model.cfg, max_rows, sampling.max_new + len(self.tokenizer.close_ids), like)
-        rows = Rows(max_rows, sampling, self.tokenizer)
-        queued = len(prompts)
-        while (waiting or rows.num) and not stop():
-            # a refill costs a prefill: wait until an eighth of the batch is free
-            if waiting and max_rows - rows.num >= min(len(waiting), 1 + max_rows // 8):
-                taken = [waiting.popleft() for _ in range(min(len(waiting), max_rows - rows.num))]
-                self._admit(taken, prompts, rows, prefixes)
-                families = prefixes.families(rows.owner)
-            logits = self._decode(cache, rows, families)
-            logp, token = draw(logits, uniforms(rows.seed, rows.count), sampling)
-            forced = rows.forced()
-            if (forced >= 0).any():
-                tag = torch.from_numpy(forced).to(token.device)
-                token = torch.where(tag >= 0, tag, token)
-            chosen = logp.gather(1, token[:, None])[:, 0]
-            finished = rows.append(np.arange(rows.num), token.cpu().numpy(), chosen.cpu().numpy(), forced < 0)
-            for row in np.flatnonzero(finished != ""):
-                p, g = rows.owner[row]
-                yield p, g, rows.sample(row, finished[row], self.version)
-            if (finished != "").any():
-                cache.move(rows.keep(np.flatnonzero(finished == "")))
-                # sequences wait in the order of their prompts: only the first one's prompt may hold a prefix already
-                prefixes.keep({p for p, _ in rows.owner} | {p for p, _, _ in list(waiting)[:1]})
-                families = prefixes.families(rows.owner)
-            # those that the consumer has appended
-            waiting.extend((p, g, s) for p in range(queued, len(prompts)) for g, s in enumerate(seeds_P_G[p]))
-            queued = len(prompts)
+    def _step(self, rows: Rows, cache: Cache, families: Families, sampling: Sampling) -> Texts:
+        """One token for each row. Returns (B,) why each ended, "" where it continues."""
+        everyone = np.arange(rows.num)
+        logits = self._decode(cache, rows, families)
+        logp, token = draw(logits, uniforms(rows.seed, rows.count), sampling)
+        forced = rows.forced(everyone)
+        if (forced >= 0).any():
+            tag = torch.from_numpy(forced).to(token.device)
+            token = torch.where(tag >= 0, tag, token)
+        chosen = logp.gather(1, token[:, None])[:, 0]
+        return rows.append(everyone, token.cpu().numpy(), chosen.cpu().numpy(), forced < 0, self.version)
 
-    def ask(self, tokens, choices):
+    @torch.inference_mode()
+    def _admit(self, rows: Rows, num: int, prefixes: Prefixes, cache: Cache) -> None:
+        """Give each of num requests a row, and each new prompt a slot that holds its prefix."""
+        prompts = {id(request.prompt): request.prompt for request in (rows.requests[i] for i in rows.admit(num))}
+        fresh = {p: prompt.tokens[:-1] for p, prompt in prompts.items() if p not in prefixes.slot}
+        prefixes.add({p: len(tokens) for p, tokens in fresh.items()})
+        cache.reserve(rows.num)
+        for batch in _batches([(p, tokens) for p, tokens in fresh.items() if tokens], PREFILL_TOKENS):
+            self._prefill(batch, prefixes)
+
+    @torch.inference_mode()
+    def _drop(self, rows: Rows, ended: NDArray[np.int64], prefixes: Prefixes, cache: Cache) -> None:
+        """Rows that ended, and prefixes that none reads any more."""
+        cache.move(rows.keep(np.setdiff1d(np.arange(rows.num), ended)))
+        # siblings come one after the other: only the first that waits may be one of those that ran
+        following = [rows.waiting[0]] if rows.waiting else []
+        prefixes.keep({id(request.prompt) for request in [*rows.requests, *following]})
+
+    def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
         self._phases.enter("ask")
         self._asked.append((tokens, choices, answer := Answer(self)))
         return answer
 
     @torch.inference_mode()
-    def drain(self):
+    def drain(self) -> None:
         while self._asked:
-            room, batch = PREFILL_TOKENS, []
-            while self._asked and (not batch or len(self._asked[0][0]) <= room):
-                batch.append(self._asked.pop(0))
-                room -= len(batch[-1][0])
+            num = len(next(_batches([(i, asked[0]) for i, asked in enumerate(self._asked)], PREFILL_TOKENS)))
+            batch, self._asked = self._asked[:num], self._asked[num:]
             logits = self._last_logits([tokens for tokens, _, _ in batch])
             yes, no = logits.gather(1, torch.tensor([choices for _, choices, _ in batch], device=self._device)).T
             for (_, _, answer), p in zip(batch, (yes - no).sigmoid().tolist(), strict=True):
                 answer.p = p
 
-    def _last_logits(self, sequences):
+    def _last_logits(self, sequences: list[list[int]]) -> Tensor:
         """Logits (S, V) fp32 after the last token of each of S sequences."""
-        lengths = torch.tensor([len(tokens) for tokens in sequences])
-        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        tokens = torch.tensor([t for tokens in sequences for t in tokens], device=self._device)
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
-        rows = (lengths.cumsum(0) - 1).to(self._device)
-        return self._model(tokens, positions, SegmentAttention(cu, cu), rows=rows).float()
+        tokens, positions, cu = self._packed(sequences)
+        rows = cu[1:].long().to(self._device) - 1
+        logits: Tensor = self._model(tokens, positions, SegmentAttention(cu, cu), rows=rows)
+        return logits.float()
 
-    def _admit(self, taken, prompts, rows, prefixes):
-        """Give each sequence a row, and each new prompt a slot that holds its prefix."""
-        fresh = {}
-        for p, g, seed in taken:
-            rows.add(p, g, seed, prompts[p].tokens)
-            if p not in prefixes.slot:
-                fresh[p] = prompts[p].tokens[:-1]
-                prefixes.add(p, len(fresh[p]))
-        for batch in _batches([(p, tokens) for p, tokens in fresh.items() if tokens], PREFILL_TOKENS):
-            self._prefill(batch, prefixes)
-
-    def _prefill(self, batch, prefixes):
+    def _prefill(self, batch: list[tuple[int, list[int]]], prefixes: Prefixes) -> None:
         """Keys and values of all but the last prompt token; that one is the first input of decoding."""
-        lengths = torch.tensor([len(tokens) for _, tokens in batch])
-        cu = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        tokens = torch.tensor([t for _, tokens in batch for t in tokens], device=self._device)
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self._device)
-        cache, last = prefixes.cache, self._model.cfg.layers - 1
-        segments, spans = SegmentAttention(cu, cu), list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
-
-        def attend(layer, q, k, v):
-            for (p, _), (lo, hi) in zip(batch, spans, strict=True):
-                cache.k[layer][prefixes.slot[p], :, :, : hi - lo] = k[lo:hi].permute(1, 2, 0)  # (K, C, p-1)
-                cache.v[layer][prefixes.slot[p], :, : hi - lo] = v[lo:hi].transpose(0, 1)  # (K, p-1, C)
-            if layer == last:
-                return q  # nobody reads what comes after the last keys and values
-            return segments(layer, q, k, v)
-
+        tokens, positions, cu = self._packed([tokens for _, tokens in batch])
+        store = _Store(prefixes, [prefixes.slot[p] for p, _ in batch], cu, self._model.cfg.layers)
         no_rows = torch.empty(0, dtype=torch.long, device=self._device)
-        self._model(tokens, positions, attend, rows=no_rows, head=lambda hidden, weight: hidden)
+        self._model(tokens, positions, store, rows=no_rows, head=_no_head)
 
-    def _decode(self, cache, rows, families):
+    def _packed(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens, positions (T,) int64 and, on the host, cu (S+1,) int32 of S sequences one after the other."""
+        lengths = [len(tokens) for tokens in sequences]
+        cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+        tokens = torch.tensor([t for tokens in sequences for t in tokens], device=self._device)
+        return tokens, torch.cat([torch.arange(n) for n in lengths]).to(self._device), cu
+
+    def _decode(self, cache: Cache, rows: Rows, families: Families) -> Tensor:
         """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
         tokens, positions = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position))
-        return self._model(tokens, positions, attention(cache, families, rows.count)).float()
+        logits: Tensor = self._model(tokens, positions, Attention(cache, families, rows.count))
+        return logits.float()
 
 
-def uniforms(seed, count):
-    """(B,) float64 in [0, 1): a hash of the sequence's seed and the number of the draw (splitmix64's finaliser)."""
-    with np.errstate(over="ignore"):
-        z = seed + (count.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _no_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden
 
 
-def draw(logits, uniforms, sampling: Sampling):
+class _Store:
+    """attend(layer, q, k, v) of prefixes: keys and values enter their slots (K, C, n) and (K, n, C)."""
+
+    def __init__(self, prefixes: Prefixes, slots: list[int], cu: Tensor, num_layers: int):
+        self._cache, self._last, self._attend = prefixes.cache, num_layers - 1, SegmentAttention(cu, cu)
+        self._spans = list(zip(slots, cu[:-1].tolist(), cu[1:].tolist(), strict=True))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for slot, low, high in self._spans:
+            self._cache.k[layer][slot, :, :, : high - low] = k[low:high].permute(1, 2, 0)
+            self._cache.v[layer][slot, :, : high - low] = v[low:high].transpose(0, 1)
+        # nothing reads what comes after the last keys and values
+        return q if layer == self._last else self._attend(layer, q, k, v)
+
+
+def uniforms(seed: NDArray[np.uint64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(B,) in [0, 1): of the sequence's seed and the number of the draw alone."""
+    return (mixed(seed, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw(logits: Tensor, uniforms: NDArray[np.float64], sampling: Sampling) -> tuple[Tensor, Tensor]:
     """One token per row by inverse transform. Returns log-probs (B, V) at the temperature, unfiltered, and tokens (B,).
 
     The draw depends on the row's logits and its uniform alone, so not on what else is in the batch.
@@ -202,9 +226,10 @@ def draw(logits, uniforms, sampling: Sampling):
     return logp, torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
-def _batches(items, limit):
-    """Runs of (row, tokens) with at most limit tokens each, at least one item."""
-    batch, size = [], 0
+def _batches(items: list[tuple[int, list[int]]], limit: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Runs of (number, tokens) with at most limit tokens each, at least one item."""
+    batch: list[tuple[int, list[int]]] = []
+    size = 0
     for item in items:
         if batch and size + len(item[1]) > limit:
             yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # call -> states it may come in, state it leaves (None: the same)
-CALLS = {
+CALLS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "sleep": (("ready", "weights", "asleep"), "asleep"),
     "wake_weights": (("asleep",), "weights"),
     "load_weights": (("weights", "ready"), None),
@@ -22,7 +22,7 @@ class Phases:
     no weights writes noise. Sleep alone may come at any time: a run that stops wants the memory, whatever went wrong.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.state = "ready"
         self.loaded = False  # the engine says when a load is whole
 

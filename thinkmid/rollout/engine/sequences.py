@@ -1,149 +1,213 @@
-"""Host state of the sequences that an engine decodes: what was drawn, where each stands, why it ended."""
+"""Host state of a generation: the requests that wait, and of each that runs what was drawn, and why it ended."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from thinkmid.rollout.engine.protocol import Sampling
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Sample
+from thinkmid.types import STREAMS, Request, Sample, Written
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Texts = NDArray[np.str_]
+
+STATE = {
+    "seed": np.uint64,
+    "newest": np.int64,  # last token
+    "position": np.int64,  # of the newest token
+    "count": np.int64,  # tokens generated
+    "written": np.int64,  # tokens that the request brought
+    "state": np.int64,  # of the closing tag's matcher
+    "hits": np.int64,  # closing tags seen
+    "open_state": np.int64,  # of the opening tag's matcher
+    "opened": np.bool_,  # a thought, by the prompt's end or since
+    "think": np.int64,  # tokens up to the first closing tag, 0 before it comes
+    "forced": np.int64,  # tokens of a forced closing tag
+}
 
 
 class Rows:
-    """One row per sequence; numpy columns, so that a step of the whole batch is few calls.
+    """One row per running sequence, in a numpy table, so that a step of the whole batch is few calls.
 
     A row ends "unclosed" (thought budget spent), "suffix" (N tokens after the tag, or sampling.max_direct of a row that
     has opened no thought), "eos" or "reclosed" (second tag).
+
+    A row whose request brings tokens replays them first: append() stores those instead of what it is given.
     """
 
-    def __init__(self, size: int, sampling: Sampling, tokenizer: Tokenizer):
-        self.num = 0
-        self.owner: list[tuple[int, int]] = []
+    def __init__(self, requests: Iterable[Request | None], sampling: Sampling, tokenizer: Tokenizer):
+        self.requests: list[Request] = []  # of each row
+        self.waiting: deque[Request] = deque()
+        self._source = iter(requests)
         self._sampling, self._matcher, self._opener = sampling, tokenizer.matcher, tokenizer.open_matcher
         self._open = list(tokenizer.open_ids)
         self._eos = np.array(sorted(tokenizer.eos_ids), np.int64)
         self._close = np.array(tokenizer.close_ids, np.int64)
-        max_new = sampling.max_new + len(self._close)
-        self._tokens = np.zeros((size, max_new), np.int32)
-        self._logp = np.zeros((size, max_new), np.float32)
-        self._drawn = np.zeros((size, max_new), bool)
-        self._seed = np.zeros(size, np.uint64)
-        self._newest = np.zeros(size, np.int64)
-        self._position = np.zeros(size, np.int64)  # of the newest token
-        self._count = np.zeros(size, np.int64)  # generated
-        self._state = np.zeros(size, np.int64)  # of the closing tag's matcher
-        self._hits = np.zeros(size, np.int64)  # closing tags seen
-        self._open_state = np.zeros(size, np.int64)  # of the opening tag's matcher
-        self._opened = np.zeros(size, bool)  # by the prompt's end, or since
-        self._think = np.zeros(size, np.int64)  # tokens up to the first closing tag, 0 before it comes
-        self._forced = np.zeros(size, np.int64)  # tokens of a forced closing tag written so far
-        self._columns = (
-            self._tokens,
-            self._logp,
-            self._drawn,
-            self._seed,
-            self._newest,
-            self._position,
-            self._count,
-            self._state,
-            self._hits,
-            self._open_state,
-            self._opened,
-            self._think,
-            self._forced,
-        )
+        self.max_new = sampling.max_new + len(self._close)  # tokens that a row has room for
+        streams = [(name, dtype, (self.max_new,)) for name, dtype in STREAMS.items()]
+        self._table = np.zeros(0, np.dtype([*streams, *STATE.items()], align=True))
 
     @property
-    def seed(self):
-        return self._seed[: self.num]
+    def num(self) -> int:
+        return len(self.requests)
 
     @property
-    def newest(self):
-        return self._newest[: self.num]
+    def most(self) -> int:
+        """Rows that ever ran at a time."""
+        return len(self._table)
 
     @property
-    def position(self):
-        return self._position[: self.num]
+    def seed(self) -> NDArray[np.uint64]:
+        """(B,) of the draws."""
+        return self._table["seed"][: self.num].copy()
 
     @property
-    def count(self):
+    def newest(self) -> Ints:
+        """(B,) the last token of each row, of the prompt before any is drawn."""
+        return self._table["newest"][: self.num].copy()
+
+    @property
+    def position(self) -> Ints:
+        """(B,) of the newest token."""
+        return self._table["position"][: self.num].copy()
+
+    @property
+    def count(self) -> Ints:
         """(B,) tokens drawn so far, and so the place of the newest one's key: the last of the prompt comes first."""
-        return self._count[: self.num]
+        return self._table["count"][: self.num].copy()
 
-    def add(self, p: int, g: int, seed: int, prompt_tokens) -> int:
-        row = self.num
-        self.num += 1
-        self.owner.append((p, g))
-        for state in (self._count, self._state, self._hits, self._open_state, self._think, self._forced):
-            state[row] = 0
+    def pull(self, num: int) -> int:
+        """Take requests from the caller until num wait, or none comes for now. Returns how many wait."""
+        while len(self.waiting) < num and (request := next(self._source, None)):
+            self.waiting.append(request)
+        return len(self.waiting)
+
+    def admit(self, num: int) -> Ints:
+        """Give a row to at most num of those that wait. Returns the new rows."""
+        first = self.num
+        taken = [self.waiting.popleft() for _ in range(min(num, len(self.waiting)))]
+        size = first + len(taken)
+        if size > len(self._table):
+            grown = np.zeros(size, self._table.dtype)
+            grown[:first] = self._table[:first]
+            self._table = grown
+        for row, request in enumerate(taken, start=first):
+            self.requests.append(request)
+            self._start(row, request)
+        return np.arange(first, size)
+
+    def _start(self, row: int, request: Request) -> None:
+        table, prompt = self._table, request.prompt.tokens
+        table[row] = np.zeros((), table.dtype)
         # where direct answers have no budget of their own, every row is held to that of thoughts
         direct = self._sampling.max_direct > self._sampling.max_think
-        self._opened[row] = not direct or list(prompt_tokens[-len(self._open) :]) == self._open
-        self._seed[row], self._newest[row], self._position[row] = seed, prompt_tokens[-1], len(prompt_tokens) - 1
-        return row
+        table["opened"][row] = not direct or list(prompt[-len(self._open) :]) == self._open
+        table["seed"][row], table["newest"][row], table["position"][row] = request.seed, prompt[-1], len(prompt) - 1
+        if request.written:
+            n = table["written"][row] = min(len(request.written.tokens), self.max_new)
+            for name in STREAMS:
+                table[name][row, :n] = getattr(request.written, name)[:n]
 
-    def spent(self, at):
-        """(b,) bool of the rows at (b,): the next token must be one of a forced closing tag."""
+    def replay(self, at: Ints) -> Texts:
+        """Advance rows (b,) over what their requests brought. Returns (b,) why each ended, "" where it did not."""
+        finished = np.full(len(at), "", dtype="<U8")
+        while (late := (finished == "") & (self._table["count"][at] < self._table["written"][at])).any():
+            finished[late] = self.append(at[late], 0, 0.0, True, 0)
+        return finished
+
+    def _spent(self, at: Ints) -> Bools:
+        """(b,) whether the next token of rows (b,) must be one of a forced closing tag."""
         if not self._sampling.force_close:
             return np.zeros(len(at), bool)
-        unclosed = self._opened[at] & (self._think[at] == 0)
-        return unclosed & (self._count[at] >= self._sampling.max_think - len(self._close))
+        table, before_tag = self._table, self._sampling.max_think - len(self._close)
+        spent: Bools = table["opened"][at] & (table["think"][at] == 0) & (table["count"][at] >= before_tag)
+        return spent
 
-    def forced(self):
-        """(B,) the token that must come next where the thought budget is spent, else -1."""
-        forced = np.full(self.num, -1, np.int64)
-        spent = self.spent(np.arange(self.num))
+    def forced(self, at: Ints) -> Ints:
+        """(b,) the token that must come next in rows (b,) whose thought budget is spent, else -1."""
+        forced, spent = np.full(len(at), -1, np.int64), self._spent(at)
         if spent.any():
-            at = np.minimum(self._forced[: self.num], len(self._close) - 1)
-            forced[spent] = self._close[at[spent]]
-            self._forced[: self.num][spent] += 1
+            forced[spent] = self._close[np.minimum(self._table["forced"][at[spent]], len(self._close) - 1)]
         return forced
 
-    def append(self, at, token, logp, drawn):
-        """Store one token in each of the rows at (b,). Returns (b,) why each ended, "" where it goes on."""
-        count = self._count[at]
-        self._tokens[at, count], self._logp[at, count], self._drawn[at, count] = token, logp, drawn
-        self._newest[at] = token
-        self._position[at] += 1
+    def append(
+        self,
+        at: Ints,
+        token: NDArray[np.integer] | int,
+        logp: NDArray[np.float32] | float,
+        drawn: Bools | bool,
+        version: int,
+    ) -> Texts:
+        """Store one token in each of the rows at (b,). Returns (b,) why each ended, "" where it continues."""
+        table, count = self._table, self._table["count"][at]
+        new = count >= table["written"][at]
+        for name, values in zip(STREAMS, (token, logp, drawn, version), strict=True):
+            table[name][at, count] = np.where(new, values, table[name][at, count])
+        stored = table["tokens"][at, count]
+        table["forced"][at] += ~table["drawn"][at, count]
+        table["newest"][at] = stored
+        table["position"][at] += 1
         count += 1
-        self._count[at] = count
-        self._state[at], hits = self._matcher.step(self._state[at], token)
-        self._hits[at] += hits
-        self._open_state[at], opens = self._opener.step(self._open_state[at], token)
-        self._opened[at] = opened = self._opened[at] | (opens > 0)
-        think = self._think[at]
-        self._think[at] = think = np.where((think == 0) & (hits > 0), count, think)
+        table["count"][at] = count
+        table["state"][at], hits = self._matcher.step(table["state"][at], stored)
+        table["hits"][at] += hits
+        table["open_state"][at], opens = self._opener.step(table["open_state"][at], stored)
+        table["opened"][at] = opened = table["opened"][at] | (opens > 0)
+        think = table["think"][at]
+        table["think"][at] = think = np.where((think == 0) & (hits > 0), count, think)
         ended = np.full(len(count), "", dtype="<U8")
         ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
         ended[count >= np.where(opened, self._sampling.max_new, self._sampling.max_direct)] = "suffix"
         ended[opened & (think == 0) & (count >= self._sampling.max_think)] = "unclosed"
-        ended[np.isin(token, self._eos)] = "eos"
-        ended[self._hits[at] > 1] = "reclosed"
+        ended[np.isin(stored, self._eos)] = "eos"
+        ended[table["hits"][at] > 1] = "reclosed"
         return ended
 
-    def written(self, row: int) -> list[int]:
-        """The row's tokens so far."""
-        return self._tokens[row, : self._count[row]].tolist()
+    def tokens(self, row: int) -> list[int]:
+        """The row's sequence: prompt, and tokens so far."""
+        own: list[int] = self._table["tokens"][row, : self._table["count"][row]].tolist()
+        return [*self.requests[row].prompt.tokens, *own]
 
-    def sample(self, row: int, finish: str, version: int) -> Sample:
-        n, think = int(self._count[row]), int(self._think[row])
-        return Sample(
-            tokens=self._tokens[row, :n].copy(),
-            logp=self._logp[row, :n].copy(),
-            drawn=self._drawn[row, :n].copy(),
-            finish=str(finish),
-            num_think=think or n,
-            version=version,
-        )
+    def sample(self, row: int, finish: str) -> Sample:
+        n, think = int(self._table["count"][row]), int(self._table["think"][row])
+        return Sample(**self._streams(row, n), finish=str(finish), num_think=think or n)
 
-    def keep(self, rows) -> list[tuple[int, int]]:
+    def unfinished(self) -> list[Request]:
+        """Requests of the rows, with what is written of them, and those that wait."""
+        out = []
+        for row, request in enumerate(self.requests):
+            # one that is still replaying keeps all that it brought
+            n = int(max(self._table["count"][row], self._table["written"][row]))
+            out.append(replace(request, written=Written(**self._streams(row, n)) if n else None))
+        return [*out, *self.waiting]
+
+    def _streams(self, row: int, n: int) -> dict[str, Any]:
+        return {name: self._table[name][row, :n].copy() for name in STREAMS}
+
+    def keep(self, rows: Ints) -> list[tuple[int, int]]:
         """Drop all other rows; returns the moves (from, to) that fill their places."""
-        holes = sorted(set(range(len(rows))) - set(rows.tolist()))
-        moves = list(zip([r for r in rows.tolist() if r >= len(rows)], holes, strict=True))
+        kept = rows.tolist()
+        holes = sorted(set(range(len(kept))) - set(kept))
+        moves = list(zip([r for r in kept if r >= len(kept)], holes, strict=True))
         for source, target in moves:
-            self.owner[target] = self.owner[source]
-            for column in self._columns:
-                column[target] = column[source]
-        self.num = len(rows)
-        del self.owner[self.num :]
+            self.requests[target] = self.requests[source]
+            self._table[target] = self._table[source]
+        del self.requests[len(kept) :]
         return moves
+
+
+def mixed(seed: NDArray[np.uint64], number: Ints) -> NDArray[np.uint64]:
+    """(B,) a hash of a sequence's seed and a token's number (splitmix64's finaliser): draws depend on these alone."""
+    with np.errstate(over="ignore"):
+        z = seed + (number.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed

@@ -1,4 +1,4 @@
-"""Which slice of a whole tensor a rank holds when several ranks share one vLLM engine."""
+"""What a rank holds when neighbours share one vLLM engine: its part of the work, slices of tensors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from torch import Tensor
 
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.model.weights import EMBEDDING, HEAD
+from thinkmid.run.ranks import Ranks
 
 PADDING = 64  # vLLM fills a vocabulary up to a multiple of this, then splits it evenly
+
+
+def places(num: int, ranks: Ranks, tp: int) -> list[int]:
+    """Which of num items this rank's engine takes: engines in turn, the tp ranks that share one the same items."""
+    return list(range(ranks.rank // tp, num, ranks.world // tp))
+
+
+def leads(ranks: Ranks, tp: int) -> bool:
+    """True on the first of the tp ranks that share an engine: it alone contributes what all of them hold."""
+    return ranks.rank % tp == 0
 
 
 def vocab_rows(vocab: int, rank: int, tp: int) -> range:

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
+from torch import Tensor
 
 from thinkmid.model import weights
+from thinkmid.model.transformer import Transformer
+from thinkmid.rollout.engine.protocol import Engine
 
 Sums = dict[str, int]  # tensor name -> checksum of the part that this rank's engine holds
+SLICE = 2**24  # numbers that are widened to 64 bits at a time
 
 
-def push(model, engine, version: int, dtype: torch.dtype, *, summed: bool = True) -> Sums:
+def push(model: Transformer, engine: Engine, version: int, dtype: torch.dtype, *, summed: bool = True) -> Sums:
     """Streams the trainer's weights into the engine, one gathered tensor at a time. Collective.
 
     Returns the checksums of what was sent, {} unless summed.
     """
     sums: Sums = {}
-
-    def stream():
-        for name, tensor in weights.stream(model, dtype=dtype):
-            if summed:
-                sums[name] = checksum(engine.part(name, tensor))
-            yield name, tensor
-
-    engine.load_weights(stream(), version)
+    stream = weights.stream(model, dtype=dtype)
+    engine.load_weights(_summed(stream, engine, sums) if summed else stream, version)
     return sums
 
 
-def checksums(model, engine, dtype: torch.dtype) -> Sums:
-    """Of the trainer's weights as the engine should hold them. Collective."""
+def _summed(named: Iterable[tuple[str, Tensor]], engine: Engine, sums: Sums) -> Iterator[tuple[str, Tensor]]:
+    """The same pairs; their checksums enter sums on the way."""
+    for name, tensor in named:
+        sums[name] = checksum(engine.part(name, tensor))
+        yield name, tensor
+
+
+def checksums(model: Transformer, engine: Engine, dtype: torch.dtype) -> Sums:
+    """Checksums of the trainer's weights as the engine should hold them. Collective."""
     return {name: checksum(engine.part(name, tensor)) for name, tensor in weights.stream(model, dtype=dtype)}
 
 
-def difference(engine, sums: Sums, before: Sums) -> str:
+def difference(engine: Engine, sums: Sums, before: Sums) -> str:
     """What is wrong with the weights that the engine holds, by name; "" if they are those of sums.
 
     before: checksums of an older version, to know what is stale; may be empty. Each rank sees its own part.
@@ -78,6 +85,3 @@ def checksum(tensor: torch.Tensor) -> int:
         place = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=bits.device)
         total += int((part * place).sum())
     return total % 2**64
-
-
-SLICE = 2**24  # numbers that are widened to 64 bits at a time

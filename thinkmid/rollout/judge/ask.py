@@ -14,7 +14,8 @@ from thinkmid.errors import UserError
 from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
-from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling, make_engine
+from thinkmid.rollout.engine.build import make_engine
+from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling
 from thinkmid.rollout.judge.config import JudgeConfig, longest_question
 from thinkmid.rollout.judge.model import Ask, JudgeError
 from thinkmid.rollout.judge.templates import ANSWERS

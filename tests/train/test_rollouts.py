@@ -4,7 +4,7 @@ import pytest
 from conftest import join_ranks, spawn
 
 from thinkmid.errors import UserError
-from thinkmid.train.exchange import finished, merged
+from thinkmid.train.rollouts import finished, merged
 
 # what a judge says on each rank; the second had fewer prompts and none of them asked
 TOLD = (
