@@ -19,6 +19,20 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'; {hint}"
 
 
+def at_least(config: object, **lows: float) -> None:
+    """ValueError for the first field of a config that is below its bound, or NaN: `at_least(self, votes=1)`."""
+    for name, low in lows.items():
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def positive(config: object, *names: str) -> None:
+    """ValueError for the first of these fields of a config that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
 def plain(text: str) -> str:
     """Text that cannot steer a terminal: without control characters other than newline and tab."""
     return UNPRINTABLE.sub("", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -139,14 +138,15 @@ def make_ask(
     theirs: of read_judge. config, engine, text, max_len: the policy's. note(line): is told what happens to an endpoint.
     """
     from thinkmid.rollout.judge.ask import EngineAsk, SwapAsk
-    from thinkmid.rollout.judge.endpoint import RemoteAsk
 
     nothing = lambda: None  # noqa: E731
     if judge.kind == "match":
         return None, nothing
     if judge.kind == "remote":
-        key, options = os.environ.get(judge.key_env, ""), {"workers": judge.workers, "retries": judge.retries}
-        remote = RemoteAsk(judge.url, judge.model, key=key, timeout_s=judge.timeout_s, note=note, **options)
+        from thinkmid.rollout.judge.endpoint import RemoteAsk
+
+        options = {"key_env": judge.key_env, "workers": judge.workers, "retries": judge.retries}
+        remote = RemoteAsk(judge.url, judge.model, timeout_s=judge.timeout_s, note=note, **options)
         return remote, remote.close
     if judge.kind == "policy":
         return EngineAsk(engine, tokenizer, max_len), nothing
