@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import TINY, exchange, exit_code, flip_bit, random_model
 
-from thinkmid.augment import annotate, annotators, writer
+from thinkmid.augment import annotate, annotators, job, writer
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.shards import Chunk
 from thinkmid.augment.writer import WriterConfig, through_engine
@@ -88,9 +88,9 @@ def scripted_run(world, out, *, wave=8, stop_after=0, retries=1):
     stopped = lambda: bool(stop_after) and len(engine.calls) >= stop_after  # noqa: E731
     through = partial(
         through_engine, cfg=AnnotatorConfig(kind="engine", retries=retries), writer=WriterConfig(max_batch=wave),
-        engine=engine, text=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6, stopped=stopped,
+        engine=engine, tokenizer=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6, stopped=stopped,
     )  # fmt: skip
-    return annotate.work(cfg, Tokenizer.load(world / "tokenizer"), through, stopped=stopped), engine
+    return job.run(cfg, misbehave.Scripted(through), misbehave.Stop(stopped)), engine
 
 
 def files(out):
@@ -107,14 +107,14 @@ def counts(out):
 
 
 def test_an_engine_that_misbehaves_gives_the_files_and_counts_of_an_endpoint_that_does(world):
-    def write(asked):
-        replies = map(misbehave.reply, asked)
-        return [reply._replace(text=clean(reply.text)) for reply in replies]  # an engine has no lone surrogates
+    def write(prompt):
+        reply = misbehave.reply(prompt)
+        return reply._replace(text=clean(reply.text))  # an engine has no lone surrogates
 
     code, engine = scripted_run(world, "engine")
     assert code == 0
     asked = []
-    assert misbehave.annotated(misbehave.settings(world, out="endpoint"), lambda p: asked.extend(p) or write(p)) == 0
+    assert misbehave.annotated(misbehave.settings(world, out="endpoint"), lambda p: asked.append(p) or write(p)) == 0
     assert files(world / "engine") == files(world / "endpoint")
     assert counts(world / "engine") == counts(world / "endpoint")
     assert Counter(question for question, _ in engine.calls) == Counter(asked)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from thinkmid.augment import annotators
 from thinkmid.augment.annotators import AnnotatorConfig, Asking, Outcome, Reply
-from thinkmid.augment.shards import Chunk
+from thinkmid.augment.shards import Piece as Item
+from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
@@ -30,10 +30,8 @@ class WriterConfig:
     seed: int = 0  # a try's draws depend on this, its chunk and its number alone
     thinking: bool = False  # templates that know enable_thinking: the model reasons before it answers
 
-    def __post_init__(self):
-        for name, low in (("max_tokens", 1), ("max_batch", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, max_batch=1, seed=0)
         _ = self.sampling  # has checks of its own
 
     @property
@@ -43,13 +41,6 @@ class WriterConfig:
             temperature=self.temperature, top_p=self.top_p, max_think=self.max_tokens, max_suffix=0,
             max_batch=self.max_batch,
         )  # fmt: skip
-
-
-class Item(Protocol):
-    """A chunk and where it belongs."""
-
-    place: Chunk
-    chunk: str
 
 
 def blind(tokenizer: Tokenizer) -> Tokenizer:

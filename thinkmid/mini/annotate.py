@@ -1,0 +1,67 @@
+"""Annotation in the miniature world: as thinkmid.augment.annotate, with thoughts by the world's rules.
+
+python -m thinkmid.mini.annotate configs/mini-annotate.toml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from thinkmid import config
+from thinkmid.augment import job
+from thinkmid.augment.annotators import AnnotatorConfig, Outcome, unfit
+from thinkmid.augment.check import Refused, accept
+from thinkmid.augment.config import AnnotateConfig
+from thinkmid.augment.shards import Piece
+from thinkmid.errors import UserError
+from thinkmid.mini.annotator import annotate
+from thinkmid.run.interrupt import Interrupt
+
+
+class RulesAnnotator:
+    """Thoughts by the rules of the miniature world, no calls."""
+
+    patience = 10  # rules always respond
+
+    def __init__(self, cfg: AnnotatorConfig, interrupt: Interrupt):
+        self._cfg, self._interrupt = cfg, interrupt
+        self.model: dict[str, str] = {}
+
+    def outcomes(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Outcome]]:
+        """Pieces with what became of them; none once interrupted."""
+        for piece in pieces:
+            if self._interrupt.requested:
+                return
+            yield piece, self.annotate(piece.chunk)
+
+    def annotate(self, chunk: str) -> Outcome:
+        cfg = self._cfg
+        if refused := unfit(chunk, cfg):
+            return Outcome(refused=refused)
+        try:
+            woven = accept(chunk, annotate(chunk), min_thoughts=cfg.min_thoughts, max_thought=cfg.max_thought)
+            return Outcome(text=woven)
+        except Refused as error:
+            return Outcome(refused=str(error))
+
+    def facts(self) -> dict[str, object]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def main(argv: list[str]) -> int:
+    prog = "python -m thinkmid.mini.annotate"
+    cfg, dry_run = config.load(AnnotateConfig, argv, prog=prog, description=__doc__ or "")
+    if dry_run:
+        print(config.to_toml(cfg), end="")
+        return 0
+    if cfg.annotator.kind != "rules":
+        raise UserError(f"annotator.kind must be 'rules' here, got {cfg.annotator.kind!r}")
+    interrupt = Interrupt()
+    return job.run(cfg, RulesAnnotator(cfg.annotator, interrupt), interrupt)
+
+
+if __name__ == "__main__":
+    config.run(main)
