@@ -161,7 +161,7 @@ def test_what_passes_is_tried_again_and_counted(make, server, name, reason):
     reply = client.write(f"behave: {name}")
     assert reply.text == f"said {name}"
     assert server.calls[f"behave: {name}"] == 2
-    assert client.endpoint.failures == {reason: 1}
+    assert client.failures == {reason: 1}
     if name == "busy":
         assert time.monotonic() - began >= 0.3  # as long as Retry-After asked for
 
@@ -174,7 +174,7 @@ def test_what_does_not_pass_is_unanswered_after_its_tries_and_no_deadline_is_mis
         client.write(f"behave: {name}")
     assert time.monotonic() - began < 3
     assert server.calls[f"behave: {name}"] == 3
-    assert client.endpoint.failures == {reason: 3}
+    assert client.failures == {reason: 3}
 
 
 def test_no_server_is_unanswered(make):

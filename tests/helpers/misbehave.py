@@ -9,10 +9,10 @@ import pydoc_data.topics
 import re
 import sys
 import sysconfig
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar
 
 from thinkmid.augment import annotators, job
 from thinkmid.augment.annotators import AnnotatorConfig, Reply
@@ -133,16 +133,8 @@ class Stop:
 class Scripted:
     """An annotator whose outcomes come from through(pieces)."""
 
-    model: ClassVar = {}
-
     def __init__(self, through, patience=10):
-        self.outcomes, self.patience = through, patience
-
-    def facts(self):
-        return {}
-
-    def close(self):
-        pass
+        self.outcomes, self.patience, self.model, self.failures = through, patience, {}, Counter()
 
 
 def annotated(cfg, write, workers=1):

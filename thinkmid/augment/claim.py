@@ -51,7 +51,7 @@ def made_of(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) ->
     ours = {
         "run.parts": cfg.run.parts,
         "chunks.tokenizer": {"tokenizer": tokenizer.digest},
-        "writer.model": model,
+        "writer.model": dict(model),
     }
     for section in ("data", "chunks", "annotator", "split", *SECTIONS[cfg.annotator.kind]):
         settings = vars(getattr(cfg, section)).items()

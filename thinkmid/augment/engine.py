@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,6 @@ from thinkmid.tokenizer import Tokenizer
 class EngineAnnotator:
     """Thoughts by a model in this process. The engine is made when the first outcome is asked for."""
 
-    patience = 10  # an engine always responds
-
     def __init__(self, cfg: AnnotateConfig, interrupt: Interrupt):
         """Collective: each rank hashes its share of the model's files. UserError: a damaged or unsuitable model."""
         self._cfg, self._interrupt, self._folder = cfg, interrupt, Path(cfg.writer.folder)
@@ -35,28 +34,29 @@ class EngineAnnotator:
         self._max_len = longest(cfg, self._model_cfg.max_positions)
         self._ranks = start_ranks()
         self._known = identity.verified(self._folder, self._ranks)
-        self.model = identity.of_model(self._folder, self._tokenizer, self._known) | {
-            "chat template": self._chat.digest
-        }
+        self.model = identity.of_model(self._folder, self._tokenizer, self._known)
+        self.model["chat template"] = self._chat.digest
+        self.failures = Counter[str]()
+        self.patience = 10  # an engine always responds
 
-    def outcomes(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Outcome]]:
+    def outcomes(self, pieces: Iterator[Piece]) -> Generator[tuple[Piece, Outcome]]:
         """Pieces with what became of them; once interrupted, what was unfinished is left out."""
-        cfg = self._cfg
+        cfg, stopped = self._cfg, partial(getattr, self._interrupt, "requested")
         engine = make_engine(
             cfg.engine, self._folder, self._model_cfg, writer.blind(self._tokenizer),
             device=self._ranks.device, max_len=self._max_len, rows=cfg.writer.max_batch,
         )  # fmt: skip
         engine.load_weights(weights.stream_folder(self._folder, cfg.engine.dtype, self._known), 0)
-        return writer.through_engine(
-            pieces, cfg.annotator, cfg.writer, engine, self._tokenizer, self._chat,
-            max_len=self._max_len, stopped=partial(getattr, self._interrupt, "requested"),
-        )  # fmt: skip
-
-    def facts(self) -> dict[str, object]:
-        return {}
-
-    def close(self) -> None:
-        """The engine ends with the process."""
+        yield from writer.through_engine(
+            pieces,
+            cfg.annotator,
+            cfg.writer,
+            engine,
+            self._tokenizer,
+            self._chat,
+            max_len=self._max_len,
+            stopped=stopped,
+        )
 
 
 def longest(cfg: AnnotateConfig, max_positions: int) -> int:

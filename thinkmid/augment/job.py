@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from operator import itemgetter
@@ -30,16 +31,11 @@ class Annotator(Protocol):
     """Whoever writes the thoughts."""
 
     model: dict[str, str]  # hashes of a model in this process, by part; {} for others
+    failures: Counter[str]  # tries that failed, by reason
     patience: int  # chunks in a row without a response after which a job ends
 
-    def outcomes(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Outcome]]:
+    def outcomes(self, pieces: Iterator[Piece]) -> Generator[tuple[Piece, Outcome]]:
         """Pieces with what became of them, as they come; once interrupted, those that still come."""
-
-    def facts(self) -> dict[str, object]:
-        """What report.json holds of the annotator itself."""
-
-    def close(self) -> None:
-        """Called in the end."""
 
 
 def run(cfg: AnnotateConfig, annotator: Annotator, interrupt: Interrupt) -> int:
@@ -51,13 +47,14 @@ def run(cfg: AnnotateConfig, annotator: Annotator, interrupt: Interrupt) -> int:
     if not share(cfg.shard)[0]:
         for line in left_out([*cfg.data.paths, *cfg.split.evals]):
             print(line, flush=True)
-    with closing(annotator), Job(cfg, Tokenizer.load(cfg.chunks.tokenizer), annotator.model) as job:
-        for piece, outcome in job.settled(annotator.outcomes(job.pieces()), annotator.patience, interrupt):
+    tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
+    with Job(cfg, tokenizer, annotator.model) as job, closing(annotator.outcomes(job.pieces())) as outcomes:
+        for piece, outcome in job.settled(outcomes, annotator.patience, interrupt):
             job.record(piece, outcome)
             if job.progress.since_answer > annotator.patience:  # the endpoint is gone
                 break
         job.publish(complete=not interrupt.requested and not job.progress.unanswered)
-        total = job.report(annotator.facts())
+        total = job.report(annotator.failures)
     return job.result(total, interrupt)
 
 
@@ -156,14 +153,14 @@ class Job:
                 status = {"finished": False, "counts": shards.tally(journal.rows())}
                 shards.write_status(self.folder, part, status)
 
-    def report(self, facts: dict[str, object]) -> dict[str, Any]:
+    def report(self, failures: Counter[str]) -> dict[str, Any]:
         """Write report.json over all parts so far, with this process's rates, and print a summary. Returns it."""
         total = shards.merge(self.folder, self.cfg.run.parts)
         endpoint = self.cfg.endpoint
         prices = {"prompt_tokens": endpoint.price_prompt, "written_tokens": endpoint.price_written}
         total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
         total["left_out"] = self._split.left_out
-        total["last_run"] = self.progress.row() | facts
+        total["last_run"] = self.progress.row() | {"endpoint_failures": dict(failures)}
         write_whole(self.folder / "report.json", json.dumps(total, indent=1) + "\n")
         for line in [self.progress.line(), *summary(self.cfg, total)]:
             self.progress.say(line)
@@ -180,8 +177,8 @@ class Job:
             raise UserError(f"{self.folder}: chunks without a response: {reasons}{words}; {RESUMES}")
         if self._is_fruitless(total):
             most = "their documents are left out (split/manifest.json)"
-            if reasons := total.get("refused_by"):
-                reason, num = max(reasons.items(), key=itemgetter(1))
+            if refused := total.get("refused_by"):
+                reason, num = max(refused.items(), key=itemgetter(1))
                 most = f"most often: {reason} ({num})"
             none = f"{self.folder}: none of {total.get('refused', 0)} chunks accepted"
             raise UserError(f"{none}, {most}; the same command asks again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
@@ -19,7 +19,7 @@ def through_pool(
     workers: int,
     interrupt: Interrupt,
     abort: Callable[[], None],
-) -> Iterator[tuple[Piece, Outcome]]:
+) -> Generator[tuple[Piece, Outcome]]:
     """Pieces with the outcomes of their chunks, as they come. Queued are at most twice the calls that can run.
 
     Once interrupted, abort() must end the calls that run; their outcomes still come.

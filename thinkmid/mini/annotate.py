@@ -5,7 +5,8 @@ python -m thinkmid.mini.annotate configs/mini-annotate.toml
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 
 from thinkmid import config
 from thinkmid.augment import job
@@ -21,34 +22,28 @@ from thinkmid.run.interrupt import Interrupt
 class RulesAnnotator:
     """Thoughts by the rules of the miniature world, no calls."""
 
-    patience = 10  # rules always respond
-
     def __init__(self, cfg: AnnotatorConfig, interrupt: Interrupt):
         self._cfg, self._interrupt = cfg, interrupt
         self.model: dict[str, str] = {}
+        self.failures = Counter[str]()
+        self.patience = 10  # rules always respond
 
-    def outcomes(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Outcome]]:
+    def outcomes(self, pieces: Iterator[Piece]) -> Generator[tuple[Piece, Outcome]]:
         """Pieces with what became of them; none once interrupted."""
         for piece in pieces:
             if self._interrupt.requested:
                 return
-            yield piece, self.annotate(piece.chunk)
+            yield piece, by_rules(piece.chunk, self._cfg)
 
-    def annotate(self, chunk: str) -> Outcome:
-        cfg = self._cfg
-        if refused := unfit(chunk, cfg):
-            return Outcome(refused=refused)
-        try:
-            woven = accept(chunk, annotate(chunk), min_thoughts=cfg.min_thoughts, max_thought=cfg.max_thought)
-            return Outcome(text=woven)
-        except Refused as error:
-            return Outcome(refused=str(error))
 
-    def facts(self) -> dict[str, object]:
-        return {}
-
-    def close(self) -> None:
-        """Nothing to close."""
+def by_rules(chunk: str, cfg: AnnotatorConfig) -> Outcome:
+    if refused := unfit(chunk, cfg):
+        return Outcome(refused=refused)
+    try:
+        woven = accept(chunk, annotate(chunk), min_thoughts=cfg.min_thoughts, max_thought=cfg.max_thought)
+    except Refused as error:
+        return Outcome(refused=str(error))
+    return Outcome(text=woven)
 
 
 def main(argv: list[str]) -> int:

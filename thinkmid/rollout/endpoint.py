@@ -13,10 +13,10 @@ import threading
 from collections import Counter
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from thinkmid.errors import UserError, plain
+from thinkmid.files import is_count
 
 try:
     import openai
@@ -48,8 +48,7 @@ class EndpointError(httpx.RequestError):
         return 400 <= self.status < 500 and self.status not in RETRIED
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
+class Completion(NamedTuple):
     """A chat completion."""
 
     text: str  # "" where the message has no content
@@ -62,40 +61,38 @@ class Completion:
 class OneTry(openai.DefaultAsyncHttpxClient):
     """Sends each request within timeout_s, first to last byte, and counts those that failed by reason."""
 
-    def __init__(self, timeout_s: float, key: str):
+    def __init__(self, timeout_s: float, key: str, failures: Counter[str]):
         super().__init__()
-        self.failures: Counter[str] = Counter()
-        self._timeout_s, self._key = timeout_s, key
+        self._timeout_s, self._key, self._failures = timeout_s, key, failures
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
         """A completion, or an HTTP error for the package to judge. EndpointError where another try may succeed."""
         try:
-            response = await self._send(request, options)
-        except EndpointError as error:
-            self.failures[str(error)] += 1
-            raise
-        if response.status_code >= 400:
-            self.failures[f"HTTP {response.status_code}"] += 1
-        return response
-
-    async def _send(self, request: httpx.Request, options: dict[str, Any]) -> httpx.Response:
-        try:
             # the package's own limit holds for each read: a server that trickles bytes never meets it
             async with asyncio.timeout(self._timeout_s):
                 response = await super().send(request, **options)
+            self._check(response)
         except TimeoutError:
-            raise EndpointError("timeout", answered=False) from None
+            error = EndpointError("timeout", answered=False)
+        except EndpointError as unusable:
+            error = unusable
         # whatever a server does to the client costs one try; texts of errors may hold the key
-        except Exception as error:
-            raise EndpointError(f"no connection ({type(error).__name__})", answered=False) from None
-        if response.is_success:
-            if (status := error_status(response.content)) >= 400:
-                response.status_code = status
-            else:
-                parse(response.content, self._key)  # raises where there is no answer
+        except Exception as broken:
+            error = EndpointError(f"no connection ({type(broken).__name__})", answered=False)
+        else:
+            if response.is_error:
+                self._failures[f"HTTP {response.status_code}"] += 1
+            return response
+        self._failures[str(error)] += 1
+        raise error from None
+
+    def _check(self, response: httpx.Response) -> None:
+        if response.is_success and (status := error_status(response.content)) >= 400:
+            response.status_code = status  # as a gateway sends errors
+        elif response.is_success:
+            parse(response.content, self._key)
         if response.status_code == 425:  # which the package does not retry
             raise EndpointError("HTTP 425", message(425, response.text, self._key), status=425)
-        return response
 
 
 class Endpoint:
@@ -110,29 +107,18 @@ class Endpoint:
         # http libraries write headers that they refuse into their logs
         if not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
             raise UserError(f"the key in {key_env} holds white space or characters outside ASCII")
-        self._model, self._http = model, OneTry(timeout_s, self._key)
+        self.failures: Counter[str] = Counter()  # tries that failed, by reason, whether repeated or not
+        self._model, self._closed = model, False
+        http = OneTry(timeout_s, self._key, self.failures)
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=self._key, timeout=None, max_retries=retries, http_client=self._http
+            base_url=url, api_key=self._key, timeout=None, max_retries=retries, http_client=http
         )
-        self._lock, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
-        self._thread.start()
-
-    @property
-    def failures(self) -> Counter[str]:
-        """Tries that failed, by reason, repeated ones included."""
-        return self._http.failures
+        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Starts work on the endpoint's event loop. Once closed, its future raises EndpointError."""
-        with self._lock:
-            if not self._closed:
-                return asyncio.run_coroutine_threadsafe(unless_closed(work), self._loop)
-        work.close()
-        refused: Future[T] = Future()
-        refused.set_exception(EndpointError("closed"))
-        return refused
+        return asyncio.run_coroutine_threadsafe(self._unless_closed(work), self._loop)
 
     async def complete(self, prompt: str, **body: Any) -> Completion:
         """The answer to one user message; body: further fields of the request. EndpointError after the last try."""
@@ -151,15 +137,19 @@ class Endpoint:
 
     def close(self) -> None:
         """Cancels requests under way; their futures raise EndpointError."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if not closed:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
-            self._loop.close()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+
+    async def _unless_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            work.close()
+            raise EndpointError("closed")
+        try:
+            return await work
+        except asyncio.CancelledError:
+            raise EndpointError("closed") from None
 
     async def _end(self) -> None:
+        self._closed = True
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -167,45 +157,36 @@ class Endpoint:
         await self._client.close()
 
 
-async def unless_closed(work: Coroutine[Any, Any, T]) -> T:
-    try:
-        return await work
-    except asyncio.CancelledError:
-        raise EndpointError("closed") from None
-
-
 def parse(body: bytes, key: str) -> Completion:
     """The JSON of a chat completion. EndpointError if there is none: a proxy's page, half an answer, an error."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        raise EndpointError("answer is not JSON") from None
+    found = loads(body)
+    if found is None:
+        raise EndpointError("answer is not JSON")
     if status := error_status(body):
         raise EndpointError(f"HTTP {status}", message(status, body.decode(), key))
     try:
         choice, usage = found["choices"][0], found.get("usage") or {}
         text = choice["message"].get("content") or ""
-        tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (LookupError, TypeError, AttributeError):
         raise EndpointError("incomplete answer") from None
     if not isinstance(text, str):
         raise EndpointError("incomplete answer")
-    prompt_tokens, written_tokens = (n if type(n) is int and n >= 0 else 0 for n in tokens)
-    return Completion(
-        text=text,
-        cut=choice.get("finish_reason") == "length",
-        logprobs=choice.get("logprobs"),
-        prompt_tokens=prompt_tokens,
-        written_tokens=written_tokens,
-    )
+    prompt_tokens, written_tokens = (int(n) if is_count(n) else 0 for n in counts)
+    cut = choice.get("finish_reason") == "length"
+    return Completion(text, cut, choice.get("logprobs"), prompt_tokens, written_tokens)
+
+
+def loads(body: str | bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def error_status(body: bytes) -> int:
     """Code of an error that a gateway sends with HTTP 200, 200 if it has none; 0 where the body is no error."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return 0
+    found = loads(body)
     error = found.get("error") if isinstance(found, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
     return code if type(code) is int and 400 <= code < 600 else 200 if error else 0
@@ -213,10 +194,7 @@ def error_status(body: bytes) -> int:
 
 def message(status: int, body: str, key: str) -> str:
     """What an error says, in one line: of JSON its message, else the body. "" where that may hold the key."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = body
+    found = body if (loaded := loads(body)) is None else loaded
     while isinstance(found, dict):
         found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), "")
     # a dummy key of a few letters stands in many words
