@@ -166,7 +166,9 @@ def test_what_passes_is_tried_again_and_counted(make, server, name, reason):
         assert time.monotonic() - began >= 0.3  # as long as Retry-After asked for
 
 
-@pytest.mark.parametrize(("name", "reason"), [("500", "HTTP 500"), ("hang", "timeout"), ("trickle", "timeout")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("500", "HTTP 500"), ("425", "HTTP 425"), ("hang", "timeout"), ("trickle", "timeout")]
+)
 def test_what_does_not_pass_is_unanswered_after_its_tries_and_no_deadline_is_missed(make, server, name, reason):
     client = make(timeout_s=0.4)
     began = time.monotonic()

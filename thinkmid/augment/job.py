@@ -70,15 +70,16 @@ class Job:
         self.progress = Progress(f"annotate {self._job}/{self._jobs}", self._split.documents, cfg.run.progress_s)
         self._journals: dict[int, shards.Journal] = {}
         self._placed: dict[int, list[shards.Placed]] = {}
-        self._open = ExitStack()
 
     def __enter__(self) -> Job:
         again = self._is_fruitless(shards.merge(self.folder, self.cfg.run.parts))
-        for part in range(self._job, self.cfg.run.parts, self._jobs):
-            if again or not shards.is_whole(self.folder, part):
-                journal = shards.Journal(self.folder / "journal" / f"part-{part:04d}.jsonl", again=again)
-                self._journals[part] = self._open.enter_context(closing(journal))
-                self._placed[part] = []
+        with ExitStack() as stack:
+            for part in range(self._job, self.cfg.run.parts, self._jobs):
+                if again or not shards.is_whole(self.folder, part):
+                    journal = shards.Journal(self.folder / "journal" / f"part-{part:04d}.jsonl", again=again)
+                    self._journals[part] = stack.enter_context(closing(journal))
+                    self._placed[part] = []
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
