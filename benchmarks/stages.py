@@ -22,7 +22,7 @@ STAGES = (
     ("thinkmid.train.rlmt", "configs/mini-rlmt.toml"),
     ("thinkmid.train.rlpt", "configs/mini-rlpt.toml"),
     ("thinkmid.eval.run", "configs/mini-eval.toml"),
-    ("thinkmid.augment.annotate", "configs/mini-annotate.toml"),
+    ("thinkmid.mini.annotate", "configs/mini-annotate.toml"),
 )
 # when and where something ran, not what it computed
 VOLATILE = {"env.json", "events.jsonl", "config.toml", "curves.png", "run.log"}

@@ -14,7 +14,7 @@ from thinkmid.errors import UserError, plain
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.thoughts import OPEN
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.types import Prompt, Sample
+from thinkmid.types import Prompt, Request, Sample
 
 
 def main(argv: list[str]) -> int:
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{sizes} exceed the model's context of {model_cfg.max_positions}; lower --max-think")
     engine = NativeEngine(model_cfg, tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
     engine.load_weights(weights.stream_folder(args.model, "float32", weight_files.stamps(args.model)), 0)
-    seeds = [seed(args.seed, 0, prompt.id, i) for i in range(args.n)]
-    drawn = {i: sample for _, i, sample in engine.generate([prompt], [seeds], sampling)}
+    requests = [Request(prompt=prompt, seed=seed(args.seed, 0, prompt.id, i), key=(i,)) for i in range(args.n)]
+    drawn = {request.key[0]: sample for step in engine.generate(requests, sampling) for request, sample in step}
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1} of {args.n}")

@@ -14,11 +14,12 @@ import misbehave
 import pytest
 
 from thinkmid import config
-from thinkmid.augment import annotate, annotators, insert, prompts, split
+from thinkmid.augment import annotators, insert, prompts, split
 from thinkmid.augment.config import share
 from thinkmid.augment.shards import part_of
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
+from thinkmid.mini import annotate
 from thinkmid.tokenizer import Tokenizer
 
 KINDS = ("heldout", "rl", "sft")
@@ -35,7 +36,7 @@ def big(tmp_path_factory):
 def asked(big):
     """Prompts of an undisturbed run over more than 10,000 chunks, which left its output in big/out."""
     asked = []
-    write = lambda batch: asked.extend(batch) or list(map(misbehave.reply, batch))  # noqa: E731
+    write = lambda prompt: asked.append(prompt) or misbehave.reply(prompt)  # noqa: E731
     assert misbehave.annotated(misbehave.settings(big), write) == 0
     return asked
 
@@ -76,8 +77,8 @@ def expected(chunk, retries):
     for _ in range(retries + 1):
         if misbehave.way(prompt) in misbehave.GOOD:
             return True
-        [out] = annotators.by_model(
-            [chunk], annotators.AnnotatorConfig(retries=0), lambda p, at=prompt: [misbehave.reply(at)]
+        out = annotators.by_model(
+            chunk, annotators.AnnotatorConfig(retries=0), lambda p, at=prompt: misbehave.reply(at)
         )
         prompt = prompts.again(first, out.refused)
     return False
@@ -145,7 +146,7 @@ def test_killed_again_and_again_it_loses_and_repeats_nothing(big, asked):
 
 
 def test_jobs_side_by_side_give_the_files_of_one_job_and_another_number_may_go_on(small):
-    misbehave.annotated(misbehave.settings(small, out="whole"), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(small, out="whole"), misbehave.reply)
     assert start(small, "out", small / "calls.txt", "1/2").wait() == 0
     assert not (small / "out" / "manifest.json").exists()
     jobs = [start(small, "out", small / "calls.txt", f"{i}/3") for i in range(3)]
@@ -160,10 +161,10 @@ def test_jobs_side_by_side_give_the_files_of_one_job_and_another_number_may_go_o
 
 def test_a_finished_run_asks_nothing_and_a_damaged_file_is_made_again_without_a_call(small):
     cfg = misbehave.settings(small)
-    misbehave.annotated(cfg, lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(cfg, misbehave.reply)
     before, victim = files(small / "out"), next((small / "out").glob("sft-think/*.jsonl"))
 
-    def never(batch):
+    def never(prompt):
         raise AssertionError("asked again")
 
     for spoil in (lambda: None, lambda: victim.write_text("{}"), victim.unlink):
@@ -173,7 +174,7 @@ def test_a_finished_run_asks_nothing_and_a_damaged_file_is_made_again_without_a_
 
 
 def test_documents_do_not_cross_splits_and_every_document_is_somewhere(small):
-    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(small), misbehave.reply)
     found = {
         kind: {
             json.loads(line)["id"].partition("#")[0]
@@ -192,7 +193,7 @@ def test_documents_do_not_cross_splits_and_every_document_is_somewhere(small):
 def test_tokens_are_counted_as_training_counts_them(small):
     from thinkmid.data.sequences import read_sequences
 
-    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(small), misbehave.reply)
     report = json.loads((small / "out" / "report.json").read_text())
     text = Tokenizer.load(small / "tokenizer")
     for kind in ("think", "raw"):
@@ -207,7 +208,7 @@ def test_tokens_are_counted_as_training_counts_them(small):
 def test_the_annotated_rl_half_gives_prompts_whose_reference_is_the_raw_text(small):
     from thinkmid.data.prompts import at_thoughts
 
-    misbehave.annotated(misbehave.settings(small), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(small), misbehave.reply)
     text = Tokenizer.load(small / "tokenizer")
     raw = {row["id"]: row["text"] for row in rows(small / "out", "raw")}
     found = list(at_thoughts(read_documents([small / "out" / "rl-think"]), text, max_prefix=4096))
@@ -250,9 +251,38 @@ def test_the_program_annotates_by_rule_and_says_what_came_of_it(mini, capsys):
     assert [row.get("dropped") for row in listed] == [None, None, "copy"]
 
 
+def test_documents_left_out_are_counted_and_the_first_of_them_named_by_reason(mini, capsys):
+    texts = [f"Ana has {n} coins. On Monday Ana finds 3 more. Now Ana has {n + 3} coins." for n in range(5, 9)]
+    rows = [{"id": f"d{i}", "text": text} for i, text in enumerate([*texts, *texts, "So it goes. " * 3])]
+    Path("mini.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("evals.jsonl").write_text(json.dumps({"text": rows[-1]["text"]}) + "\n")
+    code, out, _ = call(capsys, "a.toml", "--split.evals", "evals.jsonl", "--split.eval_words", "1")
+    assert code == 0
+    assert "documents left out, copy: 4 (d4, d5, d6, ...)\n" in out
+    assert "documents left out, evaluation: evals.jsonl: 1 (d8)\n" in out
+    told = json.loads(Path("r/report.json").read_text())["left_out"]
+    assert told == {
+        "copy": {"count": 4, "first": ["d4", "d5", "d6"]},
+        "evaluation: evals.jsonl": {"count": 1, "first": ["d8"]},
+    }
+
+
+def test_rules_are_of_the_miniature_world_alone(mini, capsys):
+    from thinkmid.augment import annotate as product
+
+    for program, flags, line in (
+        (product, (), "annotator.kind 'rules' is for the miniature world: python -m thinkmid.mini.annotate"),
+        (annotate, ("--annotator.kind", "engine", "--writer.folder", "x"), "annotator.kind must be 'rules' here"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            config.run(program.main, ["a.toml", *flags])
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
 def test_nothing_accepted_is_no_success_by_rule_either(mini, capsys):
     Path("mini.jsonl").write_text('{"text": "Colourless ideas sleep."}\n{"text": "They do so furiously."}\n')
-    line = "error: r: none of 2 chunks accepted, most often: too few thoughts (2); the same command begins again\n"
+    line = "error: r: none of 2 chunks accepted, most often: too few thoughts (2); the same command asks again\n"
     for _ in range(2):
         assert call(capsys, "a.toml")[::2] == (2, line)
     code, _, err = call(
@@ -391,11 +421,11 @@ def test_two_processes_cannot_write_one_part(small):
     cfg = misbehave.settings(small)
     inner = []
 
-    def write(batch):
+    def write(prompt):
         if not inner:
             inner.append(start(small, "out", small / "calls.txt"))
             inner[0].wait()
-        return list(map(misbehave.reply, batch))
+        return misbehave.reply(prompt)
 
     assert misbehave.annotated(cfg, write) == 0
     assert b"another process works on this part" in inner[0].stderr.read()
@@ -405,14 +435,14 @@ def test_what_nobody_answered_is_asked_again_and_its_calls_are_counted_once(smal
     cfg, down = misbehave.settings(small), [True]
     seen = Counter()
 
-    def write(batch):
+    def write(prompt):
         seen["calls"] += 1
         if down[0] and seen["calls"] % 5 == 0:
             raise annotators.Unanswered("HTTP 503")
         seen["answered"] += 1
-        return list(map(misbehave.reply, batch))
+        return misbehave.reply(prompt)
 
-    with pytest.raises(UserError, match=r"HTTP 503 .*the same command goes on"):
+    with pytest.raises(UserError, match=r"HTTP 503 .*the same command resumes"):
         misbehave.annotated(cfg, write)
     part_way = json.loads((small / "out" / "report.json").read_text())
     assert part_way["finished"] == 0
@@ -420,15 +450,15 @@ def test_what_nobody_answered_is_asked_again_and_its_calls_are_counted_once(smal
     down[0] = False
     assert misbehave.annotated(cfg, write) == 0
     assert json.loads((small / "out" / "report.json").read_text())["calls"] == seen["answered"]
-    misbehave.annotated(misbehave.settings(small, out="whole"), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(small, out="whole"), misbehave.reply)
     assert files(small / "out") == files(small / "whole")
 
 
 def test_an_endpoint_that_is_gone_ends_the_run_early(small):
     calls = []
 
-    def write(batch):
-        calls.extend(batch)
+    def write(prompt):
+        calls.append(prompt)
         raise annotators.Unanswered("timeout")
 
     with pytest.raises(UserError, match="timeout"):

@@ -139,16 +139,20 @@ def test_a_rewriting_that_changes_anything_visible_is_refused(said, why):
 
 def test_a_refused_answer_is_asked_for_again_with_the_reason_and_all_is_counted():
     cfg, asked = AnnotatorConfig(retries=2), []
+    answers = [[framed("@1\nGood.")], ["", framed("@2\nGood.")], [framed("@9\nx"), framed("@1\n "), ""]]
+    outcomes = []
+    for chunk, texts in zip(["One. Two.", "Three. Four.", "Five. Six."], answers, strict=True):
+        left = iter(texts)
 
-    def write(prompts):
-        asked.append(prompts)
-        answers = {1: [framed("@1\nGood."), "", framed("@9\nx")], 2: [framed("@2\nGood."), framed("@1\n ")], 3: [""]}
-        return [Reply(text, prompt_tokens=10, written_tokens=2) for text in answers[len(asked)]]
+        def write(prompt, left=left):
+            asked.append(prompt)
+            return Reply(next(left), prompt_tokens=10, written_tokens=2)
 
-    first, second, third = by_model(["One. Two.", "Three. Four.", "Five. Six."], cfg, write)
-    assert [len(batch) for batch in asked] == [3, 2, 1]
-    assert "An earlier answer could not be used: no such place." in asked[1][1]
-    assert asked[2][0].count("An earlier answer") == 1
+        outcomes.append(by_model(chunk, cfg, write))
+        assert next(left, None) is None
+    first, second, third = outcomes
+    assert "An earlier answer could not be used: no such place." in asked[4]
+    assert asked[5].count("An earlier answer") == 1
     assert (first.text, first.calls, first.retried) == ("<think>Good.</think>One. Two.", 1, {})
     assert (second.text, second.calls) == ("Three.<think>Good.</think> Four.", 2)
     assert second.retried == {"empty answer": 1}
@@ -157,13 +161,13 @@ def test_a_refused_answer_is_asked_for_again_with_the_reason_and_all_is_counted(
 
 
 def test_chunks_that_cannot_be_annotated_are_not_asked_about():
-    def never(prompts):
+    def never(prompt):
         raise AssertionError("asked")
 
     cases = [("insert", "a <think> b", "tags in the text"), ("rewrite", "a [[plan]] b", "tags in the text")]
     for strategy, chunk, why in [*cases, ("insert", " \n", "blank")]:
-        [out] = by_model([chunk], AnnotatorConfig(strategy=strategy), never)
+        out = by_model(chunk, AnnotatorConfig(strategy=strategy), never)
         assert (out.text, out.refused, out.calls) == (None, why, 0)
     # what insert-only never reads back may hold any other tag
-    [out] = by_model(["a [[plan]] b. c"], AnnotatorConfig(), lambda prompts: [Reply(framed("@2 t"))])
+    out = by_model("a [[plan]] b. c", AnnotatorConfig(), lambda prompt: Reply(framed("@2 t")))
     assert out.text == "a [[plan]] b.<think>t</think> c"

@@ -36,7 +36,7 @@ def annotated(folder, control, bos=False):
     split = SplitConfig(sft=0.4, rl=0.1, heldout=0.5 - control, control=control)
     cfg = misbehave.settings(folder, max_tokens=64)
     cfg = type(cfg)(**(vars(cfg) | {"split": split}))
-    assert misbehave.annotated(cfg, lambda asked: list(map(misbehave.reply, asked))) == 0
+    assert misbehave.annotated(cfg, misbehave.reply) == 0
     return folder / "out", json.loads((folder / "out" / "report.json").read_text())
 
 
@@ -101,8 +101,9 @@ def test_what_the_reserve_lacks_is_said_and_nothing_is_made_up(small, capsys):
     assert len(rows(out / "sft-control")) == sizes["rows"]
 
 
-def test_without_a_reserve_there_is_no_control_that_could_be_taken_for_one(small):
+def test_without_a_reserve_there_is_no_control_that_could_be_taken_for_one(small, capsys):
     out, report = annotated(small, 0.0)
+    assert "control:" not in capsys.readouterr().out, "nobody asked for one"
     assert not (out / "sft-control").exists()
     assert report["control"]["missing"] > 0
 

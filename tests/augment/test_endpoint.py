@@ -8,18 +8,22 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import misbehave
 import pytest
 
-from thinkmid.augment import endpoint
-from thinkmid.augment.annotators import Unanswered
-from thinkmid.augment.endpoint import Endpoint, EndpointConfig
+from thinkmid.augment.annotators import AnnotatorConfig, Unanswered
+from thinkmid.augment.config import EndpointConfig
 from thinkmid.errors import UserError
 
 pytest.importorskip("openai")
+
+from thinkmid.augment.endpoint import PROBE, EndpointAnnotator
+from thinkmid.rollout.endpoint import SAID, error_status, message
+
 KEY = "sk-not-for-any-log"
 
 
@@ -123,12 +127,13 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def make(server):
+def make(server, monkeypatch):
     made = []
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
 
     def make(**options):
-        options = {"url": server.url, "model": "m", "timeout_s": 5.0, "retries": 2, "pause_s": 0.01} | options
-        made.append(Endpoint(EndpointConfig(**options), f" {KEY}\n"))
+        options = {"url": server.url, "model": "m", "timeout_s": 5.0, "retries": 2} | options
+        made.append(EndpointAnnotator(AnnotatorConfig(), EndpointConfig(**options), misbehave.Stop()))
         return made[-1]
 
     yield make
@@ -137,7 +142,8 @@ def make(server):
 
 
 def test_replies_come_in_order_with_their_tokens(make, server):
-    found = make()([f"behave: {n}x" for n in range(20)])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(make().write, [f"behave: {n}x" for n in range(20)]))
     assert [reply.text for reply in found] == [f"said {n}x" for n in range(20)]
     assert {(r.prompt_tokens, r.written_tokens, r.cut, r.fault) for r in found} == {(11, 7, False, "")}
     headers, body = server.last
@@ -152,7 +158,7 @@ def test_replies_come_in_order_with_their_tokens(make, server):
 def test_what_passes_is_tried_again_and_counted(make, server, name, reason):
     client = make(timeout_s=0.5 if "slow" in name else 5.0)
     began = time.monotonic()
-    [reply] = client([f"behave: {name}"])
+    reply = client.write(f"behave: {name}")
     assert reply.text == f"said {name}"
     assert server.calls[f"behave: {name}"] == 2
     assert client.failures == {reason: 1}
@@ -160,53 +166,46 @@ def test_what_passes_is_tried_again_and_counted(make, server, name, reason):
         assert time.monotonic() - began >= 0.3  # as long as Retry-After asked for
 
 
-@pytest.mark.parametrize(("name", "reason"), [("500", "HTTP 500"), ("hang", "timeout"), ("trickle", "timeout")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("500", "HTTP 500"), ("425", "HTTP 425"), ("hang", "timeout"), ("trickle", "timeout")]
+)
 def test_what_does_not_pass_is_unanswered_after_its_tries_and_no_deadline_is_missed(make, server, name, reason):
     client = make(timeout_s=0.4)
     began = time.monotonic()
     with pytest.raises(Unanswered, match=reason):
-        client([f"behave: {name}"])
+        client.write(f"behave: {name}")
     assert time.monotonic() - began < 3
     assert server.calls[f"behave: {name}"] == 3
     assert client.failures == {reason: 3}
 
 
-def test_pauses_grow(make, monkeypatch):
-    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
-    began = time.monotonic()
-    with pytest.raises(Unanswered):
-        make(pause_s=0.1, retries=3)(["behave: 503"])
-    # 0.1 + 0.2 + 0.4, each by the largest factor of 1.5
-    assert 1.05 <= time.monotonic() - began < 3
-
-
-def test_nobody_listening_is_unanswered(make):
+def test_no_server_is_unanswered(make):
     with pytest.raises(Unanswered, match="no connection"):
-        make(url="http://127.0.0.1:9/v1")(["behave: x"])
+        make(url="http://127.0.0.1:9/v1").write("behave: x")
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_a_wrong_key_or_model_is_the_users_mistake_only_while_nothing_was_answered(make, server, status):
     client = make()
     with pytest.raises(UserError) as error:
-        client([f"behave: {status}"])
+        client.write(f"behave: {status}")
     assert str(error.value) == f"endpoint.url {server.url} answers HTTP {status} for model 'm'"
-    client(["behave: well"])
-    assert client([f"behave: {status}"])[0].fault == f"HTTP {status}"
+    client.write("behave: well")
+    assert client.write(f"behave: {status}").fault == f"HTTP {status}"
 
 
 def test_a_prompt_that_is_refused_is_not_asked_again(make, server):
-    [reply] = make()(["behave: 400"])
+    reply = make().write("behave: 400")
     assert (reply.text, reply.fault) == ("", "HTTP 400")
-    assert server.calls == {"behave: 400": 1, endpoint.PROBE: 1}
+    assert server.calls == {"behave: 400": 1, PROBE: 1}
 
 
 def test_who_refuses_the_simplest_question_is_no_endpoint(make, server):
     server.spoil = lambda prompt: b'{"error": {"message": "no field\\n max_tokens\\u001b"}}'
     client = make()
-    client(["behave: well"])
+    client.write("behave: well")
     with pytest.raises(UserError) as error:
-        client(["a passage"])
+        client.write("a passage")
     assert str(error.value) == f"endpoint.url {server.url} answers HTTP 400 for model 'm': no field max_tokens"
 
 
@@ -218,19 +217,19 @@ def test_who_refuses_the_simplest_question_is_no_endpoint(make, server):
         ('{"detail": [{"loc": ["body"], "msg": "field required"}]}', "[{'loc': ['body'], 'msg': 'field required'}]"),
         ('{"error": "no\\nroom \\ud800"}', "no room"),
         ("<html>\n<b>Bad</b></html>", "<html> <b>Bad</b></html>"),
-        ("x" * 999, "x" * endpoint.WORDS),
-        ("[" * 100_000, "[" * endpoint.WORDS),
+        ("x" * 999, "x" * SAID),
+        ("[" * 100_000, "[" * SAID),
         *[(body, "") for body in ("", "{}", '{"error": null}', '{"error": {}}')],
     ],
 )
 def test_the_words_of_an_error_are_one_line(body, said):
-    assert endpoint.words(400, body, KEY) == said
+    assert message(400, body, KEY) == said
 
 
 def test_words_that_may_hold_the_key_are_not_said(make):
-    assert endpoint.words(400, f'{{"error": "bad {KEY}"}}', KEY) == ""
-    assert endpoint.words(401, '{"error": "sk-no...log is wrong"}', KEY) == ""
-    assert endpoint.words(400, '{"error": "max_tokens"}', "x") == "max_tokens"
+    assert message(400, f'{{"error": "bad {KEY}"}}', KEY) == ""
+    assert message(401, '{"error": "sk-no...log is wrong"}', KEY) == ""
+    assert message(400, '{"error": "max_tokens"}', "x") == "max_tokens"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,7 @@ def test_words_that_may_hold_the_key_are_not_said(make):
     ],
 )
 def test_an_error_that_comes_with_http_200_is_known_by_its_body(body, status):
-    assert endpoint.error_status(body.encode()) == status
+    assert error_status(body.encode()) == status
 
 
 def test_an_error_with_http_200_is_treated_as_its_code_says(make, server):
@@ -256,15 +255,16 @@ def test_an_error_with_http_200_is_treated_as_its_code_says(make, server):
     for code, reason in ((429, "HTTP 429"), ("busy", "HTTP 200")):
         server.spoil = lambda prompt, code=code: json.dumps({"error": {"code": code, "message": "later"}}).encode()
         with pytest.raises(Unanswered, match=reason) as error:
-            make()(["a passage"])
+            make().write("a passage")
         assert error.value.said == "later"
     server.spoil = lambda prompt: b'{"error": {"code": 400, "message": "never"}}'
     with pytest.raises(UserError, match=r"answers HTTP 400 for model 'm': never"):
-        make()(["a passage"])
+        make().write("a passage")
 
 
 def test_a_cut_answer_and_an_empty_one_say_so(make):
-    cut, null = make()(["behave: cut", "behave: null"])
+    client = make()
+    cut, null = client.write("behave: cut"), client.write("behave: null")
     assert (cut.text, cut.cut) == ("half an ans", True)
     assert (null.text, null.cut) == ("", False)
 
@@ -275,7 +275,7 @@ def test_close_ends_what_is_on_its_way(make):
 
     def wait():
         try:
-            client(["behave: hang"])
+            client.write("behave: hang")
         except Unanswered as error:
             found.append(str(error))
 
@@ -288,7 +288,7 @@ def test_close_ends_what_is_on_its_way(make):
     assert found == ["closed"]
     assert time.monotonic() - began < 2
     with pytest.raises(Unanswered, match="closed"):
-        client(["behave: x"])
+        client.write("behave: x")
 
 
 CONFIG = """
@@ -331,14 +331,14 @@ def test_the_program_at_an_endpoint_killed_and_stopped_ends_as_if_undisturbed(wo
         assert process.returncode == code
         said = [f"stopping: {signal.Signals(number).name}"] * (code == 75)
         assert [line.partition(";")[0] for line in err.splitlines()] == said
-    assert "stopped; the same command goes on" in out
+    assert "stopped; the same command resumes" in out
     process = start(server, "--endpoint.price_written", "2.0")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert re.search(r"documents read, \d+ chunks \(\d+ refused\), [\d.]+ chunks/s", out)
     assert server.most == 8
     report = json.loads(Path("r/report.json").read_text())
-    misbehave.annotated(misbehave.settings(world), lambda batch: list(map(misbehave.reply, batch)))
+    misbehave.annotated(misbehave.settings(world), misbehave.reply)
     files = list(Path("out").glob("*-*/part-*.jsonl"))
     assert len(files) == 3 * 2 * 3
     assert all(Path("r", *path.parts[1:]).read_bytes() == path.read_bytes() for path in files)
@@ -355,7 +355,7 @@ def test_the_program_at_an_endpoint_killed_and_stopped_ends_as_if_undisturbed(wo
 
 def run(server, *more):
     """The program to its end: (exit code, stdout, stderr)."""
-    process = start(server, "--endpoint.pause_s", "0.01", "--endpoint.retries", "1", *more)
+    process = start(server, "--endpoint.retries", "1", *more)
     out, err = process.communicate(timeout=100)
     return process.returncode, out, err
 
@@ -424,11 +424,11 @@ def test_an_endpoint_that_refuses_everything_stops_the_run_and_nothing_is_lost(t
         (200, b'{"choices": []}', r"incomplete answer \d+"),
     ],
 )
-def test_chunks_that_nobody_answers_stay_open(tame, server, status, body, says):
-    server.status, server.spoil = status, lambda prompt: None if prompt == endpoint.PROBE else body
+def test_chunks_without_a_response_stay_open(tame, server, status, body, says):
+    server.status, server.spoil = status, lambda prompt: None if prompt == PROBE else body
     code, _, err = run(server)
     assert code == 2
-    assert re.fullmatch(rf"error: r: chunks without an answer: {says}; the same command goes on\n", err)
+    assert re.fullmatch(rf"error: r: chunks without a response: {says}; the same command resumes\n", err)
     assert not accounts("r")["chunks"]
     assert len(server.calls) < 60  # it does not ask about all of them
     server.spoil = lambda prompt: None
@@ -444,7 +444,7 @@ def test_answers_that_are_of_no_use_are_no_success_and_are_asked_for_again(tame,
     code, _, err = run(server)
     assert code == 2
     n = accounts("r")["refused"]
-    assert err == f"error: r: none of {n} chunks accepted, most often: {reason} ({n}); the same command begins again\n"
+    assert err == f"error: r: none of {n} chunks accepted, most often: {reason} ({n}); the same command asks again\n"
     server.spoil = lambda prompt: None
     assert run(server)[0] == 0
     assert (accounts("r")["chunks"], accounts("r")["refused"]) == (n, 0)

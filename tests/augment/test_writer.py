@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import TINY, exchange, exit_code, flip_bit, random_model
 
-from thinkmid.augment import annotate, annotators, writer
+from thinkmid.augment import annotate, annotators, job, writer
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.shards import Chunk
 from thinkmid.augment.writer import EngineWriter, WriterConfig
@@ -93,8 +93,8 @@ def scripted_run(world, out, *, stop_after=0, retries=1):
         engine=engine, tokenizer=text, chat=Chat(world / "model", text, thinking=False), max_len=10**6,
         annotator=AnnotatorConfig(kind="engine", retries=retries), config=WriterConfig(),
     )  # fmt: skip
-    through = partial(write, stopped=stopped)
-    return annotate.work(cfg, Tokenizer.load(world / "tokenizer"), through, stopped=stopped), engine
+    stop = misbehave.Stop(stopped)
+    return job.run(cfg, misbehave.Scripted(partial(write, interrupt=stop)), stop), engine
 
 
 def files(out):
@@ -111,14 +111,14 @@ def counts(out):
 
 
 def test_an_engine_that_misbehaves_gives_the_files_and_counts_of_an_endpoint_that_does(world):
-    def write(asked):
-        replies = map(misbehave.reply, asked)
-        return [reply._replace(text=clean(reply.text)) for reply in replies]  # an engine has no lone surrogates
+    def write(prompt):
+        reply = misbehave.reply(prompt)
+        return reply._replace(text=clean(reply.text))  # an engine has no lone surrogates
 
     code, engine = scripted_run(world, "engine")
     assert code == 0
     asked = []
-    assert misbehave.annotated(misbehave.settings(world, out="endpoint"), lambda p: asked.extend(p) or write(p)) == 0
+    assert misbehave.annotated(misbehave.settings(world, out="endpoint"), lambda p: asked.append(p) or write(p)) == 0
     assert files(world / "engine") == files(world / "endpoint")
     assert counts(world / "engine") == counts(world / "endpoint")
     assert Counter(question for question, _ in engine.calls) == Counter(asked)

@@ -9,16 +9,17 @@ import pydoc_data.topics
 import re
 import sys
 import sysconfig
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from thinkmid.augment import annotate, annotators
+from thinkmid.augment import annotators, job
 from thinkmid.augment.annotators import AnnotatorConfig, Reply
 from thinkmid.augment.config import AnnotateConfig, ChunkConfig, DataConfig, RunConfig
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.split import SplitConfig
-from thinkmid.tokenizer import Tokenizer, train_tokenizer
+from thinkmid.tokenizer import train_tokenizer
 
 MARK = re.compile(r"⟦(\d+)⟧")
 THOUGHT = "So what comes next has to follow from this; 2 + 2 is 4."
@@ -118,14 +119,30 @@ def settings(folder: Path, *, out: str = "out", shard: str = "", max_tokens: int
     )
 
 
+class Stop:
+    """An interrupt that is requested once when() is true."""
+
+    def __init__(self, when=lambda: False):
+        self._when = when
+
+    @property
+    def requested(self):
+        return self._when()
+
+
+class Scripted:
+    """An annotator whose outcomes come from through(pieces)."""
+
+    def __init__(self, through, patience=10):
+        self.outcomes, self.patience, self.model, self.failures = through, patience, {}, Counter()
+
+
 def annotated(cfg, write, workers=1):
-    """Run to the end with this write function. Returns the exit code."""
-    text = Tokenizer.load(cfg.chunks.tokenizer)
+    """Run to the end with this write function, of one prompt. Returns the exit code."""
     model = AnnotatorConfig(strategy="insert", retries=cfg.annotator.retries)
-    asks = partial(annotators.by_model, cfg=model, write=write)
-    pool = {"batch": 1, "workers": workers, "stopped": lambda: False, "abort": lambda: None}
-    through = partial(through_pool, annotate=asks, **pool)
-    return annotate.work(cfg, text, through, patience=2 * workers + 8)
+    asks, stop = partial(annotators.by_model, cfg=model, write=write), Stop()
+    through = partial(through_pool, annotate=asks, workers=workers, interrupt=stop, abort=lambda: None)
+    return job.run(cfg, Scripted(through, patience=2 * workers + 8), stop)
 
 
 def name(prompt):
@@ -135,9 +152,9 @@ def name(prompt):
 def main(folder, out, calls, shard):
     with open(calls, "a", buffering=1) as log:
 
-        def write(prompts):
-            log.writelines(name(prompt) + "\n" for prompt in prompts)
-            return list(map(reply, prompts))
+        def write(prompt):
+            log.write(name(prompt) + "\n")
+            return reply(prompt)
 
         return annotated(settings(Path(folder), out=out, shard=shard), write, workers=4)
 

@@ -70,7 +70,7 @@ def normalise(written: str) -> str:
     return ACTION.sub(lambda match: thoughts.CLOSE if tag_parts(match)[0] else thoughts.OPEN, written)
 
 
-def tag_parts(match: re.Match) -> tuple[str, str]:
+def tag_parts(match: re.Match[str]) -> tuple[str, str]:
     """("/" or "", name without its hyphens)."""
     slash, name = (group for group in match.groups() if group is not None)
     return slash, re.sub("[-_ ]", "", name.casefold())

@@ -6,21 +6,10 @@ import os
 from dataclasses import dataclass, field
 
 from thinkmid.augment.annotators import AnnotatorConfig
-from thinkmid.augment.endpoint import EndpointConfig
 from thinkmid.augment.split import SplitConfig
 from thinkmid.augment.writer import WriterConfig
+from thinkmid.errors import at_least, positive
 from thinkmid.rollout.engine.protocol import EngineConfig
-
-# what the output depends on beside data, chunks, annotator and split; and settings in there that it does not depend on:
-# of folders of models the content counts
-SECTIONS = {"rules": (), "openai": ("endpoint",), "engine": ("writer", "engine")}
-FREE = {
-    "endpoint": ("url", "key_env", "workers", "timeout_s", "retries", "pause_s", "price_prompt", "price_written"),
-    "writer": ("folder", "max_batch"),
-    "engine": ("kv_gb", "sleep", "compile", "tensor_parallel", "check_every", "check_samples", "max_gap"),
-    "chunks": ("tokenizer",),
-    "annotator": ("retries",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +20,7 @@ class RunConfig:
     parts: int = 16  # files of each kind; at least as many as jobs
     progress_s: float = 30.0  # between lines of progress
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.parts <= 9999:
             raise ValueError(f"parts must lie in 1..9999, got {self.parts}")
 
@@ -42,7 +31,7 @@ class DataConfig:
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; --data.paths FILE or FOLDER")
 
@@ -54,9 +43,30 @@ class ChunkConfig:
     tokenizer: str  # Hugging Face folder of the model to be trained: its tokens are counted
     max_tokens: int = 2048  # L: of a chunk, without thoughts; cut at paragraph or sentence ends
 
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """Where the annotator's model answers."""
+
+    url: str = ""  # where /chat/completions lies, up to /v1
+    model: str = ""  # its name there
+    key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; may be unset
+    workers: int = 32  # requests on their way at a time
+    timeout_s: float = 300.0  # for one try, first to last byte
+    # further tries after a timeout, a broken connection, HTTP 408, 409, 425, 429 or 5xx; the pauses between them are
+    # 0.5 s, 1 s, ... 8 s, or Retry-After: together nearly a minute
+    retries: int = 10
+    temperature: float = 0.8
+    max_tokens: int = 4096  # of one answer
+    price_prompt: float = 0.0  # per million tokens, for the report
+    price_written: float = 0.0  # per million tokens, for the report
+
+    def __post_init__(self) -> None:
+        at_least(self, workers=1, retries=0, max_tokens=1, temperature=0)
+        positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,7 @@ class AnnotateConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _, jobs = share(self.shard)
         if jobs > self.run.parts:
             raise ValueError(f"{jobs} jobs for {self.run.parts} parts: raise run.parts")
@@ -96,13 +106,3 @@ def share(shard: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise ValueError(f"shard must be i/n with i in 0..n-1, got {told!r}")
     return int(first), int(second)
-
-
-def decisive(cfg: AnnotateConfig) -> list[str]:
-    """Sections that the output depends on."""
-    return ["data", "chunks", "annotator", "split", *SECTIONS[cfg.annotator.kind]]
-
-
-def settings(cfg: AnnotateConfig, name: str) -> dict:
-    """Those of a section that the output depends on."""
-    return {key: value for key, value in vars(getattr(cfg, name)).items() if key not in FREE.get(name, ())}

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Protocol
 
 from thinkmid.augment.annotators import Outcome
+from thinkmid.augment.shards import Piece
+from thinkmid.run.interrupt import Interrupt
 
-POLL_S = 0.5  # between looks at stopped() while all workers are busy
-
-
-class Item(Protocol):
-    """Whatever carries a chunk."""
-
-    chunk: str
+POLL_S = 0.5  # between looks at the interrupt while all workers are busy
 
 
 def through_pool(
-    items: Iterator[Item], annotate, batch: int, workers: int, stopped, abort
-) -> Iterator[tuple[Item, Outcome]]:
-    """Items with the outcomes of their chunks, as they come. Queued are at most twice the calls that can run."""
-    running: dict[Future, list[Item]] = {}
+    pieces: Iterator[Piece],
+    annotate: Callable[[str], Outcome],
+    workers: int,
+    interrupt: Interrupt,
+    abort: Callable[[], None],
+) -> Generator[tuple[Piece, Outcome]]:
+    """Pieces with the outcomes of their chunks, as they come. Queued are at most twice the calls that can run.
+
+    Once interrupted, abort() must end the calls that run; their outcomes still come.
+    """
+    running: dict[Future[Outcome], Piece] = {}
     pool = ThreadPoolExecutor(workers, thread_name_prefix="annotate")
     try:
-        while not stopped():
-            while len(running) < 2 * workers and (taken := list(islice(items, batch))):
-                running[pool.submit(annotate, [item.chunk for item in taken])] = taken
+        while not interrupt.requested:
+            for piece in islice(pieces, 2 * workers - len(running)):
+                running[pool.submit(annotate, piece.chunk)] = piece
             if not running:
                 return
             yield from ended(running, POLL_S)
@@ -40,9 +42,6 @@ def through_pool(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ended(running: dict[Future, list[Item]], timeout_s: float | None) -> Iterable[tuple[Item, Outcome]]:
+def ended(running: dict[Future[Outcome], Piece], timeout_s: float | None) -> list[tuple[Piece, Outcome]]:
     """The outcomes of calls that have ended, which leave `running`."""
-    out: list[tuple[Item, Outcome]] = []
-    for future in wait(running, timeout_s, FIRST_COMPLETED).done:
-        out += zip(running.pop(future), future.result(), strict=True)
-    return out
+    return [(running.pop(future), future.result()) for future in wait(running, timeout_s, FIRST_COMPLETED).done]

@@ -1,9 +1,11 @@
-"""How far a process is with its chunks: counts, rates, a line every so often."""
+"""How far a process is with its chunks: counts, rates, a line now and then."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from thinkmid.augment.annotators import Outcome
 from thinkmid.errors import plain
@@ -11,30 +13,30 @@ from thinkmid.errors import plain
 
 @dataclass
 class Progress:
-    """What this process has done, said every so often."""
+    """What this process has done."""
 
     title: str
     total: int  # documents
-    every_s: float
+    every_s: float  # between lines
     began: float = field(default_factory=time.monotonic)
     said: float = field(default_factory=time.monotonic)
     documents: int = 0
     chunks: int = 0
     refused: int = 0
     written_tokens: int = 0
-    unanswered: dict[str, int] = field(default_factory=dict)
-    since_answer: int = 0  # chunks that nobody answered, in a row
-    words: str = ""  # what was said last instead of an answer
+    unanswered: Counter[str] = field(default_factory=Counter)
+    since_answer: int = 0  # chunks without a response, in a row
+    words: str = ""  # the endpoint's last words instead of an answer
 
     def count(self, outcome: Outcome) -> None:
         self.written_tokens += outcome.written_tokens
         if outcome.failed:
-            self.unanswered[outcome.failed] = self.unanswered.get(outcome.failed, 0) + 1
+            self.unanswered[outcome.failed] += 1
             self.since_answer, self.words = self.since_answer + 1, outcome.said or self.words
         else:
             self.chunks, self.refused, self.since_answer = self.chunks + 1, self.refused + bool(outcome.refused), 0
 
-    def row(self) -> dict:
+    def row(self) -> dict[str, Any]:
         seconds = max(time.monotonic() - self.began, 1e-9)
         rates = {"chunks_per_s": self.chunks / seconds, "written_tokens_per_s": self.written_tokens / seconds}
         about = {"seconds": seconds, "chunks": self.chunks, **rates}
@@ -42,7 +44,7 @@ class Progress:
 
     def line(self) -> str:
         row = self.row()
-        unanswered = f", {sum(self.unanswered.values())} unanswered" if self.unanswered else ""
+        unanswered = f", {self.unanswered.total()} unanswered" if self.unanswered else ""
         return (
             f"{self.documents}/{self.total} documents read, {self.chunks} chunks ({self.refused} refused{unanswered}), "
             f"{row['chunks_per_s']:.1f} chunks/s, {row['written_tokens_per_s']:.0f} tokens/s written"

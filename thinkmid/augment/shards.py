@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from thinkmid import thoughts
 from thinkmid.augment import control
@@ -28,6 +28,8 @@ from thinkmid.errors import UserError
 from thinkmid.files import check_row, is_count, is_text, read_json, write_whole
 from thinkmid.tokenizer import Tokenizer
 
+Row = dict[str, Any]  # of a journal
+Pieces = list[tuple[bool, str]]  # (is a thought, text) as of thoughts.split
 # fields of a journal's rows
 PLACE = {"key": is_text, "chunk": is_count}
 SAID = {
@@ -42,6 +44,14 @@ class Chunk(NamedTuple):
 
     key: str  # of the document
     number: int
+
+
+class Piece(NamedTuple):
+    """A chunk that is still to be done."""
+
+    part: int
+    place: Chunk
+    chunk: str
 
 
 class Placed(NamedTuple):
@@ -82,20 +92,20 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[Row]:
         """All rows, oldest first. UserError names a line that is no row."""
         with self.path.open("rb") as file:
             return [self._row(number, line) for number, line in enumerate(file, start=1)]
 
-    def _row(self, number: int, line: bytes) -> dict:
+    def _row(self, number: int, line: bytes) -> Row:
         try:
-            row = json.loads(line)
+            row: Row = json.loads(line)
             check_row("", row, PLACE, SAID)
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{self.path}:{number}: damaged; delete the line, its chunk is done again") from None
         return row
 
-    def add(self, row: dict) -> None:
+    def add(self, row: Row) -> None:
         """Write down a chunk. UserError if the disk does not take it."""
         line = json.dumps(row).encode() + b"\n"
         try:
@@ -114,12 +124,12 @@ class Journal:
         os.close(self._fd)
 
 
-def place(row: dict) -> Chunk:
+def place(row: Row) -> Chunk:
     return Chunk(row["key"], row["chunk"])
 
 
-def finished(row: dict) -> bool:
-    """Accepted, refused or raw by decision; what nobody answered is written down for its costs only."""
+def finished(row: Row) -> bool:
+    """Accepted, refused or raw by decision; a chunk without a response is written down for its costs only."""
     return "text" in row or "refused" in row or "raw" in row
 
 
@@ -130,12 +140,12 @@ def any_accepted(folder: Path) -> bool:
     return any(b'"text": ' in line for path in journals for line in path.open("rb"))
 
 
-def tally(rows: Iterable[dict]) -> dict:
+def tally(rows: Iterable[Row]) -> Row:
     """What the rows of a journal cost and came to; of a chunk that was done again the last row counts."""
     counts: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     retried: Counter[str] = Counter()
-    last: dict[Chunk, dict] = {}
+    last: dict[Chunk, Row] = {}
     for row in rows:
         counts.update({name: row.get(name, 0) for name in ("calls", "prompt_tokens", "written_tokens")})
         retried.update(row.get("retried", {}))
@@ -149,49 +159,54 @@ def tally(rows: Iterable[dict]) -> dict:
 
 def publish(
     folder: Path, part: int, order: list[Placed], journal: Journal, tokenizer: Tokenizer, *, with_control: bool
-) -> dict:
-    """The files of a part whose chunks are all finished, its status last. Returns the status."""
+) -> None:
+    """The files of a part whose chunks are all finished, its status last."""
     rows = journal.rows()
     accepted = {place(row): row["text"] for row in rows if "text" in row}
     kept = {place(row): row["raw"] for row in rows if "raw" in row}
-    wanted = ((doc, Chunk(doc.key, k)) for doc in order for k in range(doc.num_chunks))
-    reserve = [(f"{doc.id}#{at.number}", kept[at]) for doc, at in wanted if at in kept]
-    files, splits, filling = {}, {}, {}
-
-    def write(kind: str, rows: Iterable[tuple[str, str]]) -> None:
-        path = f"{kind}/part-{part:04d}.jsonl"
-        lines = [json.dumps({"id": id, "text": chunk}) + "\n" for id, chunk in rows]
-        write_whole(folder / path, "".join(lines))
-        files[path] = {"rows": len(lines), "sha256": digest(folder / path)}
-
-    for name in ANNOTATED:
-        documents = [doc for doc in order if doc.split == name]
-        # by place: two documents may have the same id
-        ids = {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
-        woven = {at: accepted[at] for at in ids if at in accepted}
-        pieces = {at: thoughts.split(chunk) for at, chunk in woven.items()}
-        raw = {at: "".join(piece for is_thought, piece in found if not is_thought) for at, found in pieces.items()}
-        splits[name] = sizes(documents, list(pieces.values()), list(raw.values()), tokenizer)
-        for kind, chunks in (("think", woven), ("raw", raw)):
-            write(f"{name}-{kind}", [(ids[at], chunk) for at, chunk in chunks.items()])
-        if name == "sft":
-            plain = [(ids[at], chunk) for at, chunk in raw.items()]
-            filled, filling = control.fill(plain, reserve, splits[name]["think_tokens"], tokenizer)
-            if with_control:
-                write("sft-control", filled)
-    status = {"finished": True, "counts": tally(rows), "splits": splits, "control": filling, "files": files}
+    reserve = [(name, kept[at]) for at, name in names(order).items() if at in kept]
+    texts: dict[str, control.Rows] = {}
+    splits: dict[str, dict[str, int]] = {}
+    filling: dict[str, int] = {}
+    for split in ANNOTATED:
+        documents = [doc for doc in order if doc.split == split]
+        think = [(name, accepted[at]) for at, name in names(documents).items() if at in accepted]
+        pieces = [thoughts.split(woven) for _, woven in think]
+        raw = [(name, bare(found)) for (name, _), found in zip(think, pieces, strict=True)]
+        splits[split] = sizes(documents, pieces, [chunk for _, chunk in raw], tokenizer)
+        texts |= {f"{split}-think": think, f"{split}-raw": raw}
+        if split == "sft":
+            filled, filling = control.fill(raw, reserve, splits[split]["think_tokens"], tokenizer)
+            texts |= {"sft-control": filled} if with_control else {}
+    files = {f"{kind}/part-{part:04d}.jsonl": found for kind, found in texts.items()}
+    written = {path: write_texts(folder / path, found) for path, found in files.items()}
+    status = {"finished": True, "counts": tally(rows), "splits": splits, "control": filling, "files": written}
     write_status(folder, part, status)
-    return status
 
 
-def sizes(documents: list[Placed], pieces: list, bare: list[str], tokenizer: Tokenizer) -> dict[str, int]:
+def names(documents: list[Placed]) -> dict[Chunk, str]:
+    """Row ids of all chunks, by place: two documents may have the same id."""
+    return {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
+
+
+def bare(pieces: Pieces) -> str:
+    return "".join(piece for is_thought, piece in pieces if not is_thought)
+
+
+def write_texts(path: Path, rows: control.Rows) -> dict[str, object]:
+    """Write rows of (id, text). Returns what a manifest holds of the file."""
+    write_whole(path, "".join(json.dumps({"id": id, "text": chunk}) + "\n" for id, chunk in rows))
+    return {"rows": len(rows), "sha256": digest(path)}
+
+
+def sizes(documents: list[Placed], pieces: list[Pieces], raw: list[str], tokenizer: Tokenizer) -> dict[str, int]:
     """Rows and tokens of a split: with thoughts as SFT reads them, and of the raw control."""
     woven = tokenizer.encode_woven_many(pieces)
     return {
         "documents": len(documents),
-        "rows": len(bare),
+        "rows": len(raw),
         "thoughts": sum(is_thought for found in pieces for is_thought, _ in found),
-        "raw_tokens": sum(map(len, tokenizer.encode_many(bare))),
+        "raw_tokens": sum(map(len, tokenizer.encode_many(raw))),
         "think_tokens": sum(len(tokens) for tokens, _ in woven),
         "thought_tokens": sum(sum(mask) for _, mask in woven),
     }
@@ -201,11 +216,11 @@ def status_path(folder: Path, part: int) -> Path:
     return folder / "parts" / f"part-{part:04d}.json"
 
 
-def write_status(folder: Path, part: int, status: dict) -> None:
+def write_status(folder: Path, part: int, status: Row) -> None:
     write_whole(status_path(folder, part), json.dumps(status | {"sha256": seal(status)}, indent=1) + "\n")
 
 
-def read_status(folder: Path, part: int) -> dict:
+def read_status(folder: Path, part: int) -> Row:
     """The status of a part; {} if it has none or one that was altered, so that the part is put together again."""
     try:
         status = read_json(status_path(folder, part))
@@ -214,7 +229,7 @@ def read_status(folder: Path, part: int) -> dict:
     return status if status.pop("sha256", "") == seal(status) else {}
 
 
-def seal(status: dict) -> str:
+def seal(status: Row) -> str:
     return sha256(json.dumps(status, sort_keys=True).encode()).hexdigest()
 
 
@@ -231,7 +246,7 @@ def digest(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
 
 
-def merge(folder: Path, parts: int) -> dict:
+def merge(folder: Path, parts: int) -> Row:
     """The sum of what the parts say about themselves; manifest.json too if all of them are finished."""
     found = [read_status(folder, part) for part in range(parts)]
     total = {"parts": parts, "finished": sum(bool(status.get("finished")) for status in found)}
@@ -243,10 +258,10 @@ def merge(folder: Path, parts: int) -> dict:
     return total | {name: add([status.get(name, {}) for status in found]) for name in ("splits", "control")}
 
 
-def add(trees: list[dict]) -> dict:
+def add(trees: list[Row]) -> Row:
     """The sum of trees of numbers, key by key."""
     names = dict.fromkeys(name for tree in trees for name in tree)
-    out = {}
+    out: Row = {}
     for name in names:
         values = [tree[name] for tree in trees if name in tree]
         out[name] = add(values) if isinstance(values[0], dict) else sum(values)

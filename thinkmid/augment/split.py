@@ -15,17 +15,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thinkmid.data.source import Document, data_files, left_out, read_documents, read_rows
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, at_least
 from thinkmid.files import is_count, locked, write_whole
 
 SPLITS = ("heldout", "rl", "sft", "control")  # of two near-duplicates that are apart, the one named earlier stays
 ANNOTATED = SPLITS[:3]
 SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts in which each character counts as a word
 WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
+LISTED = 3  # names that stand for each reason why documents are left out
+Hashes = NDArray[np.uint64]
+Pools = dict[str, dict[int, Hashes]]  # {evaluation file: {words of an n-gram: sorted hashes}}
+Row = dict[str, Any]
 PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -45,13 +51,11 @@ class SplitConfig:
     eval_fields: tuple[str, ...] = ("question", "problem", "text")  # of their rows, those that are there
     eval_words: int = 8  # an evaluation text shorter than ngram is looked for whole; with fewer words than this, not
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shares = (self.sft, self.rl, self.heldout, self.control)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"sft, rl, heldout and control must be 0 or more and sum to 1, got {shares}")
-        for name, low in (("seed", 0), ("ngram", 1), ("sample", 1), ("eval_words", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, seed=0, ngram=1, sample=1, eval_words=1)
         if not 0 <= self.near <= 1:
             raise ValueError(f"near must lie in [0, 1], got {self.near}")
 
@@ -60,8 +64,8 @@ class SplitConfig:
 class Split:
     """The decision, as far as the annotator needs it."""
 
-    cfg: SplitConfig
     dropped: frozenset[str]  # keys of documents that are left out
+    left_out: dict[str, Row]  # {reason: {"count": of documents, "first": names of the first ones}}
     documents: int  # read, the ones left out included
 
 
@@ -77,13 +81,19 @@ def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
             manifest = make(folder / "split", paths, cfg, wanted)
     if manifest | wanted != manifest:
         raise UserError(f"{folder}/split was made with other settings or from other files; name another run.folder")
-    rows = (json.loads(line) for line in (folder / "split" / "documents.jsonl").open(encoding="utf-8"))
-    # a copy has the key of a document before it, which may stay
-    dropped = frozenset(row["sha256"] for row in rows if row.get("dropped", "copy") != "copy")
-    return Split(cfg=cfg, dropped=dropped, documents=manifest["documents"])
+    dropped: set[str] = set()
+    left_out: dict[str, Row] = {}
+    with (folder / "split" / "documents.jsonl").open(encoding="utf-8") as lines:
+        for row in (row for row in map(json.loads, lines) if "dropped" in row):
+            counted = left_out.setdefault(row["dropped"], {"count": 0, "first": []})
+            counted["count"] += 1
+            counted["first"] += [row["id"]] if counted["count"] <= LISTED else []
+            if row["dropped"] != "copy":  # which has the key of a document before it, which may stay
+                dropped.add(row["sha256"])
+    return Split(dropped=frozenset(dropped), left_out=left_out, documents=manifest["documents"])
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: Path) -> Row | None:
     """The manifest, if it is there and the list is what it says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -94,12 +104,12 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest if good and sha256(listed).hexdigest() == manifest.get("sha256") else None
 
 
-def sources(paths: Iterable[str]) -> list[list]:
+def sources(paths: Iterable[str]) -> list[list[Any]]:
     """[file, bytes] of every file that is read."""
     return [[str(file), file.stat().st_size] for path in paths for file in data_files(Path(path))]
 
 
-def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: dict) -> dict:
+def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: Row) -> Row:
     pools, about = evaluation(cfg)
     rows, kept = first_pass(read_documents(paths), cfg, pools)
     near_duplicates(rows, kept, cfg)
@@ -119,12 +129,10 @@ def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: dict) -
     return manifest
 
 
-def first_pass(
-    documents: Iterable[Document], cfg: SplitConfig, pools: dict[str, dict[int, np.ndarray]]
-) -> tuple[list[dict], dict[int, np.ndarray]]:
+def first_pass(documents: Iterable[Document], cfg: SplitConfig, pools: Pools) -> tuple[list[Row], dict[int, Hashes]]:
     """A row for each document, and the sampled n-grams of those that are still in, by row number."""
-    rows: list[dict] = []
-    kept: dict[int, np.ndarray] = {}
+    rows: list[Row] = []
+    kept: dict[int, Hashes] = {}
     seen: dict[bytes, str] = {}
     for doc in documents:
         row = {"id": doc.id, "sha256": key(doc.text), "split": assign(doc.text, cfg)}
@@ -141,7 +149,7 @@ def first_pass(
     return rows, kept
 
 
-def near_duplicates(rows: list[dict], kept: dict[int, np.ndarray], cfg: SplitConfig) -> None:
+def near_duplicates(rows: list[Row], kept: dict[int, Hashes], cfg: SplitConfig) -> None:
     """Mark those whose n-grams stand, to the share cfg.near, in the documents of the splits named earlier in SPLITS."""
     pool = np.empty(0, np.uint64)
     for name in SPLITS:
@@ -152,18 +160,18 @@ def near_duplicates(rows: list[dict], kept: dict[int, np.ndarray], cfg: SplitCon
         pool = np.unique(np.concatenate([pool, *(kept[i] for i in mine if "dropped" not in rows[i])]))
 
 
-def evaluation(cfg: SplitConfig) -> tuple[dict[str, dict[int, np.ndarray]], dict[str, dict]]:
+def evaluation(cfg: SplitConfig) -> tuple[Pools, dict[str, dict[str, int]]]:
     """{file: {words of an n-gram: sorted hashes}}, and for the manifest how many texts each file has.
 
     UserError names a row without any of cfg.eval_fields.
     """
-    pools: dict[str, dict[int, np.ndarray]] = {}
-    about: dict[str, dict] = {}
+    pools: Pools = {}
+    about: dict[str, dict[str, int]] = {}
     for path in cfg.evals:
         if not data_files(Path(path)):
             raise UserError("; ".join([f"{path}: no file to read (split.evals)", *left_out([path])]))
     for file in (file for path in cfg.evals for file in data_files(Path(path))):
-        found: dict[int, list[np.ndarray]] = {}
+        found: dict[int, list[Hashes]] = {}
         about[str(file)] = counts = {"texts": 0, "too_short": 0}
         for where, row in read_rows([file]):
             texts = [row[name] for name in cfg.eval_fields if isinstance(row.get(name), str)]
@@ -180,7 +188,7 @@ def evaluation(cfg: SplitConfig) -> tuple[dict[str, dict[int, np.ndarray]], dict
     return pools, about
 
 
-def overlap(words: list[str], pools: dict[str, dict[int, np.ndarray]]) -> str | None:
+def overlap(words: list[str], pools: Pools) -> str | None:
     """The first evaluation file that shares an n-gram with these words."""
     ids = word_ids(words)
     mine = {n: windows(ids, n) for n in {n for pool in pools.values() for n in pool} if n <= len(words)}
@@ -197,8 +205,8 @@ def key(text: str) -> str:
 
 def folded(text: str) -> bytes:
     """Equal for texts that differ in case, white space and punctuation only."""
-    told = " ".join(split_words(text)) or text
-    return blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    words = " ".join(split_words(text)) or text
+    return blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def assign(text: str, cfg: SplitConfig) -> str:
@@ -213,12 +221,12 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-def grams(words: list[str], n: int) -> np.ndarray:
+def grams(words: list[str], n: int) -> Hashes:
     """Hashes of all runs of n words, (max(1, W-n+1),) uint64; a shorter text is one run."""
     return windows(word_ids(words), min(n, len(words))) if words else np.empty(0, np.uint64)
 
 
-def windows(ids: np.ndarray, n: int) -> np.ndarray:
+def windows(ids: Hashes, n: int) -> Hashes:
     """Hashes of all runs of n >= 1 word ids, mixed so that their low bits may be sampled."""
     out = np.full(len(ids) - n + 1, n, np.uint64)
     for i in range(n):
@@ -227,7 +235,7 @@ def windows(ids: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def word_ids(words: list[str]) -> np.ndarray:
+def word_ids(words: list[str]) -> Hashes:
     return np.fromiter(map(word_id, words), np.uint64, len(words))
 
 
@@ -236,8 +244,9 @@ def word_id(word: str) -> int:
     return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def among(hashes: np.ndarray, pool: np.ndarray) -> np.ndarray:
+def among(hashes: Hashes, pool: Hashes) -> NDArray[np.bool_]:
     """Which of the hashes stand in the sorted pool."""
     if not len(pool):
         return np.zeros(len(hashes), bool)
-    return pool[np.minimum(np.searchsorted(pool, hashes), len(pool) - 1)] == hashes
+    found: NDArray[np.bool_] = pool[np.minimum(np.searchsorted(pool, hashes), len(pool) - 1)] == hashes
+    return found

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from thinkmid.augment import annotators
 from thinkmid.augment.annotators import AnnotatorConfig, Asking, Outcome, Reply
-from thinkmid.augment.shards import Chunk
+from thinkmid.augment.shards import Piece
 from thinkmid.data.chat import Chat
+from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import Engine, Sampling, seed
+from thinkmid.run.interrupt import Interrupt
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
 
@@ -32,9 +33,7 @@ class WriterConfig:
     thinking: bool = False  # templates that know enable_thinking: the model reasons before it answers
 
     def __post_init__(self) -> None:
-        for name, low in (("max_tokens", 1), ("max_batch", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, max_tokens=1, max_batch=1, seed=0)
         _ = self.sampling  # has checks of its own
 
     @property
@@ -44,13 +43,6 @@ class WriterConfig:
             temperature=self.temperature, top_p=self.top_p, max_think=self.max_tokens, max_suffix=0,
             max_batch=self.max_batch,
         )  # fmt: skip
-
-
-class Item(Protocol):
-    """A chunk and where it belongs."""
-
-    place: Chunk
-    chunk: str
 
 
 def blind(tokenizer: Tokenizer) -> Tokenizer:
@@ -74,14 +66,14 @@ class EngineWriter:
     annotator: AnnotatorConfig
     config: WriterConfig
 
-    def __call__(self, items: Iterator[Item], stopped: Callable[[], bool]) -> Iterator[tuple[Item, Outcome]]:
-        """Items with the outcomes of their chunks, as they come; what is unfinished once stopped() is left out."""
-        questions = Questions(items, self)
+    def __call__(self, pieces: Iterator[Piece], interrupt: Interrupt) -> Iterator[tuple[Piece, Outcome]]:
+        """Pieces with the outcomes of their chunks, as they come; what is unfinished once interrupted is left out."""
+        questions = Questions(pieces, self)
         for finished in self.engine.generate(questions, self.config.sampling):
             for request, sample in finished:
                 questions.hear(request, sample)
             yield from questions.settled()
-            if stopped():
+            if interrupt.requested:
                 return
         yield from questions.settled()
 
@@ -89,19 +81,19 @@ class EngineWriter:
 class Questions:
     """A run's questions, as the engine pulls them: a chunk's next try before the next chunk. None: none for now."""
 
-    def __init__(self, items: Iterator[Item], writer: EngineWriter):
-        self._items, self._writer = items, writer
-        self._again: deque[tuple[Item, Asking]] = deque()
-        self._asked: dict[tuple[int, ...], tuple[Item, Asking]] = {}  # by the key of the request
-        self._settled: list[tuple[Item, Outcome]] = []
+    def __init__(self, pieces: Iterator[Piece], writer: EngineWriter):
+        self._pieces, self._writer = pieces, writer
+        self._again: deque[tuple[Piece, Asking]] = deque()
+        self._asked: dict[tuple[int, ...], tuple[Piece, Asking]] = {}  # by the key of the request
+        self._settled: list[tuple[Piece, Outcome]] = []
         self._num = 0
 
     def __iter__(self) -> Iterator[Request | None]:
         while True:
             if self._again:
-                item, asking = self._again.popleft()
-            elif following := next(self._items, None):
-                item, asking = following, annotators.begin(following.chunk, self._writer.annotator)
+                piece, asking = self._again.popleft()
+            elif following := next(self._pieces, None):
+                piece, asking = following, annotators.begin(following.chunk, self._writer.annotator)
             elif self._asked:
                 yield None
                 continue
@@ -111,21 +103,21 @@ class Questions:
             if tokens and len(tokens) + self._writer.config.max_tokens > self._writer.max_len:
                 asking.out.refused, asking.done = CONTEXT, True
             if asking.done:
-                self._settled.append((item, asking.out))
+                self._settled.append((piece, asking.out))
             else:
-                yield self._request(item, asking, tokens)
+                yield self._request(piece, asking, tokens)
 
-    def _request(self, item: Item, asking: Asking, tokens: list[int]) -> Request:
+    def _request(self, piece: Piece, asking: Asking, tokens: list[int]) -> Request:
         self._num += 1
-        prompt = Prompt(id=f"{item.place.key}/{item.place.number}", tokens=tokens)
+        prompt = Prompt(id=f"{piece.place.key}/{piece.place.number}", tokens=tokens)
         number = seed(self._writer.config.seed, asking.out.calls, prompt.id, 0)
         request = Request(prompt=prompt, seed=number, key=(self._num,))
-        self._asked[request.key] = item, asking
+        self._asked[request.key] = piece, asking
         return request
 
     def hear(self, request: Request, sample: Sample) -> None:
         """Take an answer: it settles its chunk, or the model is asked again."""
-        item, asking = self._asked.pop(request.key)
+        piece, asking = self._asked.pop(request.key)
         reply = Reply(
             self._writer.tokenizer.decode(sample.tokens),
             prompt_tokens=len(request.prompt.tokens),
@@ -134,11 +126,11 @@ class Questions:
         )
         annotators.hear(asking, reply, self._writer.annotator)
         if asking.done:
-            self._settled.append((item, asking.out))
+            self._settled.append((piece, asking.out))
         else:
-            self._again.append((item, asking))
+            self._again.append((piece, asking))
 
-    def settled(self) -> list[tuple[Item, Outcome]]:
+    def settled(self) -> list[tuple[Piece, Outcome]]:
         """Chunks with their outcomes, since the last call."""
         settled, self._settled = self._settled, []
         return settled

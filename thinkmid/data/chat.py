@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -16,7 +17,7 @@ SLOT = "~question~"  # what the template is given in the place of a question
 
 
 class Chat:
-    """Wraps questions. What a template spells as special tokens is special; the same names in a question are letters,
+    """Wraps questions. Special tokens that the template spells are special; the same names in a question are letters,
     so that a text cannot end its own message."""
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, thinking: bool):
@@ -50,12 +51,13 @@ def read_template(folder: Path) -> tuple[str, dict[str, str]]:
     return source, {f"{key}_token": token_name(path, config, f"{key}_token") or "" for key in ("bos", "eos", "pad")}
 
 
-def render(folder: str | Path, source: str, variables: dict) -> str:
+def refuse(reason: str) -> NoReturn:
+    """What templates call raise_exception."""
+    raise jinja2.TemplateError(reason)
+
+
+def render(folder: str | Path, source: str, variables: dict[str, Any]) -> str:
     """SLOT as the only message. No clock in there: a resumed run asks the same."""
-
-    def refuse(reason: str):
-        raise jinja2.TemplateError(reason)
-
     # as templates are written for: blocks leave no blank lines behind, loops may break
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -66,8 +68,8 @@ def render(folder: str | Path, source: str, variables: dict) -> str:
         return sandbox.from_string(source).render(messages=messages, add_generation_prompt=True, **variables)
     # a template fails in every way that Python does
     except Exception as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{folder}: its chat template fails: {told or type(error).__name__}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: its chat template fails: {reason or type(error).__name__}") from None
 
 
 def with_specials(part: str, tokenizer: Tokenizer) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 from thinkmid import thoughts
 from thinkmid.errors import UserError
@@ -32,7 +33,9 @@ class Unreadable(ValueError):
 
 def sites(text: str) -> list[Site]:
     """The results that the text states, each recomputed from the facts before it. Raises Unreadable."""
-    known: dict[str, list[tuple]] = {}  # quantity: (the quantity that it starts from, *link of the chain), then links
+    known: dict[
+        str, list[tuple[Any, ...]]
+    ] = {}  # quantity: (the quantity that it starts from, *link of the chain), then links
     found, asked, end = [], {}, 0
     for match in SENTENCE.finditer(text):
         lead, sentence = match[1] or "", match[2].strip()
@@ -59,7 +62,7 @@ def sites(text: str) -> list[Site]:
     return found
 
 
-def note(known: dict[str, list[tuple]], kind: str, words: dict) -> None:
+def note(known: dict[str, list[tuple[Any, ...]]], kind: str, words: dict[str, Any]) -> None:
     """Write one fact into what is known."""
     family, sign = (kind[:-1], kind[-1]) if kind[-1] in "+-*/" else (kind, "+")
     step = (sign, words.get("n", 2))
@@ -81,12 +84,12 @@ def note(known: dict[str, list[tuple]], kind: str, words: dict) -> None:
             known.setdefault("box", []).append((words["hour"], *step))
 
 
-def quantity(words: dict) -> str:
+def quantity(words: dict[str, Any]) -> str:
     """The name under which a quantity is known: a text has one box at most, and its hours do not name it."""
     return "box" if "box" in words else words.get("who") or words.get("x", "nothing")
 
 
-def trace(known: dict[str, list[tuple]], name: str) -> Chain:
+def trace(known: dict[str, list[tuple[Any, ...]]], name: str) -> Chain:
     """The chain that ends at a quantity, from the first stated value on."""
     chain: Chain = []
     left = dict(known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, replace
@@ -82,7 +81,7 @@ def make_ask(judge: JudgeConfig, policy: Policy, model: JudgeModel | None, note:
         return RemoteAsk(
             judge.url,
             judge.model,
-            key=os.environ.get(judge.key_env, ""),
+            key_env=judge.key_env,
             timeout_s=judge.timeout_s,
             workers=judge.workers,
             retries=judge.retries,

@@ -1,0 +1,228 @@
+"""One job of an annotation run: its chunks go to an annotator, their outcomes into journals, whole parts to files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+from thinkmid import thoughts
+from thinkmid.augment import shards, split
+from thinkmid.augment.annotators import Outcome
+from thinkmid.augment.claim import claim
+from thinkmid.augment.config import AnnotateConfig, share
+from thinkmid.augment.progress import Progress
+from thinkmid.augment.shards import Piece
+from thinkmid.data.source import left_out, read_documents
+from thinkmid.errors import UserError
+from thinkmid.files import write_whole
+from thinkmid.run.interrupt import EXIT, Interrupt
+from thinkmid.tokenizer import Tokenizer
+
+RESUMES = "the same command resumes"
+
+
+class Annotator(Protocol):
+    """Whoever writes the thoughts."""
+
+    model: dict[str, str]  # hashes of a model in this process, by part; {} for others
+    failures: Counter[str]  # tries that failed, by reason
+    patience: int  # chunks in a row without a response after which a job ends
+
+    def outcomes(self, pieces: Iterator[Piece]) -> Generator[tuple[Piece, Outcome]]:
+        """Pieces with what became of them, as they come; once interrupted, those that still come."""
+
+
+def run(cfg: AnnotateConfig, annotator: Annotator, interrupt: Interrupt) -> int:
+    """Annotate this job's parts. Returns the exit code.
+
+    UserError: a mistake in data or folder; chunks without a response, for which the same command asks again; none of
+    the run's chunks was accepted.
+    """
+    if not share(cfg.shard)[0]:
+        for line in left_out([*cfg.data.paths, *cfg.split.evals]):
+            print(line, flush=True)
+    tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
+    with Job(cfg, tokenizer, annotator.model) as job, closing(annotator.outcomes(job.pieces())) as outcomes:
+        for piece, outcome in job.settled(outcomes, annotator.patience, interrupt):
+            job.record(piece, outcome)
+            if job.progress.since_answer > annotator.patience:  # the endpoint is gone
+                break
+        job.publish(complete=not interrupt.requested and not job.progress.unanswered)
+        total = job.report(annotator.failures)
+    return job.result(total, interrupt)
+
+
+class Job:
+    """The parts of a run that this process works on, as a context that holds their journals."""
+
+    def __init__(self, cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]):
+        """Claims the folder and splits the documents. UserError names what is wrong with either."""
+        claim(cfg, tokenizer, model)
+        self.cfg, self.folder, self._tokenizer = cfg, Path(cfg.run.folder), tokenizer
+        self._split = split.ensure(self.folder, cfg.data.paths, cfg.split)
+        self._job, self._jobs = share(cfg.shard)
+        self.progress = Progress(f"annotate {self._job}/{self._jobs}", self._split.documents, cfg.run.progress_s)
+        self._journals: dict[int, shards.Journal] = {}
+        self._placed: dict[int, list[shards.Placed]] = {}
+
+    def __enter__(self) -> Job:
+        again = self._is_fruitless(shards.merge(self.folder, self.cfg.run.parts))
+        with ExitStack() as stack:
+            for part in range(self._job, self.cfg.run.parts, self._jobs):
+                if again or not shards.is_whole(self.folder, part):
+                    journal = shards.Journal(self.folder / "journal" / f"part-{part:04d}.jsonl", again=again)
+                    self._journals[part] = stack.enter_context(closing(journal))
+                    self._placed[part] = []
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Chunks that no journal holds, in source order. Notes every document of these parts as it passes."""
+        seen = set()
+        for doc in read_documents(self.cfg.data.paths) if self._journals else ():
+            self.progress.documents += 1
+            key = split.key(doc.text)
+            part = shards.part_of(key, self.cfg.run.parts)
+            if part not in self._journals or key in self._split.dropped or key in seen:
+                continue
+            seen.add(key)
+            chunks = self._tokenizer.chunks(doc.text, self.cfg.chunks.max_tokens)
+            home = split.assign(doc.text, self.cfg.split)
+            self._placed[part].append(shards.Placed(key, doc.id, home, len(chunks)))
+            for number, chunk in enumerate(chunks):
+                place = shards.Chunk(key, number)
+                if place in self._journals[part].done:
+                    continue
+                if home != "control":
+                    yield Piece(part, place, chunk)
+                elif chunk.strip() and not thoughts.TAG.search(chunk):  # SFT would take a tag for a thought
+                    self._journals[part].add({"key": key, "chunk": number, "raw": chunk})
+
+    def settled(
+        self, outcomes: Iterable[tuple[Piece, Outcome]], patience: int, interrupt: Interrupt
+    ) -> Iterator[tuple[Piece, Outcome]]:
+        """Outcomes as they come; those that an endpoint rejected are held until it is known whose fault that is.
+
+        It is the chunk's, which counts as refused, if the endpoint answers about another one after it, or, at the end
+        of a run, if any chunk of it was accepted. Else they failed, and the next command asks for them again. More than
+        `patience` held ones end the run.
+        """
+        held: list[tuple[Piece, Outcome]] = []
+        for piece, outcome in outcomes:
+            if outcome.rejected:
+                held.append((piece, outcome))
+                if len(held) > patience:
+                    break
+                continue
+            if outcome.calls and not outcome.failed:
+                yield from held
+                held = []
+            yield piece, outcome
+        chunks_fault = len(held) <= patience and not interrupt.requested and shards.any_accepted(self.folder)
+        for piece, outcome in held:
+            yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
+
+    def record(self, piece: Piece, outcome: Outcome) -> None:
+        """Write an outcome down, and now and then a line of progress."""
+        self.progress.count(outcome)
+        if row := as_row(piece.place, outcome):
+            self._journals[piece.part].add(row)
+        if self.progress.due():
+            self.progress.say(self.progress.line())
+            for journal in self._journals.values():
+                journal.sync()
+
+    def publish(self, *, complete: bool) -> None:
+        """Publish the parts, or write down how far they are."""
+        for part, journal in self._journals.items():
+            journal.sync()
+            if complete:
+                with_control = self.cfg.split.control > 0
+                shards.publish(
+                    self.folder, part, self._placed[part], journal, self._tokenizer, with_control=with_control
+                )
+            else:
+                status = {"finished": False, "counts": shards.tally(journal.rows())}
+                shards.write_status(self.folder, part, status)
+
+    def report(self, failures: Counter[str]) -> dict[str, Any]:
+        """Write report.json over all parts so far, with this process's rates, and print a summary. Returns it."""
+        total = shards.merge(self.folder, self.cfg.run.parts)
+        endpoint = self.cfg.endpoint
+        prices = {"prompt_tokens": endpoint.price_prompt, "written_tokens": endpoint.price_written}
+        total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
+        total["left_out"] = self._split.left_out
+        total["last_run"] = self.progress.row() | {"endpoint_failures": dict(failures)}
+        write_whole(self.folder / "report.json", json.dumps(total, indent=1) + "\n")
+        for line in [self.progress.line(), *summary(self.cfg, total)]:
+            self.progress.say(line)
+        return total
+
+    def result(self, total: dict[str, Any], interrupt: Interrupt) -> int:
+        """The exit code. UserError: chunks without a response, or none accepted. total: from report()."""
+        if interrupt.requested:
+            self.progress.say(f"stopped; {RESUMES}")
+            return EXIT
+        if unanswered := self.progress.unanswered:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(unanswered.items()))
+            words = f" ({self.progress.words})" if self.progress.words else ""
+            raise UserError(f"{self.folder}: chunks without a response: {reasons}{words}; {RESUMES}")
+        if self._is_fruitless(total):
+            most = "their documents are left out (split/manifest.json)"
+            if refused := total.get("refused_by"):
+                reason, num = max(refused.items(), key=itemgetter(1))
+                most = f"most often: {reason} ({num})"
+            none = f"{self.folder}: none of {total.get('refused', 0)} chunks accepted"
+            raise UserError(f"{none}, {most}; the same command asks again")
+        return 0
+
+    def _is_fruitless(self, total: dict[str, Any]) -> bool:
+        """Everything is done and nothing was accepted: there is no output, and refused chunks are asked for again."""
+        return total["finished"] == self.cfg.run.parts and not total.get("accepted")
+
+
+def as_row(place: shards.Chunk, outcome: Outcome) -> dict[str, Any] | None:
+    """What the journal holds about a chunk; None if there was no response and nothing was spent."""
+    row: dict[str, Any] = {"key": place.key, "chunk": place.number}
+    if outcome.failed and not outcome.calls:
+        return None
+    if outcome.failed:
+        row |= {"failed": outcome.failed}
+    elif outcome.text is None:
+        row |= {"refused": outcome.refused, "said": outcome.said}
+    else:
+        row |= {"text": outcome.text}
+    costs = {name: getattr(outcome, name) for name in ("calls", "prompt_tokens", "written_tokens", "retried")}
+    return row | {name: cost for name, cost in costs.items() if cost}
+
+
+def summary(cfg: AnnotateConfig, total: dict[str, Any]) -> Iterator[str]:
+    """The closing lines: what the run has come to so far."""
+    reasons = ", ".join(f"{reason} {n}" for reason, n in total.get("refused_by", {}).items())
+    yield (
+        f"{total['finished']} of {cfg.run.parts} parts finished: {total.get('accepted', 0)} chunks accepted, "
+        f"{total.get('refused', 0)} refused{f' ({reasons})' if reasons else ''}, {total.get('calls', 0)} calls"
+    )
+    for reason, documents in total["left_out"].items():
+        names = ", ".join(documents["first"]) + (", ..." if documents["count"] > len(documents["first"]) else "")
+        yield f"documents left out, {reason}: {documents['count']} ({names})"
+    for name, sizes in total["splits"].items():
+        yield (
+            f"{name}: {sizes['rows']} rows, {sizes['thoughts']} thoughts, "
+            f"{sizes['think_tokens']} tokens with thoughts, {sizes['raw_tokens']} without"
+        )
+    if cfg.split.control and (control := total["control"]).get("rows"):
+        missing = f"; {control['missing']} are missing: raise split.control ({cfg.split.control})"
+        yield (
+            f"control: {control['tokens']} raw tokens against {control['think_tokens']} annotated ones of SFT"
+            f"{missing if control['missing'] else ''}"
+        )
