@@ -36,8 +36,9 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import advantage, fsdp
-from thinkmid.train.config import LossConfig, OptimConfig, adamw
+from thinkmid.train.config import LossConfig, OptimConfig
 from thinkmid.train.loss import policy_loss
+from thinkmid.train.optim import adamw
 from thinkmid.train.step import train_step
 from thinkmid.types import Pack
 

@@ -20,7 +20,8 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.model.weights import hf_name
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.train import advantage
-from thinkmid.train.config import LossConfig, OptimConfig, adamw
+from thinkmid.train.config import LossConfig, OptimConfig
+from thinkmid.train.optim import adamw
 
 SHARED, UNSHARED, DEAD = "shared prefixes", "prefixes of each reply", "three of four groups dead"
 PADDED = "padded batches, logits kept"

@@ -14,8 +14,9 @@ from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.plan.memory import pair_cost
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import advantage, fsdp
-from thinkmid.train.config import LossConfig, OptimConfig, adamw
+from thinkmid.train.config import LossConfig, OptimConfig
 from thinkmid.train.loss import policy_loss
+from thinkmid.train.optim import adamw
 from thinkmid.train.step import Stats, train_step
 from thinkmid.types import Group, Prompt, Sample
 

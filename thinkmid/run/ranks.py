@@ -123,7 +123,7 @@ def start_ranks(share: int = 1) -> Ranks:
         atexit.register(_leave, mesh)
     neighbours = None
     if share > 1:
-        neighbours, _ = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+        neighbours, _ = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)
     return Ranks(rank, world, device, mesh, neighbours)
 
 

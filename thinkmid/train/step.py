@@ -59,7 +59,7 @@ def train_step(
         # the next pack is built here, while the head, whose products take longest, still waits in the device's queue;
         # after the backward only short kernels would be left in it, and the next forward would come late
         ahead = next(packs, None)
-        loss.backward()  # type: ignore[no-untyped-call]  # of torch
+        loss.backward()
         losses.append((loss.detach(), pack.owner))
         _add(sums, more | {"loss": loss.detach()})
         pack = ahead

@@ -38,7 +38,7 @@ class Attention:
         return self._cpp(layer, q, k, v) if self._is_cpp else self._torch(layer, q, k, v)
 
     def _cpp(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from thinkmid import _csrc
+        _csrc = launch.cpp()
 
         cache, families, prefix, num_keys = self._cache, self._families, self._families.cache, k.shape[1]
         q, k, v = (x.contiguous() for x in (q, k, v))
