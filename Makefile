@@ -52,7 +52,7 @@ runs/mini-data/manifest.json: $(READY)
 	@touch $@
 
 mini: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m thinkmid.mini.sweep --seeds $(SEEDS) --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.mini --seeds $(SEEDS) --jobs $(JOBS)
 
 rlmt-vllm: runs/mini-vllm/export/thinkmid.json
 

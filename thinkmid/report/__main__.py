@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
-    parser.add_argument("--sweep", type=Path, help="table.json of thinkmid.mini.sweep")
+    parser.add_argument("--sweep", type=Path, help="table.json of benchmarks.mini")
     out = "the page (default: %(default)s); its pictures go into NAME-png/ beside it, a run's curves into its folder"
     parser.add_argument("--out", type=Path, default=Path("report.html"), help=out)
     parser.add_argument("--samples", type=int, default=60, help="groups of samples per run (default: %(default)s)")

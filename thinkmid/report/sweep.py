@@ -45,7 +45,7 @@ class Sweep:
 
 
 def read(path: Path) -> Sweep:
-    """A table.json of thinkmid.mini.sweep. UserError: it has no rows."""
+    """A table.json of benchmarks.mini. UserError: it has no rows."""
     table = read_json(path)
     rows = section(table, "rows")
     rows = rows or {label: cells for label, cells in table.items() if isinstance(cells, dict) and "before" in cells}

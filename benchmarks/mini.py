@@ -1,4 +1,4 @@
-"""PROGRAM: the paper's rows in miniature, `python -m thinkmid.mini.sweep --seeds 0,1 --jobs 2`: every stage of every
+"""PROGRAM: the paper's rows in miniature, `python -m benchmarks.mini --seeds 0,1 --jobs 2`: every stage of every
 row, before and after RLPT, evaluated on all sets. A stage begins as soon as those that it builds on are done.
 Interrupted, the same command resumes. Ends with a table and picture.
 """
@@ -181,7 +181,7 @@ def seeds_of(words: str) -> list[int]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m thinkmid.mini.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mini", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="commas between; a seed decides corpus, weights, order and draws")
     at_a_time = "stages at a time, each on OMP_NUM_THREADS cores"
@@ -192,7 +192,8 @@ def main(argv: list[str]) -> None:
     homes = {seed: args.out / f"seed-{seed}" for seed in seeds_of(args.seeds)}
     run(homes, args.jobs)
 
-    from thinkmid.mini import figures, results
+    from benchmarks import mini_figures as figures
+    from benchmarks import mini_results as results
 
     found = results.collect(homes, ROWS, CONTROLS, PROBED)
     write_whole(args.out / "table.json", json.dumps(found, indent=1) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thinkmid.mini.results import Table
+from benchmarks.mini_results import Table
 from thinkmid.run.curves import COLOURS, GREY, columns, figure_for, smooth
 
 BEFORE, AFTER = COLOURS[0], COLOURS[1]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import exit_code
 
+from benchmarks import mini as sweep
+from benchmarks import mini_results as results
 from thinkmid.errors import UserError
-from thinkmid.mini import results, sweep, world
+from thinkmid.mini import world
 
 
 def write(path: Path, content) -> None:
