@@ -19,6 +19,14 @@ from pathlib import Path
 HERE = Path(__file__).parent.parent
 PACKAGE = HERE / "thinkmid"
 LONG, MANY = 40, 6  # code lines of a function; its parameters
+# from the lowest: a module imports its own level and those below; a folder's level holds for what is in it
+LEVELS = (
+    {"types", "errors", "files", "config", "kernels"},
+    {"tokenizer", "thoughts", "sentences", "model", "data", "run"},
+    {"rollout", "plan"},
+    {"train", "augment", "eval"},
+    {"report", "mini"},
+)
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import thinkmid
+from benchmarks import house
 
 ROOT = Path(thinkmid.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -13,13 +14,9 @@ TREES = {".".join(("thinkmid", *f.relative_to(ROOT).with_suffix("").parts)): ast
 TREES = {name.removesuffix(".__init__"): tree for name, tree in TREES.items()}
 PROGRAMS = {name for name, tree in TREES.items() if "'__main__'" in ast.dump(tree)}
 
-# a module imports its own level and those below; a folder's level holds for what is in it
+LOWEST = {"thinkmid", "_csrc"}
 LEVELS = [
-    {"thinkmid", "_csrc", "errors", "types", "files", "config", "kernels"},
-    {"tokenizer", "thoughts", "sentences", "model", "data", "run"},
-    {"rollout", "plan"},
-    {"train", "augment", "eval"},
-    {"report", "mini"},
+    *({*names, *(LOWEST if not n else ())} for n, names in enumerate(house.LEVELS)),
     {"cli"} | {name.removeprefix("thinkmid.") for name in PROGRAMS},
 ]
 
@@ -81,6 +78,15 @@ def test_kernels_types_errors_and_config_stand_on_nothing():
     for module in TREES:
         if module.removeprefix("thinkmid.").split(".")[0] in base:
             assert {name.split(".")[1] for name in imports(module) if name != "thinkmid"} <= base
+
+
+def test_the_loss_library_imports_nothing_of_thinkmid_but_errors():
+    for module in TREES:
+        if folder(f"{module}.") == "kernels":
+            assert {name for name in imports(module) if folder(name) != "kernels"} <= {
+                "thinkmid.errors",
+                "thinkmid._csrc",
+            }
 
 
 def test_the_step_holds_the_only_backward():
