@@ -86,7 +86,7 @@ def flop_table() -> dict[str, list[float]]:
         "the same, unshared: executed / needed": [unshared.ratio],
         "unshared / shared, executed": [unshared.executed / shared.executed],
         "PFLOP executed, shared": [shared.executed / 1e15],
-        "share of it that flash attention's backward does again": [shared.again / shared.executed],
+        "share of it that flash attention's backward recomputes": [shared.again / shared.executed],
         "16 replies of 1152 to 1024 tokens, packs of 8192: executed / needed": [flops(LLAMA, [longest]).ratio],
         "the same, packs of 10240: executed / needed": [flops(LLAMA, [longest], capacity=10240).ratio],
     }
