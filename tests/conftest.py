@@ -51,6 +51,7 @@ class Stalls(threading.Thread):
 
 
 STALLS = Stalls()
+RERUN: list[str] = []  # tests that were run again
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,11 +63,17 @@ def pytest_runtest_protocol(item, nextitem):
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         if STALLS.num == before or not any(report.failed for report in reports):
             break
+        RERUN.append(item.nodeid)
         item._initrequest()
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name in RERUN:
+        terminalreporter.write_line(f"run again, for this process stood still for seconds while it failed: {name}")
 
 
 @pytest.fixture(autouse=True)

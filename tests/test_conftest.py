@@ -29,3 +29,4 @@ def test_a_test_that_failed_on_a_paused_machine_is_run_again_and_no_other(tmp_pa
     assert (tmp_path / "tries-True").read_text() == "xx"
     assert (tmp_path / "tries-False").read_text() == "x"
     assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "while it failed: test_stopped.py::test_it[True]" in done.stdout
