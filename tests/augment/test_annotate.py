@@ -369,6 +369,18 @@ def test_a_folder_made_with_other_settings_or_data_is_refused(mini, capsys):
     )
 
 
+@pytest.mark.parametrize("older", [{}, {"chunks.cut": 1}])
+def test_a_run_whose_chunks_another_rule_cut_is_not_added_to(mini, capsys, older):
+    """Journals name a chunk by its number: what one rule cut joins nothing that another did."""
+    assert call(capsys, "a.toml")[0] == 0
+    path = Path("r/made-of.json")
+    told = json.loads(path.read_text())
+    del told["chunks.cut"]
+    path.write_text(json.dumps(told | older))
+    line = "r: was begun by a version that cut documents into other chunks; name another run.folder"
+    assert call(capsys, "a.toml")[::2] == (2, f"error: {line}\n")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
 def test_a_damaged_record_of_settings_is_named(mini, capsys, text):
     assert call(capsys, "a.toml")[0] == 0

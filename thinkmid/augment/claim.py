@@ -23,6 +23,7 @@ FREE = {
     "chunks": ("tokenizer",),
     "annotator": ("retries",),
 }
+CUT = 2  # version of the rule that cuts documents into chunks: a run's journals name chunks by their number alone
 
 
 def claim(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> None:
@@ -50,6 +51,7 @@ def made_of(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) ->
     """All that the output depends on, as JSON reads it back."""
     ours = {
         "run.parts": cfg.run.parts,
+        "chunks.cut": CUT,
         "chunks.tokenizer": {"tokenizer": tokenizer.digest},
         "writer.model": dict(model),
     }
@@ -67,6 +69,8 @@ def check_same(cfg: AnnotateConfig, ours: dict[str, Any], theirs: dict[str, Any]
         return
     was, now = theirs.get(key), ours.get(key)
     begun = f"was begun with {key} = {was}, now {now}"
+    if key == "chunks.cut":
+        begun = "was begun by a version that cut documents into other chunks"
     if home := {"chunks.tokenizer": cfg.chunks.tokenizer, "writer.model": cfg.writer.folder}.get(key):
         begun = "was begun by a version that did not know models by their content"
         if was:
