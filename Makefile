@@ -20,7 +20,9 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 THREADS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + $(RANKS) - 1) / $(RANKS) )))
 
 PY := .venv/bin/python
-RUN := OMP_NUM_THREADS=$(THREADS) $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m
+# one rank needs no launcher, and its exit code is the program's own
+LAUNCH = $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node $(RANKS))
+RUN = OMP_NUM_THREADS=$(THREADS) $(PY) $(LAUNCH) -m
 READY := .venv/.ready
 VLLM_PY := .venv-vllm/bin/python
 VLLM_READY := .venv-vllm/.ready

@@ -2,7 +2,7 @@
 
     python -m benchmarks.counters [--json]
 
-Host, device and FLOPs: train.step.train_step on benchmarks.fake_gpu. Network: the same step and rollout.sync.push on
+Host, device and FLOPs: train.step.train_step on benchmarks.fake_gpu. Network: the same step and weight_sync.push on
 the CPU under FSDP2, with a process group that sends nothing. What a pack costs is a step of three packs less one of
 two; what a layer costs, a pack through four less one through two. Bytes for Llama-3-8B come from a formula that agrees
 with what is counted on small models.

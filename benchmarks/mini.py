@@ -1,4 +1,4 @@
-"""PROGRAM: the paper's rows in miniature, `python -m benchmarks.mini --seeds 0,1 --jobs 2`: every stage of every
+"""The paper's rows in miniature, `python -m benchmarks.mini --seeds 0,1 --jobs 2`: every stage of every
 row, before and after RLPT, evaluated on all sets. A stage begins as soon as those that it builds on are done.
 Interrupted, the same command resumes. Ends with a table and picture.
 """

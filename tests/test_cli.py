@@ -56,7 +56,7 @@ def test_a_command_is_its_module_with_the_same_arguments_and_exit_code(name, cal
     assert stand_ins == [(cli.PROGRAMS[name][0], ["a.toml", "--x.y", "1"])]
 
 
-# not yet annotate and report: they import thinkmid.model.identity, and that torch
+# not yet annotate and report: they import thinkmid.run.identity, and that torch
 @pytest.mark.parametrize(
     "name",
     ["sft", "rlmt", "rlpt", "eval", "thoughts", "compare", "sample", "init", "plan", "--help", "--version"],

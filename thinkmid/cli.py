@@ -88,10 +88,12 @@ def init(argv: Sequence[str]) -> int:
     if name not in found:
         raise UserError(unknown("config", name, found))
     target = Path(argv[1] if len(argv) == 2 else ".")
-    target = target / f"{name}.toml" if target.is_dir() else target
+    target = target / f"{name}.toml" if target.is_dir() or str(argv[-1]).endswith("/") else target
     try:
         with open(target, "x", encoding="utf-8") as file:
             file.write(found[name].read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{target.parent}: no such folder") from None
     except FileExistsError:
         raise UserError(f"{target}: exists already and is not overwritten; name another PATH") from None
     print(target)

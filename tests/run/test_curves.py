@@ -215,4 +215,4 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError) as caught:
         curves.draw(run, tmp_path / "out.png")
-    assert str(caught.value) == "drawing needs matplotlib: pip install 'thinkmid[plots]'"
+    assert str(caught.value) == "drawing needs matplotlib: pip install matplotlib"

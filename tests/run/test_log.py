@@ -242,7 +242,7 @@ def test_a_missing_tracker_names_its_extra(tmp_path, monkeypatch, name):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(UserError) as caught:
         Log(tmp_path, trackers=(name,))
-    assert str(caught.value) == f"tracker '{name}' is not installed: pip install 'thinkmid[track]'"
+    assert str(caught.value) == f"tracker '{name}' is not installed: pip install {name}"
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

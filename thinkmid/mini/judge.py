@@ -1,4 +1,4 @@
-"""PROGRAM: train a judge for the miniature world, `python -m thinkmid.mini.judge --out runs/mini-judge/export`.
+"""Train a judge for the miniature world, `python -m thinkmid.mini.judge --out runs/mini-judge/export`.
 
 It starts from the base model of the miniature and learns to answer the template "short" as rollout/judge/rule.py does,
 in its next token.

@@ -1,4 +1,4 @@
-"""PROGRAM: write the miniature world into a folder, `python -m thinkmid.mini.make OUT --seed 0`.
+"""Write the miniature world into a folder, `python -m thinkmid.mini.make OUT --seed 0`.
 
 general.jsonl          {"id", "text"}           for the base model
 sft-think.jsonl        {"id", "text", "style"}  with thoughts, for SFT

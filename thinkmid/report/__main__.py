@@ -1,4 +1,4 @@
-"""PROGRAM: run folders -> one HTML page that opens from disk and asks for nothing, and its pictures as PNGs.
+"""Run folders -> one HTML page that opens from disk and asks for nothing, and its pictures as PNGs.
 
 python -m thinkmid.report RUN [RUN ...] [--sweep runs/sweep/table.json] [--out report.html]
 """

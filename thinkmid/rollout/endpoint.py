@@ -21,7 +21,7 @@ from thinkmid.files import is_count
 try:
     import openai
 except ImportError as error:
-    raise UserError("an endpoint needs the openai package: pip install 'thinkmid[judge]'") from error
+    raise UserError("an endpoint needs the openai package: pip install openai") from error
 try:
     import httpx2 as httpx
 except ImportError:  # openai before it moved to httpx2

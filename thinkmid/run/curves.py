@@ -91,7 +91,7 @@ def figure_for(out: str | Path) -> Iterator[Any]:
     try:
         import matplotlib.figure
     except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'thinkmid[plots]'") from None
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     with matplotlib.rc_context(fname=STYLE):
         figure = matplotlib.figure.Figure(layout="constrained", facecolor="white")
         yield figure

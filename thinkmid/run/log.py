@@ -278,7 +278,7 @@ def _tracker(name: str, folder: Path, start_step: int, config: Row) -> Tracker:
             return _TensorBoard(folder, start_step)
         module = import_module(name)
     except ImportError:
-        raise UserError(f"tracker '{name}' is not installed: pip install 'thinkmid[track]'") from None
+        raise UserError(f"tracker '{name}' is not installed: pip install {name}") from None
     options = {"project": "thinkmid", "name": folder.resolve().name, "config": config}
     if name == "wandb":
         options |= {"dir": str(folder), "id": _run_id(folder / "wandb-id", start_step)}

@@ -412,7 +412,7 @@ def test_close_fails_what_waits(remote):
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.delitem(sys.modules, "thinkmid.rollout.endpoint")
-    with pytest.raises(UserError, match=r"pip install 'thinkmid\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install openai"):
         importlib.import_module("thinkmid.rollout.endpoint")
 
 
