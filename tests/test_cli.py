@@ -141,7 +141,7 @@ def test_init_overwrites_nothing(call, tmp_path):
     assert call("init", "mini-rlmt") == (2, "", line)
     assert (tmp_path / "mini-rlmt.toml").read_text() == "mine"
     assert call("init", "mini-rlm")[2] == "error: unknown config 'mini-rlm'; did you mean 'mini-rlmt'?\n"
-    assert call("init", "mini-sft", "nowhere/a.toml")[2] == "error: nowhere/a.toml: No such file or directory\n"
+    assert call("init", "mini-sft", "nowhere/a.toml")[2] == "error: nowhere: no such folder\n"
 
 
 def test_sample_shows_thought_and_continuation_apart_and_repeats_itself(model, call):
