@@ -10,14 +10,15 @@ import sys
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import collect
 from thinkmid import config
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.protocol import Sampling
 from thinkmid.rollout.engine.slices import places
 from thinkmid.rollout.engine.vllm import VllmEngine
 from thinkmid.rollout.judge import reward
-from thinkmid.rollout.verdict import Ready, Verdict
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.train import rl, rlmt
 
 SPOILT = 2  # first version whose sync goes wrong
@@ -27,7 +28,7 @@ class Coin:
     """1 or 0 by the parity of a sample's ids."""
 
     def __call__(self, prompt, sample):
-        return Ready(Verdict(int(sample.tokens.sum() % 2), "coin"))
+        return Verdict(int(sample.tokens.sum() % 2), "coin")
 
     def finish(self, step):
         return {}
