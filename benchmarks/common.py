@@ -9,13 +9,15 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Transformer
+from thinkmid.rollout.engine.protocol import Engine, Sampling, requests_of
+from thinkmid.types import Group, Prompt
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -110,3 +112,13 @@ def report(title: str, seconds: dict[str, list[float]], lines: list[str], result
 def refuse(why: str) -> int:
     print(f"refused, results are wrong: {why}", file=sys.stderr)
     return 1
+
+
+def collect(engine: Engine, prompts: Sequence[Prompt], seeds_P_G: list[list[int]], sampling: Sampling) -> list[Group]:
+    """One sample for each seed, as groups in the order of the prompts."""
+    steps = engine.generate(requests_of(prompts, seeds_P_G), sampling)
+    samples = {request.key: sample for step in steps for request, sample in step}
+    return [
+        Group(prompt=prompt, samples=[samples[p, g] for g in range(len(seeds_P_G[p]))])
+        for p, prompt in enumerate(prompts)
+    ]

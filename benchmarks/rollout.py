@@ -19,7 +19,7 @@ import torch
 from benchmarks import common
 from thinkmid.model import weights
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, collect
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
@@ -145,7 +145,7 @@ def draw(engine, tokens, num_siblings, num_new, temperature):
     prompts = [Prompt(id=str(p), tokens=row) for p, row in enumerate(tokens.tolist())]
     seeds_P_G = [[p * num_siblings + g for g in range(num_siblings)] for p in range(len(prompts))]
     sampling = Sampling(temperature=temperature, max_think=num_new, max_suffix=0)
-    groups = collect(engine, prompts, seeds_P_G, sampling)
+    groups = common.collect(engine, prompts, seeds_P_G, sampling)
     drawn = [s.tokens for group in groups for s in group.samples]
     assert all(len(x) == num_new for x in drawn), f"the engine drew {min(map(len, drawn))}, not {num_new}"
     return torch.tensor([x.tolist() for x in drawn])

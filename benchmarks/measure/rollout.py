@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.common import collect
 from benchmarks.measure.row import Row, median_s, wall_s
 from benchmarks.measure.sizes import Sizes
 from benchmarks.measure.training import Trainer, groups_of, packs_of, units_of
 from thinkmid.data.pack import make_pack
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import Sampling, collect, seed
+from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.run.ranks import start_ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs

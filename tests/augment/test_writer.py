@@ -175,7 +175,7 @@ def as_engine(text, script):
     def decode(cache, rows, families):
         logits = torch.zeros(rows.num, text.vocab_size)
         for row in range(rows.num):
-            logits[row, script[int(rows.count[row])]] = 1e4
+            logits[row, script[int(rows.column("count")[row])]] = 1e4
         return logits
 
     engine._decode = decode

@@ -12,3 +12,13 @@ class Later:
 
     def result(self):
         return self.work()
+
+
+@dataclass
+class Ready:
+    """A future whose value is known."""
+
+    value: Any
+
+    def result(self):
+        return self.value

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import exit_code
+from later import Ready
 from safetensors.torch import load_file
 from world import rlmt_flags, sft_flags
 
 from thinkmid.data.prompts import at_thoughts
 from thinkmid.data.source import read_documents
 from thinkmid.model.weights import load_model, read_config
-from thinkmid.rollout.verdict import Ready
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import rlmt, rlpt, sft

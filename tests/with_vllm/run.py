@@ -13,11 +13,11 @@ import torch.distributed as dist
 from thinkmid import config
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import Sampling, collect
+from thinkmid.rollout.engine.protocol import Sampling, requests_of
 from thinkmid.rollout.engine.slices import places
 from thinkmid.rollout.engine.vllm import VllmEngine
 from thinkmid.rollout.judge import reward
-from thinkmid.rollout.verdict import Ready, Verdict
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.train import rl, rlmt
 
 SPOILT = 2  # first version whose sync goes wrong
@@ -27,7 +27,7 @@ class Coin:
     """1 or 0 by the parity of a sample's ids."""
 
     def __call__(self, prompt, sample):
-        return Ready(Verdict(int(sample.tokens.sum() % 2), "coin"))
+        return Verdict(int(sample.tokens.sum() % 2), "coin")
 
     def finish(self, step):
         return {}
@@ -128,8 +128,9 @@ def compared(train):
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)
         some = [prompts[i] for i in places(len(prompts), job.ranks, cfg.engine.tensor_parallel)[:8]]
         names = len(list(engine.named_weights()))
-        ours, theirs = (collect(e, some, [[0]] * len(some), greedy) for e in (engine, native))
-        pairs = [(a.samples[0], b.samples[0]) for a, b in zip(ours, theirs, strict=True)]
+        asked = requests_of(some, [[0]] * len(some))
+        drawn = [{r.key: s for step in e.generate(asked, greedy) for r, s in step} for e in (engine, native)]
+        pairs = [(drawn[0][r.key], drawn[1][r.key]) for r in asked]
         same = sum(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)
         gap = max(float(abs(a.logp - b.logp).max()) for a, b in pairs if len(a.logp) == len(b.logp))
         row = {"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap, "names": names}

@@ -12,12 +12,13 @@ pytest.importorskip("vllm")
 
 from conftest import TINY, random_model
 
+from benchmarks.common import collect
 from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.model.transformer import RopeScaling
 from thinkmid.rollout.engine import vllm, weight_sync
 from thinkmid.rollout.engine.native import NativeEngine
-from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, collect, requests_of
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling, check_vllm, requests_of
 from thinkmid.run.ranks import start_ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt, Written

@@ -36,7 +36,7 @@ def judge(tmp_path_factory):
     text = Tokenizer.load(folder / "tokenizer")
     cfg = replace(TINY, head_dim=32, width=32, ffn=48, max_positions=512, vocab=text.vocab_size, eos_ids=text.eos_ids)
     model = random_model(cfg)
-    shared, yes, no = choices(text)
+    shared, (yes, no) = choices(text)
     assert not shared  # a server ends the question where the template does
     engine = NativeEngine(cfg, text)
     ask = EngineAsk(engine, text, 512)
@@ -77,8 +77,12 @@ def url(judge, tmp_path_factory):
         server.terminate()
 
 
+def make_remote(url, model):
+    return RemoteAsk(JudgeConfig(kind="remote", url=url, model=model, timeout_s=60, retries=0), print)
+
+
 def test_the_server_says_what_the_same_weights_say_here(judge, url):
-    here, remote = judge[1], RemoteAsk(url, "judge", timeout_s=60, retries=0)
+    here, remote = judge[1], make_remote(url, "judge")
     judges = [ModelJudge(JudgeConfig(template="short"), ask, 1) for ask in (here, remote)]
     pending = [[judge(candidate, reference) for candidate, reference in PAIRS] for judge in judges]
     ours, theirs = ([answer.result() for answer in answers] for answers in pending)
@@ -92,7 +96,7 @@ def test_the_server_says_what_the_same_weights_say_here(judge, url):
 
 
 def test_a_name_that_the_server_does_not_know_fails_and_is_no_zero(url):
-    remote = RemoteAsk(url, "somebody-else", timeout_s=60, retries=0)
+    remote = make_remote(url, "somebody-else")
     verdict = ModelJudge(JudgeConfig(template="short", retries=0), remote, 1)("5 remain.", "7 remain.").result()
     assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 404")
     remote.close()

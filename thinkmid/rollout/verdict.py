@@ -6,12 +6,10 @@ import hashlib
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+from thinkmid.tokenizer import Split
 from thinkmid.types import Prompt, Sample, Tally
-
-if TYPE_CHECKING:
-    from thinkmid.tokenizer import Split
 
 CACHE_SIZE = 100_000  # verdicts, some 200 bytes each
 
@@ -20,7 +18,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge or a grader found about one sample."""
+    """What a judge or a grader found about one sample. It is a future too, that of a verdict that is known."""
 
     value: int | None  # 1, 0, or None: the judge failed, which is never a 0
     why: str
@@ -30,25 +28,18 @@ class Verdict:
     def reward(self) -> float:
         return float("nan") if self.value is None else float(self.value)
 
+    def result(self) -> Verdict:
+        return self
+
 
 class Future(Protocol[T_co]):
-    """A value that comes later: of a thread or process (concurrent.futures.Future is one), of an engine, or known."""
+    """A value that comes later: of a thread or process (concurrent.futures.Future is one), or of an engine."""
 
     def result(self) -> T_co:
         """The value, always the same. The first call may wait, or drive an engine."""
 
 
 Pending = Future[Verdict]
-
-
-@dataclass(frozen=True)
-class Ready(Generic[T_co]):
-    """A future whose value is known."""
-
-    value: T_co
-
-    def result(self) -> T_co:
-        return self.value
 
 
 class Reward(Protocol):
@@ -79,10 +70,8 @@ class VerdictCache:
     """
 
     def __init__(self, size: int):
-        if size < 0:
-            raise ValueError(f"cache_size must be at least 0, got {size}")
         self._size = size
-        self._known: dict[bytes, Ready[Verdict]] = {}
+        self._known: dict[bytes, Verdict] = {}
         self._under_way: dict[bytes, CachedVerdict] = {}
         self.counts: dict[str, float] = defaultdict(float)
 
@@ -105,7 +94,7 @@ class VerdictCache:
             self.counts[name] += value
         del self._under_way[key]
         if verdict.value is not None:
-            self._known[key] = Ready(verdict)
+            self._known[key] = verdict
             if len(self._known) > self._size:
                 del self._known[next(iter(self._known))]
 

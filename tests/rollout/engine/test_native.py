@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import collect
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.eval.config import EvalSampling
 from thinkmid.kernels import attention, launch
 from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.native import NativeEngine, draw
-from thinkmid.rollout.engine.protocol import Sampling, collect, requests_of
+from thinkmid.rollout.engine.protocol import Sampling, requests_of
 from thinkmid.thoughts import CLOSE, OPEN
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs
@@ -86,7 +87,7 @@ def scripted(text, scripts, sampling, num_siblings=1, prompt=(5, 6), written=Non
         logits = torch.zeros(rows.num, text.vocab_size)
         for row, request in enumerate(rows.requests):
             script = scripts[request.key[0]]
-            logits[row, script[min(int(rows.count[row]), len(script) - 1)]] = 1e4
+            logits[row, script[min(int(rows.column("count")[row]), len(script) - 1)]] = 1e4
         return logits
 
     engine._decode = decode

@@ -11,6 +11,7 @@ import pytest
 from golds import GOLDS, bare
 from test_rules import RESTATEMENTS
 
+import thinkmid
 from thinkmid.errors import UserError
 from thinkmid.rollout.grade import codes
 from thinkmid.rollout.grade.config import VerifyConfig
@@ -21,6 +22,7 @@ from thinkmid.rollout.verdict import Verdict
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt, Sample
 
+ROOT = str(Path(thinkmid.__file__).parents[1])
 # answers that rules leave to algebra, and gold answers
 EQUAL = [
     (r"\frac{\sqrt{12}}{4}", r"\frac{\sqrt{3}}{2}"), ("2, 1", "1,2"), ("x=2, x=1", "1,2"), ("7,5,3", "3, 5, 7"),
@@ -158,7 +160,7 @@ LIMITS = {
 @pytest.mark.parametrize(("does", "code"), LIMITS.items(), ids=LIMITS)
 def test_a_child_is_held_to_its_limits(does, code, tmp_path):
     program = f"""
-import os, sys, time, types
+import os, time
 from thinkmid.rollout.grade import codes, sandbox
 def swallow():  # as math-verify does
     kept = []
@@ -169,10 +171,9 @@ def compare(gold, answer):
     {does}
     return codes.NO
 sandbox.SLACK = 1.4 if {"sleep" in does} else 1e3  # a busy machine takes CPU time slowly
-sys.modules["thinkmid.rollout.grade.algebra"] = types.SimpleNamespace(compare=compare)
-os._exit(sandbox.judge('["x", "y"]', 0.5, 1 << 28))
+os._exit(sandbox.judge(compare, '["x", "y"]', 0.5, 1 << 28))
 """
-    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
     if does.startswith("open"):  # Python ignores the signal: the write itself fails
         assert (tmp_path / "written").read_bytes() == b""
     else:
@@ -209,7 +210,7 @@ time.sleep(0.3)
 print("now", flush=True)
 time.sleep(99)
 """
-    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    env = os.environ | {"PYTHONPATH": ROOT}
     trainer = subprocess.Popen([sys.executable, "-c", program, str(int(busy))], stdout=subprocess.PIPE, env=env)
     trainer.stdout.readline()
     workers = children(trainer.pid)
@@ -262,6 +263,22 @@ def test_closing_fails_what_waits_and_leaves_no_process():
 def test_a_grader_that_could_not_grade_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         VerifyConfig(**wrong)
+
+
+def test_a_keeper_finds_the_package_of_its_starter_from_any_folder(tmp_path):
+    program = f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+from thinkmid.rollout.grade.config import VerifyConfig
+from thinkmid.rollout.grade.pool import Pool
+os.chdir({str(tmp_path)!r})
+pool = Pool(VerifyConfig(workers=1))
+print(pool.ask("x+1", "1+x").result())
+pool.close()
+"""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.stdout.strip() == repr(Verdict(1, "equal by algebra")), ran.stderr
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from thinkmid.model import weight_files, weights
 from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.judge import ask as ask_module
-from thinkmid.rollout.judge.ask import JUDGE, EngineAsk, JudgeModel, Policy, SwapAsk, choices, make_ask
+from thinkmid.rollout.judge.ask import JUDGE, EngineAsk, JudgeModel, Policy, Swap, choices, make_ask
 from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.model import JudgeError
 from thinkmid.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def p_yes(seed, tokens, yes, no):
 
 @pytest.mark.parametrize(("yes", "no", "shared"), [([7], [8], []), ([7, 8], [7, 9, 1], [7]), ([7, 8, 9], [5], [])])
 def test_the_answer_is_the_models_choice_between_the_first_tokens_that_differ(yes, no, shared):
-    assert choices(Words(yes, no)) == (shared, yes[len(shared)], no[len(shared)])
+    assert choices(Words(yes, no)) == (shared, (yes[len(shared)], no[len(shared)]))
     ask = EngineAsk(make_engine(), Words(yes, no), 20)
     answers = [ask("question") for _ in range(3)]
     expected = p_yes(0, [*QUESTION, *shared], yes[len(shared)], no[len(shared)])
@@ -68,7 +68,7 @@ def test_a_question_that_is_too_long_fails_and_is_not_asked():
 def test_swapped_weights_answer_all_questions_after_one_load():
     engine, loads = make_engine(seed=0), []
     judge = SimpleNamespace(stream=lambda: loads.append(0) or weights.stream(random_model(seed=1)))
-    ask = SwapAsk(EngineAsk(engine, Words([7], [8]), 20), engine, judge)
+    ask = EngineAsk(Swap(engine, judge), Words([7], [8]), 20)
     answers = [ask("question") for _ in range(3)]
     assert (engine.version, loads) == (4, [])  # sampling goes on with the policy's weights
     assert [answer.result() for answer in answers] == pytest.approx([p_yes(1, QUESTION, 7, 8)] * 3, rel=1e-5)

@@ -2,11 +2,10 @@ import math
 
 import pytest
 from gullible import gullible, read
-from later import Later
+from later import Later, Ready
 
 from thinkmid.rollout.judge import attacks, canary
 from thinkmid.rollout.judge.model import JudgeError
-from thinkmid.rollout.verdict import Ready
 
 PAIRS = [
     ("Snow fell on the pass, and no mail came.", "The river rose overnight, and the bridge was closed."),
@@ -30,13 +29,12 @@ def test_attacks_are_many_all_different_and_always_the_same():
 def test_an_honest_judge_passes_and_others_show_their_weakness(template):
     report = canary.run(honest, template, 1, PAIRS)
     assert report.share == 1
-    assert {kind: (c.right, c.asked, c.failed) for kind, c in report.kinds.items()} == {
-        "same": (3, 3, 0), "other": (3, 3, 0), "attack": (8, 8, 0),
-    }  # fmt: skip
+    assert report.right == {"same": [True] * 3, "other": [True] * 3, "attack": [True] * 8}
+    assert report.faults == []
     yes = canary.run(lambda prompt: Ready(1.0), template, 1, PAIRS)
-    assert (yes.share, yes.kinds["same"].share) == (0, 1)
+    assert (yes.share, yes.shares["same"]) == (0, 1)
     no = canary.run(lambda prompt: Ready(0.5), template, 1, PAIRS)
-    assert (no.share, no.weakest, no.kinds["attack"].share) == (0, "same", 1)
+    assert (no.share, no.weakest, no.shares["attack"]) == (0, "same", 1)
 
 
 def test_a_gullible_judge_is_found_out():
@@ -77,16 +75,10 @@ def test_failures_are_neither_right_nor_wrong():
 
     answers = iter([1.0, None, math.nan, 0.0, 1.0, None, 0.0, 0.0])
     report = canary.run(lambda prompt: Later(lambda: answer(next(answers))), "short", 1, PAIRS, num_attacks=2)
-    assert {kind: (c.right, c.asked, c.failed) for kind, c in report.kinds.items()} == {
-        "same": (1, 3, 2), "other": (1, 3, 1), "attack": (2, 2, 0),
-    }  # fmt: skip
+    assert report.right == {"same": [True], "other": [True, False], "attack": [True, True]}
+    assert len(report.faults) == 3
     assert report.share == 0.5
     why = "3 failed, most of them for: timeout"
     assert report.line() == f"judge canaries: same 1/1, other 1/2, attack 2/2 right, {why}; weakest: other (50%)"
     silent = canary.run(lambda prompt: Later(lambda: answer(None)), "short", 1, PAIRS)
     assert silent.share == 0, "who never answers is not trusted"
-
-
-def test_without_pairs_there_is_nothing_to_ask():
-    with pytest.raises(ValueError, match="no pairs"):
-        canary.run(honest, "short", 1, [])

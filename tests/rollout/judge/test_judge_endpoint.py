@@ -176,9 +176,10 @@ def remote(server, monkeypatch):
 
     def make(**options):
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        options = {"timeout_s": 5.0, "workers": 4, "retries": 0} | options
+        options = {"url": url, "timeout_s": 5.0, "workers": 4, "retries": 0} | options
         monkeypatch.setenv("OPENAI_API_KEY", options.pop("key", KEY))
-        made.append(RemoteAsk(options.pop("url", url), "a-judge", **options))
+        note = options.pop("note", print)
+        made.append(RemoteAsk(JudgeConfig(kind="remote", model="a-judge", **options), note))
         return made[-1]
 
     yield make
@@ -363,13 +364,13 @@ def test_canaries_name_what_an_endpoint_says_that_refuses_everything(remote, mon
 
 
 def test_the_request_is_greedy_short_and_asks_for_log_probs(remote, server):
-    asked(remote(max_tokens=3), "yes")
+    asked(remote(), "yes")
     headers, body, path = server.last
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert path == "/v1/chat/completions"
     prompt = body.pop("messages")[0]["content"]
     assert prompt.endswith("same?")
-    assert body == {"model": "a-judge", "temperature": 0, "max_tokens": 3, "logprobs": True, "top_logprobs": 5}
+    assert body == {"model": "a-judge", "temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
 
 
 def test_the_key_stands_in_no_reason_and_no_log(remote, caplog, server):
@@ -416,7 +417,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
         importlib.import_module("thinkmid.rollout.endpoint")
 
 
-@pytest.mark.parametrize("wrong", [{"timeout_s": 0}, {"workers": 0}, {"retries": -1}, {"max_tokens": 0}])
-def test_wrong_settings_are_named(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}"):
-        RemoteAsk("http://127.0.0.1:1/v1", "m", **wrong)
+@pytest.mark.parametrize(("name", "value"), [("timeout_s", 0), ("workers", 0), ("retries", -1)])
+def test_wrong_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        JudgeConfig(**{name: value})

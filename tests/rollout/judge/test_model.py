@@ -20,7 +20,7 @@ from thinkmid.rollout.judge.model import JudgeError, ModelJudge
 from thinkmid.rollout.judge.reward import ContinuationReward
 from thinkmid.rollout.judge.rule import RuleJudge
 from thinkmid.rollout.judge.templates import TEMPLATES, nonce, render
-from thinkmid.rollout.verdict import Ready, Verdict, VerdictCache
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Prompt, Sample
 
@@ -56,7 +56,7 @@ def never(candidate, reference):
 
 def listening(asked, value=1):
     """A judge that says value and notes what it is shown."""
-    return lambda *pair: asked.append(pair) or Ready(Verdict(value, ""))
+    return lambda *pair: asked.append(pair) or Verdict(value, "")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_look_at_the_judge_ends_the_step(text):
     cfg, asked = JudgeConfig(template="short", canary_every=3), []
     ask = lambda prompt: asked.append(prompt) or Later(lambda: honest(prompt))  # noqa: E731
     prompts = [make(text, reference, "")[0] for reference in (*SENTENCES, SENTENCES[0], " ")]
-    examiner = Examiner(cfg=cfg, ask=ask, seed=0, prompts=prompts, tokenizer=text, max_suffix=9)
+    examiner = Examiner(cfg=cfg, ask=ask, seed=0, prompts=prompts)
     reward = ContinuationReward(text, ModelJudge(cfg, ask, 0), max_suffix=9, examiner=examiner)
     assert "judge_canary" not in reward.finish(2)
     assert not asked
@@ -303,11 +303,6 @@ def test_the_row_counts_each_verdict_once_and_starts_over():
 def test_wrong_settings_are_named(flag, match):
     with pytest.raises(ValueError, match=match):
         config.load(JudgeConfig, [flag], prog="", description="")
-
-
-def test_a_cache_smaller_than_nothing_is_refused():
-    with pytest.raises(ValueError, match="cache_size must be at least 0, got -1"):
-        VerdictCache(-1)
 
 
 def slow_ask(pool, rng):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.templates import ANSWERS, TEMPLATES, neutral, nonce, render
 
 CODE = "0123abcd"
@@ -55,9 +56,9 @@ def test_a_nonce_is_of_the_seed_the_reference_and_the_vote():
 
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(ValueError, match="unknown template 'same-meanin'; did you mean 'same-meaning'"):
-        render("same-meanin", "", "", CODE)
+        JudgeConfig(template="same-meanin")
     with pytest.raises(ValueError, match="unknown template 'xyz'; there are same-meaning, very-similar"):
-        render("xyz", "", "", CODE)
+        JudgeConfig(template="xyz")
 
 
 @given(FORGED, FORGED)

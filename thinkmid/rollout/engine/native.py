@@ -30,12 +30,7 @@ class NativeEngine:
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        tokenizer: Tokenizer,
-        *,
-        dtype: weights.Dtype = "float32",
-        device: weights.Device = "cpu",
+        self, cfg: ModelConfig, tokenizer: Tokenizer, dtype: weights.Dtype = "float32", device: weights.Device = "cpu"
     ):
         self.tokenizer = tokenizer
         self.version = -1  # no weights yet
@@ -111,7 +106,7 @@ class NativeEngine:
         """One token for each row. Returns (B,) why each ended, "" where it continues."""
         everyone = np.arange(rows.num)
         logits = self._decode(cache, rows, families)
-        logp, token = draw(logits, uniforms(rows.seed, rows.count), sampling)
+        logp, token = draw(logits, uniforms(rows.column("seed"), rows.column("count")), sampling)
         forced = rows.forced(everyone)
         if (forced >= 0).any():
             tag = torch.from_numpy(forced).to(token.device)
@@ -139,7 +134,7 @@ class NativeEngine:
 
     def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
         self._phases.enter("ask")
-        self._asked.append((tokens, choices, answer := Answer(self)))
+        self._asked.append((tokens, choices, answer := Answer(self.drain)))
         return answer
 
     @torch.inference_mode()
@@ -164,7 +159,7 @@ class NativeEngine:
         tokens, positions, cu = self._packed([tokens for _, tokens in batch])
         store = _Store(prefixes, [prefixes.slot[p] for p, _ in batch], cu, self._model.cfg.layers)
         no_rows = torch.empty(0, dtype=torch.long, device=self._device)
-        self._model(tokens, positions, store, rows=no_rows, head=_no_head)
+        self._model(tokens, positions, store, rows=no_rows)
 
     def _packed(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, positions (T,) int64 and, on the host, cu (S+1,) int32 of S sequences one after the other."""
@@ -175,13 +170,9 @@ class NativeEngine:
 
     def _decode(self, cache: Cache, rows: Rows, families: Families) -> Tensor:
         """Logits (B, V) fp32 after each row's newest token, whose key and value enter the cache."""
-        tokens, positions = (torch.from_numpy(x).to(self._device) for x in (rows.newest, rows.position))
-        logits: Tensor = self._model(tokens, positions, Attention(cache, families, rows.count))
+        tokens, positions = (torch.from_numpy(x).to(self._device) for x in map(rows.column, ("newest", "position")))
+        logits: Tensor = self._model(tokens, positions, Attention(cache, families, rows.column("count")))
         return logits.float()
-
-
-def _no_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden
 
 
 class _Store:

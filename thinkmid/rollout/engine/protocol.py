@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from thinkmid.errors import UserError
-from thinkmid.types import Group, Prompt, Request, Sample
+from thinkmid.errors import UserError, at_least, positive
+from thinkmid.types import Prompt, Request, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,7 @@ class Sampling:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        for name, low in (("top_k", 0), ("max_think", 1), ("max_suffix", 0), ("max_batch", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        at_least(self, top_k=0, max_think=1, max_suffix=0, max_batch=1)
 
     @property
     def max_new(self) -> int:
@@ -64,27 +62,23 @@ class EngineConfig:
     max_gap: float = 0.05  # training: nats of mean |trainer - engine| log-prob above which the run stops
 
     def __post_init__(self) -> None:
-        for name, low in (("max_len", 0), ("tensor_parallel", 1), ("check_every", 0), ("check_samples", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("kv_gb", "max_gap"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        at_least(self, max_len=0, tensor_parallel=1, check_every=0, check_samples=1)
+        positive(self, "kv_gb", "max_gap")
         if self.kind == "native" and self.tensor_parallel > 1:
             raise ValueError(f"tensor_parallel {self.tensor_parallel} needs kind 'vllm'")
 
 
 @dataclass
 class Answer:
-    """The future of a question in an engine's queue."""
+    """The future of a question in a queue."""
 
-    engine: Engine
-    p: float | None = None  # probability of the first choice against the second, once the engine has answered
+    drain: Callable[[], None]  # answers all that is in the queue
+    p: float | None = None  # probability of the first choice against the second, once it is answered
 
     def result(self) -> float:
-        """p; drives the engine until it is there."""
+        """p; drains the queue until it is there."""
         if self.p is None:
-            self.engine.drain()
+            self.drain()
         assert self.p is not None
         return self.p
 
@@ -158,14 +152,4 @@ def requests_of(prompts: Sequence[Prompt], seeds_P_G: list[list[int]]) -> list[R
         Request(prompt=prompt, seed=seed, key=(p, g))
         for p, (prompt, seeds) in enumerate(zip(prompts, seeds_P_G, strict=True))
         for g, seed in enumerate(seeds)
-    ]
-
-
-def collect(engine: Engine, prompts: Sequence[Prompt], seeds_P_G: list[list[int]], sampling: Sampling) -> list[Group]:
-    """One sample for each seed, as groups in the order of the prompts."""
-    steps = engine.generate(requests_of(prompts, seeds_P_G), sampling)
-    samples = {request.key: sample for step in steps for request, sample in step}
-    return [
-        Group(prompt=prompt, samples=[samples[p, g] for g in range(len(seeds_P_G[p]))])
-        for p, prompt in enumerate(prompts)
     ]

@@ -8,21 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from thinkmid.rollout.engine.protocol import Sampling
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import STREAMS, Request, Sample, Written
 
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 Texts = NDArray[np.str_]
 
 STATE = {
-    "seed": np.uint64,
-    "newest": np.int64,  # last token
+    "seed": np.uint64,  # of the draws
+    "newest": np.int64,  # last token, of the prompt before any is drawn
     "position": np.int64,  # of the newest token
-    "count": np.int64,  # tokens generated
+    "count": np.int64,  # tokens drawn, and so the place of the newest one's key: the last of the prompt comes first
     "written": np.int64,  # tokens that the request brought
     "state": np.int64,  # of the closing tag's matcher
     "hits": np.int64,  # closing tags seen
@@ -63,25 +62,9 @@ class Rows:
         """Rows that ever ran at a time."""
         return len(self._table)
 
-    @property
-    def seed(self) -> NDArray[np.uint64]:
-        """(B,) of the draws."""
-        return self._table["seed"][: self.num].copy()
-
-    @property
-    def newest(self) -> Ints:
-        """(B,) the last token of each row, of the prompt before any is drawn."""
-        return self._table["newest"][: self.num].copy()
-
-    @property
-    def position(self) -> Ints:
-        """(B,) of the newest token."""
-        return self._table["position"][: self.num].copy()
-
-    @property
-    def count(self) -> Ints:
-        """(B,) tokens drawn so far, and so the place of the newest one's key: the last of the prompt comes first."""
-        return self._table["count"][: self.num].copy()
+    def column(self, name: str) -> NDArray[Any]:
+        """(B,) one of STATE, as it is now."""
+        return self._table[name][: self.num].copy()
 
     def pull(self, num: int) -> int:
         """Take requests from the caller until num wait, or none comes for now. Returns how many wait."""
@@ -122,34 +105,24 @@ class Rows:
             finished[late] = self.append(at[late], 0, 0.0, True, 0)
         return finished
 
-    def _spent(self, at: Ints) -> Bools:
-        """(b,) whether the next token of rows (b,) must be one of a forced closing tag."""
-        if not self._sampling.force_close:
-            return np.zeros(len(at), bool)
-        table, before_tag = self._table, self._sampling.max_think - len(self._close)
-        spent: Bools = table["opened"][at] & (table["think"][at] == 0) & (table["count"][at] >= before_tag)
-        return spent
-
     def forced(self, at: Ints) -> Ints:
-        """(b,) the token that must come next in rows (b,) whose thought budget is spent, else -1."""
-        forced, spent = np.full(len(at), -1, np.int64), self._spent(at)
-        if spent.any():
-            forced[spent] = self._close[np.minimum(self._table["forced"][at[spent]], len(self._close) - 1)]
+        """(b,) the token of the closing tag that must come next in rows (b,) whose thought budget is spent, else -1."""
+        forced = np.full(len(at), -1, np.int64)
+        if self._sampling.force_close:
+            table, before_tag = self._table, self._sampling.max_think - len(self._close)
+            spent = table["opened"][at] & (table["think"][at] == 0) & (table["count"][at] >= before_tag)
+            forced[spent] = self._close[np.minimum(table["forced"][at[spent]], len(self._close) - 1)]
         return forced
 
-    def append(
-        self,
-        at: Ints,
-        token: NDArray[np.integer] | int,
-        logp: NDArray[np.float32] | float,
-        drawn: Bools | bool,
-        version: int,
-    ) -> Texts:
-        """Store one token in each of the rows at (b,). Returns (b,) why each ended, "" where it continues."""
+    def append(self, at: Ints, *values: ArrayLike) -> Texts:
+        """Store one token in each of the rows at (b,), by its entry in each of STREAMS: (b,), or one for all.
+
+        Returns (b,) why each ended, "" where it continues.
+        """
         table, count = self._table, self._table["count"][at]
         new = count >= table["written"][at]
-        for name, values in zip(STREAMS, (token, logp, drawn, version), strict=True):
-            table[name][at, count] = np.where(new, values, table[name][at, count])
+        for name, value in zip(STREAMS, values, strict=True):
+            table[name][at, count] = np.where(new, value, table[name][at, count])
         stored = table["tokens"][at, count]
         table["forced"][at] += ~table["drawn"][at, count]
         table["newest"][at] = stored

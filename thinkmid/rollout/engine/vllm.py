@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        cfg: ModelConfig,
-        tokenizer: Tokenizer,
-        config: EngineConfig,
-        *,
-        max_len: int,
-        rows: int,
+        self, folder: str | Path, cfg: ModelConfig, tokenizer: Tokenizer, config: EngineConfig, max_len: int, rows: int
     ):
         """folder: Hugging Face folder whose config.json describes the model. rows: sequences decoded at a time."""
         self.tokenizer, self.version, self.max_len = tokenizer, -1, max_len
@@ -69,7 +61,7 @@ class VllmEngine:
         from vllm.distributed import get_tensor_model_parallel_rank
 
         self._tp_rank = get_tensor_model_parallel_rank()
-        self._asked: dict[str, _Question] = {}
+        self._asked: dict[str, tuple[tuple[int, int], Answer]] = {}
         self._inbox: list[Any] = []  # outputs of sequences, seen while questions were answered
         self._rows: Rows | None = None  # of the last generation
         self._num = 0  # requests so far: their ids
@@ -227,8 +219,8 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            **self._draws.params(int(rows.seed[row]), len(tokens)),
-            max_tokens=sampling.max_new - int(rows.count[row]),
+            **self._draws.params(int(rows.column("seed")[row]), len(tokens)),
+            max_tokens=sampling.max_new - int(rows.column("count")[row]),
             stop_token_ids=list(self.tokenizer.eos_ids),
             logprobs=0,
         )
@@ -249,7 +241,7 @@ class VllmEngine:
             logprobs=len(choices),
             logprob_token_ids=list(choices),
         )
-        self._asked[id] = _Question(choices, answer := Answer(self))
+        self._asked[id] = choices, (answer := Answer(self.drain))
         return answer
 
     def drain(self) -> None:
@@ -288,7 +280,8 @@ class VllmEngine:
         self._draws.number()
         for output in self._core.get_output().outputs:
             if question := self._asked.pop(output.request_id, None):
-                question.answer.p = question.probability(output)
+                choices, answer = question
+                answer.p = _probability(choices, output)
             else:
                 assert len(output.new_token_ids) <= 1, "speculative decoding is not supported"
                 outputs.append(output)
@@ -318,17 +311,12 @@ class _Draws:
             state.generator.manual_seed(int(seed) % 2**63)
 
 
-@dataclass
-class _Question:
-    choices: tuple[int, int]
-    answer: Answer
-
-    def probability(self, output: Any) -> float:
-        """Of the first choice, when nothing but the two may come."""
-        ids, logps = output.new_logprobs.logprob_token_ids[0], output.new_logprobs.logprobs[0]
-        found = dict(zip(ids.tolist(), logps.tolist(), strict=True))
-        a, b = (found[choice] for choice in self.choices)
-        return float(1 / (1 + np.exp(b - a)))
+def _probability(choices: tuple[int, int], output: Any) -> float:
+    """Of the first choice, when nothing but the two may come."""
+    ids, logps = output.new_logprobs.logprob_token_ids[0], output.new_logprobs.logprobs[0]
+    found = dict(zip(ids.tolist(), logps.tolist(), strict=True))
+    a, b = (found[choice] for choice in choices)
+    return float(1 / (1 + np.exp(b - a)))
 
 
 def _build(folder: str | Path, config: EngineConfig, *, max_len: int, rows: int, cuda: bool, sleeps: bool) -> Any:
@@ -346,16 +334,15 @@ def _build(folder: str | Path, config: EngineConfig, *, max_len: int, rows: int,
                 model=str(folder),
                 tensor_parallel_size=config.tensor_parallel,
                 max_num_seqs=rows,
-                **_memory(config, max_len, cuda, sleeps),
-                **_numbers(config),
+                **_options(config, max_len, cuda, sleeps),
             )
     except (ValueError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"vLLM cannot start with {folder}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def _memory(config: EngineConfig, max_len: int, cuda: bool, sleeps: bool) -> dict[str, Any]:
-    """Options of vllm.LLM: how it is fed, and what memory it takes beside a trainer."""
+def _options(config: EngineConfig, max_len: int, cuda: bool, sleeps: bool) -> dict[str, Any]:
+    """Of vllm.LLM: how it is fed, what memory it takes beside a trainer, and what it computes."""
     options = {
         "max_model_len": max_len,
         "enable_prefix_caching": True,
@@ -369,15 +356,6 @@ def _memory(config: EngineConfig, max_len: int, cuda: bool, sleeps: bool) -> dic
         # way at a sync or a sleep. vLLM's CPU platform, on which this is tested, has none
         "async_scheduling": False,
         "disable_log_stats": True,
-    }
-    # with seeded requests the CPU build cannot take a prompt in pieces: its generators have no offset
-    pieces = {} if cuda else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_len)}
-    return options | pieces
-
-
-def _numbers(config: EngineConfig) -> dict[str, Any]:
-    """Options of vllm.LLM: what it computes."""
-    return {
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "dtype": config.dtype,
@@ -387,6 +365,9 @@ def _numbers(config: EngineConfig) -> dict[str, Any]:
         "enforce_eager": not config.compile,
         "seed": 0,
     }
+    # with seeded requests the CPU build cannot take a prompt in pieces: its generators have no offset
+    pieces = {} if cuda else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_len)}
+    return options | pieces
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.rollout.grade.pool import Pool
 from thinkmid.rollout.grade.rules import canonical, decide, gold_answer
 from thinkmid.rollout.grade.sentence import SentenceGrader
-from thinkmid.rollout.verdict import CACHE_SIZE, Pending, Ready, VerdictCache, digest
+from thinkmid.rollout.verdict import CACHE_SIZE, Pending, VerdictCache, digest
 from thinkmid.types import Tally
 
 
@@ -32,7 +32,7 @@ class MathGrader:
         if verdict is not None:
             self._cache.counts["exact"] += verdict.value is not None
             self._cache.counts["failed"] += verdict.value is None
-            return Ready(verdict)
+            return verdict
         pair = normal(answer), normal(gold_answer(gold))
         key = digest(*pair)
         return self._cache.get(key) or self._cache.add(key, self.pool.ask(*pair))

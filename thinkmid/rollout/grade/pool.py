@@ -1,4 +1,4 @@
-"""Algebra on answers in processes that can be killed, each with a thread that waits for it."""
+"""Algebra on answers in processes that can be killed, and threads that wait for them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -25,7 +24,11 @@ from thinkmid.rollout.verdict import Verdict
 START_S = 60  # a keeper loads math-verify in this time, on the busiest machine
 LATE_S = 5  # past its child's own limits a keeper is given up
 
-KEEP = "import sys; from thinkmid.rollout.grade.sandbox import main; main(float(sys.argv[1]), int(sys.argv[2]))"
+ROOT = Path(thinkmid.__file__).parents[1]  # what a keeper imports is what its starter did, wherever that was started
+KEEP = """import sys
+sys.path.insert(0, sys.argv[3])
+from thinkmid.rollout.grade.sandbox import main
+main(float(sys.argv[1]), int(sys.argv[2]))"""
 
 
 class Keeper:
@@ -35,9 +38,7 @@ class Keeper:
     """
 
     def __init__(self, cfg: VerifyConfig):
-        paths = filter(None, [str(Path(thinkmid.__file__).parents[1]), os.environ.get("PYTHONPATH")])
-        self._env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        self._args = [sys.executable, "-c", KEEP, str(cfg.cpu_s), str(cfg.memory_mib << 20)]
+        self._args = [sys.executable, "-c", KEEP, str(cfg.cpu_s), str(cfg.memory_mib << 20), str(ROOT)]
         self._late_s = SLACK * cfg.cpu_s + LATE_S
         self._ready = False  # it has loaded
         self._start()
@@ -73,7 +74,7 @@ class Keeper:
         # a session of its own: Ctrl-C in the terminal is the trainer's, and a group can be killed
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            self._args, env=self._env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+            self._args, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
         )
         assert self._process.stdin
         assert self._process.stdout
@@ -93,38 +94,36 @@ class Keeper:
 
 
 class Pool:
-    """Keepers, each with a thread that hands it one question after the other. close() ends them all."""
+    """Keepers, and as many threads that hand them questions. close() ends them all."""
 
     def __init__(self, cfg: VerifyConfig):
         """UserError: math-verify is not installed. By the clock a verdict may take 1.4 times cfg.cpu_s."""
         if importlib.util.find_spec("math_verify") is None:
             raise UserError("answers are verified by math-verify, which is not installed: pip install math-verify")
-        self._questions: SimpleQueue[tuple[str, str, Future[Verdict]] | None] = SimpleQueue()
         self._closed = False
         self.keepers = [Keeper(cfg) for _ in range(cfg.workers)]
-        self._threads = [threading.Thread(target=self._serve, args=(k,), daemon=True) for k in self.keepers]
-        for thread in self._threads:
-            thread.start()
+        self._idle: SimpleQueue[Keeper] = SimpleQueue()
+        for keeper in self.keepers:
+            self._idle.put(keeper)
+        self._threads = ThreadPoolExecutor(cfg.workers)
 
     def ask(self, answer: str, gold: str) -> Future[Verdict]:
         """RuntimeError: the pool is closed."""
-        future: Future[Verdict] = Future()
-        if self._closed:
-            raise RuntimeError("the pool is closed")
-        self._questions.put((answer, gold, future))
-        return future
+        return self._threads.submit(self._ask, answer, gold)
 
     def close(self) -> None:
         """At once: questions without an answer yet have failed. No process is left."""
         self._closed = True
         for keeper in self.keepers:
-            self._questions.put(None)
             keeper.kill()
-        for thread in self._threads:
-            thread.join()
+        self._threads.shutdown()
+        for keeper in self.keepers:
+            keeper.kill()  # it may have been started again while it was being closed
 
-    def _serve(self, keeper: Keeper) -> None:
-        while (question := self._questions.get()) is not None:
-            answer, gold, future = question
-            future.set_result(Verdict(None, "closed") if self._closed else keeper.ask(answer, gold))
-        keeper.kill()  # it may have been started again while it was being closed
+    def _ask(self, answer: str, gold: str) -> Verdict:
+        if self._closed:
+            return Verdict(None, "closed")
+        keeper = self._idle.get()
+        verdict = keeper.ask(answer, gold)
+        self._idle.put(keeper)
+        return verdict

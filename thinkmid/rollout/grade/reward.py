@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from thinkmid.errors import UserError
 from thinkmid.rollout.grade.grader import Grader
-from thinkmid.rollout.verdict import Pending, Ready, malformed
+from thinkmid.rollout.verdict import Pending, malformed
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample, Tally
 
@@ -24,7 +24,7 @@ class AnswerReward:
         if self._thinks:
             parts = self._tokenizer.split_at_close(sample.tokens)
             if verdict := malformed(parts):
-                return Ready(verdict)
+                return verdict
             text = parts.suffix
         else:
             text = self._tokenizer.decode(sample.tokens)

@@ -181,14 +181,7 @@ def restates(answer: str, question: str) -> bool:
         or not re.search(r"[\^*/+!]|\\frac|\\cdot|\\times|\w-|\w\(", ours)
     ):
         return False
-    theirs = squeezed(question)
-    at = theirs.find(ours)
-    while at >= 0:
-        around = theirs[max(0, at - 1) : at] + theirs[at + len(ours) : at + len(ours) + 1]
-        if not re.search(r"[\d^+*/-]", around):
-            return True
-        at = theirs.find(ours, at + 1)
-    return False
+    return bool(re.search(rf"(?<![\d^+*/-]){re.escape(ours)}(?![\d^+*/-])", squeezed(question)))
 
 
 def reduced(answer: str) -> bool:

@@ -15,16 +15,16 @@ import os
 import resource
 import select
 import signal
+import sys
+from collections.abc import Callable
 
 from thinkmid.rollout.grade.codes import ERROR, MEMORY, READY, SLACK, YES
 
 TOO_MUCH = 0.25  # of the memory limit: a "no" that took more may be an allocation that failed unseen
 
 
-def judge(line: str, cpu_s: float, memory: int) -> int:
+def judge(compare: Callable[[str, str], int], line: bytes, cpu_s: float, memory: int) -> int:
     """In a forked child: sets limits, then compares the two answers in a line of JSON. Returns the exit code."""
-    from thinkmid.rollout.grade.algebra import compare
-
     for which in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(which, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
@@ -58,31 +58,26 @@ def main(cpu_s: float, memory: int) -> None:
     for stream in (1, 2):  # parsers print
         os.dup2(null, stream)
     logging.disable(logging.CRITICAL)
-    from thinkmid.rollout.grade.algebra import warm_up  # once nothing that it prints reaches the pipe
+    from thinkmid.rollout.grade import algebra  # once nothing that it prints reaches the pipe
 
-    warm_up()
+    algebra.warm_up()
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, every page it shares
     os.write(out, f"{READY}\n".encode())
-    starter, rest = os.getppid(), b""
-    while True:
-        while b"\n" not in rest:
-            if not select.select([0], [], [], 2)[0]:
-                if os.getppid() != starter:  # another process holds the other end of the pipe open
-                    return
-                continue
-            read = os.read(0, 65536)
-            if not read:
-                return
-            rest += read
-        line, _, rest = rest.partition(b"\n")
+    starter = os.getppid()
+    while os.getppid() == starter:
+        if not select.select([0], [], [], 2)[0]:
+            continue  # if the starter is gone, another process holds the other end of the pipe open
+        # the next line comes after the answer to this one: the buffer never holds more than select sees
+        if not (line := sys.stdin.buffer.readline()):
+            return
         child = os.fork()
         if not child:
             code = ERROR
             try:
                 os.close(out)
                 os.dup2(null, 0)
-                code = judge(line.decode(), cpu_s, memory)
+                code = judge(algebra.compare, line, cpu_s, memory)
             finally:
                 os._exit(code)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from thinkmid.rollout.grade.answers import after_thought
 from thinkmid.rollout.judge.rule import match, numbers_of
-from thinkmid.rollout.verdict import Ready, Verdict
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.types import Tally
 
 
@@ -14,8 +14,8 @@ class SentenceGrader:
     A thought that never closes has no answer.
     """
 
-    def __call__(self, text: str, gold: str, question: str = "") -> Ready[Verdict]:
-        return Ready(match(after_thought(text) or "", gold))
+    def __call__(self, text: str, gold: str, question: str = "") -> Verdict:
+        return match(after_thought(text) or "", gold)
 
     def answer(self, text: str) -> str | None:
         """The numbers, which may vote; None if there are none."""

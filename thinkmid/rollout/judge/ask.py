@@ -14,7 +14,7 @@ from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.build import make_engine
-from thinkmid.rollout.engine.protocol import Engine, EngineConfig, Sampling
+from thinkmid.rollout.engine.protocol import Answer, Engine, EngineConfig, Sampling
 from thinkmid.rollout.judge.config import JudgeConfig, longest_question
 from thinkmid.rollout.judge.model import Ask, JudgeError
 from thinkmid.rollout.judge.templates import ANSWERS
@@ -78,22 +78,14 @@ def make_ask(judge: JudgeConfig, policy: Policy, model: JudgeModel | None, note:
     if judge.kind == "remote":
         from thinkmid.rollout.judge.endpoint import RemoteAsk
 
-        return RemoteAsk(
-            judge.url,
-            judge.model,
-            key_env=judge.key_env,
-            timeout_s=judge.timeout_s,
-            workers=judge.workers,
-            retries=judge.retries,
-            note=note,
-        )
+        return RemoteAsk(judge, note)
     if judge.kind == "policy":
         return EngineAsk(policy.engine, policy.tokenizer, policy.max_len)
     if model is None:
         raise ValueError(f"judge.kind {judge.kind!r} asks no model, or it was not read")
     if judge.kind == "swap":
-        ask = EngineAsk(policy.engine, model.tokenizer, policy.max_len)
-        return SwapAsk(ask, policy.engine, JudgeWeights(judge.folder, policy.engine_cfg.dtype))
+        swap = Swap(policy.engine, JudgeWeights(judge.folder, policy.engine_cfg.dtype))
+        return EngineAsk(swap, model.tokenizer, policy.max_len)
     beside, longest = resident_engine(judge, policy.engine_cfg, policy.sampling, model.cfg)
     rows = policy.sampling.max_batch
     engine = make_engine(
@@ -103,28 +95,28 @@ def make_ask(judge: JudgeConfig, policy: Policy, model: JudgeModel | None, note:
     return EngineAsk(engine, model.tokenizer, longest)
 
 
-def choices(tokenizer: Tokenizer) -> tuple[list[int], int, int]:
+def choices(tokenizer: Tokenizer) -> tuple[list[int], tuple[int, int]]:
     """The common token prefix of " yes" and " no", for the end of a prompt, and the first tokens that differ."""
     yes, no = (tokenizer.encode(answer) for answer in ANSWERS)
     first = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
     if first is None:
         raise UserError(f"the judge's tokenizer cannot tell {ANSWERS[0]!r} from {ANSWERS[1]!r}: {yes} and {no}")
-    return yes[:first], yes[first], no[first]
+    return yes[:first], (yes[first], no[first])
 
 
 class EngineAsk:
     """P(yes) by the weights that the engine holds. Questions join the running batch, one token each."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_len: int):
+    def __init__(self, engine: Engine | Swap, tokenizer: Tokenizer, max_len: int):
         """max_len: tokens of the longest question."""
         self._engine, self._tokenizer, self._max_len = engine, tokenizer, max_len
         self._begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._shared, self._yes, self._no = choices(tokenizer)
+        self._shared, self._choices = choices(tokenizer)
 
     def __call__(self, prompt: str) -> Future[float]:
         tokens = [*self._begin, *self._tokenizer.encode(prompt), *self._shared]
         if len(tokens) < self._max_len:
-            return self._engine.ask(tokens, (self._yes, self._no))
+            return self._engine.ask(tokens, self._choices)
         failed: futures.Future[float] = futures.Future()
         failed.set_exception(JudgeError(f"a question of {len(tokens)} tokens exceeds the engine's {self._max_len}"))
         return failed
@@ -133,44 +125,28 @@ class EngineAsk:
         """Nothing: the engine is drained when an answer is read."""
 
 
-class SwapAsk:
-    """P(yes) by other weights in the same engine: questions wait until the first answer is read, then the weights are
-    replaced once for all of them. The next sync brings the policy's back; until then the version is JUDGE.
+class Swap:
+    """The engine with other weights: questions wait until the first answer is read, then the weights are replaced once
+    for all of them. The next sync brings the policy's back; until then the version is JUDGE.
     """
 
-    def __init__(self, ask: EngineAsk, engine: Engine, judge: JudgeWeights):
-        self._ask, self._engine, self._judge = ask, engine, judge
-        self._waiting: list[SwapAnswer] = []
+    def __init__(self, engine: Engine, judge: JudgeWeights):
+        self._engine, self._judge = engine, judge
+        self._waiting: list[tuple[list[int], tuple[int, int], Answer]] = []
 
-    def __call__(self, prompt: str) -> Future[float]:
-        self._waiting.append(answer := SwapAnswer(self, prompt))
+    def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
+        """As Engine.ask; answered by drain() alone."""
+        self._waiting.append((tokens, choices, answer := Answer(self.drain)))
         return answer
 
-    def ask_all(self) -> None:
+    def drain(self) -> None:
         """Puts the waiting questions to the judge's weights."""
         if self._engine.version != JUDGE:
             self._engine.load_weights(self._judge.stream(), JUDGE)
-        for answer in self._waiting:
-            answer.asked = self._ask(answer.prompt)
+        asked = [(answer, self._engine.ask(tokens, choices)) for tokens, choices, answer in self._waiting]
         self._waiting = []
-
-    def close(self) -> None:
-        """Nothing, as of EngineAsk."""
-
-
-@dataclass
-class SwapAnswer:
-    """P(yes) by a judge that is swapped in when it is read."""
-
-    swap: SwapAsk
-    prompt: str
-    asked: Future[float] | None = None  # once the judge's weights are there
-
-    def result(self) -> float:
-        if self.asked is None:
-            self.swap.ask_all()
-        assert self.asked is not None
-        return self.asked.result()
+        for answer, found in asked:
+            answer.p = found.result()
 
 
 class JudgeWeights:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from thinkmid.errors import UserError
@@ -12,45 +12,34 @@ from thinkmid.rollout.judge.attacks import ATTACKS
 from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.model import Ask, JudgeError, p_yes
 from thinkmid.rollout.judge.templates import nonce, render
-from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Tally
 
 NUM_REFERENCES = 9  # that the questions of one step are made of
-
-
-@dataclass
-class Count:
-    """Answers to questions of one kind."""
-
-    right: int = 0
-    asked: int = 0
-    failed: int = 0  # neither right nor wrong
-
-    @property
-    def share(self) -> float:
-        """Right ones of those answered; 0 if none was: a judge that never answers cannot be trusted."""
-        return self.right / (self.asked - self.failed) if self.asked > self.failed else 0.0
 
 
 @dataclass(frozen=True)
 class Report:
     """What a judge's model answered to questions whose answers are known."""
 
-    kinds: dict[str, Count] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)  # why questions failed
+    right: dict[str, list[bool]]  # by kind of question, whether each answer is
+    faults: list[str]  # why questions failed: neither right nor wrong
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Right answers by kind; 0 of none: a judge that never answers cannot be trusted."""
+        return {kind: sum(right) / len(right) if right else 0.0 for kind, right in self.right.items()}
 
     @property
     def weakest(self) -> str:
-        shares = {kind: count.share for kind, count in self.kinds.items()}
-        return min(shares, key=shares.__getitem__)
+        return min(self.shares, key=self.shares.__getitem__)
 
     @property
     def share(self) -> float:
         """Right answers in the worst kind."""
-        return self.kinds[self.weakest].share
+        return self.shares[self.weakest]
 
     def line(self) -> str:
-        parts = [f"{kind} {c.right}/{c.asked - c.failed}" for kind, c in self.kinds.items()]
+        parts = [f"{kind} {sum(right)}/{len(right)}" for kind, right in self.right.items()]
         end = ""
         if self.faults:
             end = f", {len(self.faults)} failed, most of them for: {max(self.faults, key=self.faults.count)}"
@@ -60,10 +49,8 @@ class Report:
 def run(ask: Ask, template: str, seed: int, pairs: list[tuple[str, str]], num_attacks: int = 8) -> Report:
     """Asks about (suffix of another document, reference) pairs, each reference itself, and attacks drawn by seed.
 
-    No guard decides and nothing is cached: this measures the model behind the fences. ValueError without pairs.
+    No guard decides and nothing is cached: this measures the model behind the fences.
     """
-    if not pairs:
-        raise ValueError("no pairs to ask about")
     drawn = random.Random(seed).sample(ATTACKS, min(num_attacks, len(ATTACKS)))
     questions = chain(
         (("same", True, reference, reference) for _, reference in pairs),
@@ -74,14 +61,11 @@ def run(ask: Ask, template: str, seed: int, pairs: list[tuple[str, str]], num_at
         (kind, wanted, ask(render(template, candidate, reference, nonce(seed, reference, 0))))
         for kind, wanted, candidate, reference in questions
     ]
-    report = Report()
+    report = Report({kind: [] for kind, _, _ in asked}, [])
     for kind, wanted, answer in asked:
-        count = report.kinds.setdefault(kind, Count())
-        count.asked += 1
         try:
-            count.right += (p_yes(answer) > 0.5) == wanted
+            report.right[kind].append((p_yes(answer) > 0.5) == wanted)
         except JudgeError as error:
-            count.failed += 1
             report.faults.append(f"{error} ({error.said})" if error.said else str(error))
     return report
 
@@ -94,14 +78,15 @@ class Examiner:
     ask: Ask
     seed: int
     prompts: Sequence[Prompt]
-    tokenizer: Tokenizer
-    max_suffix: int  # tokens to which references are cut
 
-    def examine(self, step: int) -> Tally:
-        """The share of right answers; {} in a step without examination. UserError: below cfg.canary_min."""
+    def examine(self, step: int, cut: Callable[[str], str]) -> Tally:
+        """The share of right answers; {} in a step without examination. UserError: below cfg.canary_min.
+
+        cut(text): as long as judges are shown it.
+        """
         if not self.cfg.canary_every or step % self.cfg.canary_every:
             return {}
-        texts = self._references(step)
+        texts = self._references(step, cut)
         if len(texts) < 2:
             return {}
         report = run(self.ask, self.cfg.template, self.seed + step, list(zip(texts[1:], texts, strict=False)))
@@ -109,9 +94,8 @@ class Examiner:
             raise UserError(f"step {step}: the judge fails on known answers: {report.line()} (judge.canary_min)")
         return {"judge_canary": (report.share, 1)}
 
-    def _references(self, step: int) -> list[str]:
+    def _references(self, step: int, cut: Callable[[str], str]) -> list[str]:
         """Different ones, not blank, drawn by seed and step."""
         rng, total = random.Random(f"{self.seed}/{step}"), len(self.prompts)
         wholes = [self.prompts[i].meta["reference"] for i in rng.sample(range(total), min(NUM_REFERENCES, total))]
-        cut = [self.tokenizer.decode(self.tokenizer.encode(whole)[: self.max_suffix]) for whole in wholes]
-        return [text for text in dict.fromkeys(cut) if text.strip()]
+        return [text for text in dict.fromkeys(map(cut, wholes)) if text.strip()]

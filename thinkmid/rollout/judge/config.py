@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from thinkmid.errors import at_least, positive
-from thinkmid.rollout.judge import templates
+from thinkmid.errors import at_least, positive, unknown
+from thinkmid.rollout.judge.templates import TEMPLATES
 
 QUESTION_TOKENS = 640  # of a judge's instructions, for tokenizers that need two characters a token
 
@@ -45,7 +45,8 @@ class JudgeConfig:
         for name in needs.get(self.kind, ()):
             if not getattr(self, name):
                 raise ValueError(f"kind {self.kind!r} needs {name}")
-        templates.find(self.template)
+        if self.template not in TEMPLATES:
+            raise ValueError(unknown("template", self.template, TEMPLATES))
 
 
 def longest_question(max_suffix: int) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 
 from thinkmid.rollout.endpoint import Completion, Endpoint, EndpointError
 from thinkmid.rollout.judge.breaker import Breaker
+from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.model import JudgeError, NotAsked
 
 TOP = 5  # of the first token; some servers give no more
@@ -20,6 +21,7 @@ MIN_MASS = 0.1  # of yes and no together among these: with less the model was sa
 # 4,096 questions by 16 workers at two tries of 30 s more than four hours. An endpoint that loses one in ten loses so
 # many once in 10^8.
 GIVE_UP = 8
+BODY = {"temperature": 0, "max_tokens": 8}
 LOG_PROBS = {"logprobs": True, "top_logprobs": TOP}
 
 
@@ -31,25 +33,12 @@ class RemoteAsk:
     endpoint that refuses log-probs before it ever accepted them is asked without from then on.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        key_env: str = "OPENAI_API_KEY",
-        timeout_s: float = 30.0,
-        workers: int = 16,
-        retries: int = 2,
-        max_tokens: int = 8,
-        note: Callable[[str], None] | None = None,
-    ):
+    def __init__(self, cfg: JudgeConfig, note: Callable[[str], None]):
         """note receives a line when the endpoint's state changes, on the thread that reads answers."""
-        if timeout_s <= 0 or workers < 1 or retries < 0 or max_tokens < 1:
-            raise ValueError(f"timeout_s {timeout_s}, workers {workers}, retries {retries}, max_tokens {max_tokens}")
-        self._endpoint = Endpoint(url, model, key_env, timeout_s=timeout_s, retries=retries)
-        self._max_tokens, self._turns = max_tokens, asyncio.Semaphore(workers)
+        self._endpoint = Endpoint(cfg.url, cfg.model, cfg.key_env, timeout_s=cfg.timeout_s, retries=cfg.retries)
+        self._turns = asyncio.Semaphore(cfg.workers)
         self._log_probs, self._accepted = True, False
-        self._breaker, self._lost = Breaker(GIVE_UP, timeout_s), ""
+        self._breaker, self._lost = Breaker(GIVE_UP, cfg.timeout_s), ""
         self._note, self._notes = note, deque[str]()
 
     def __call__(self, prompt: str) -> Answer:
@@ -59,9 +48,7 @@ class RemoteAsk:
     def report(self) -> None:
         """Hands over what has happened to the endpoint since the last call."""
         while self._notes:
-            line = self._notes.popleft()
-            if self._note:
-                self._note(line)
+            self._note(self._notes.popleft())
 
     def close(self) -> None:
         """Drops what waits and cancels what runs; both fail."""
@@ -81,15 +68,15 @@ class RemoteAsk:
         return p_yes(completion)
 
     async def _complete(self, prompt: str) -> Completion:
-        body, asked_for = {"temperature": 0, "max_tokens": self._max_tokens}, self._log_probs
+        asked_for = self._log_probs
         try:
-            completion = await self._endpoint.complete(prompt, **body, **(LOG_PROBS if asked_for else {}))
+            completion = await self._endpoint.complete(prompt, **BODY, **(LOG_PROBS if asked_for else {}))
         except EndpointError as error:
             # once accepted, they stay: the verdicts of a run are all read in one way
             if not asked_for or self._accepted or not refuses_log_probs(error):
                 raise
             # fails too if the fault lies elsewhere, and then nothing is concluded
-            completion = await self._endpoint.complete(prompt, **body)
+            completion = await self._endpoint.complete(prompt, **BODY)
             if self._log_probs:
                 why = f"refuses log-probs ({error})"
                 self._notes.append(f"the judge's endpoint {why}: P(yes) is 1 or 0, by the text of its answers")

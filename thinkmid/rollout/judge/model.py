@@ -8,7 +8,7 @@ from typing import Protocol
 from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.guard import decide
 from thinkmid.rollout.judge.templates import nonce, render
-from thinkmid.rollout.verdict import CACHE_SIZE, Future, Pending, Ready, Verdict, VerdictCache, digest
+from thinkmid.rollout.verdict import CACHE_SIZE, Future, Pending, Verdict, VerdictCache, digest
 from thinkmid.types import Tally
 
 
@@ -50,7 +50,7 @@ class ModelJudge:
         verdict = decide(candidate, reference)
         if verdict is not None:
             self._cache.counts["decided"] += 1
-            return Ready(verdict)
+            return verdict
         key = digest(self._cfg.template, reference, candidate)
         return self._cache.get(key) or self._cache.add(key, self._start(candidate, reference))
 

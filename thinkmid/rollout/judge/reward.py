@@ -10,7 +10,7 @@ from thinkmid.rollout.judge.canary import Examiner
 from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.model import ModelJudge
 from thinkmid.rollout.judge.rule import RuleJudge
-from thinkmid.rollout.verdict import Pending, Ready, malformed
+from thinkmid.rollout.verdict import Pending, malformed
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample, Tally
 
@@ -30,7 +30,7 @@ class ContinuationReward:
         """Not exactly one closing tag is 0, and the judge is not asked."""
         parts = self._tokenizer.split_at_close(sample.tokens)
         if verdict := malformed(parts):
-            return Ready(verdict)
+            return verdict
         assert parts.num_think is not None  # the tag is there
         cut = self._tokenizer.split_at_close(sample.tokens[: parts.num_think + self._max_suffix])
         return self._judge(cut.suffix, self._reference(prompt.meta["reference"]))
@@ -40,7 +40,7 @@ class ContinuationReward:
 
         UserError if the judge fails it.
         """
-        return self._judge.row() | (self._examiner.examine(step) if self._examiner else {})
+        return self._judge.row() | (self._examiner.examine(step, self._reference) if self._examiner else {})
 
     def close(self) -> None:
         self._judge.close()
@@ -67,5 +67,5 @@ def make_reward(
     if cfg.kind == "match":
         return ContinuationReward(tokenizer, RuleJudge(cfg.overlap), max_suffix=max_suffix)
     ask = make_ask(cfg, policy, model, note)
-    examiner = Examiner(cfg=cfg, ask=ask, seed=seed, prompts=prompts, tokenizer=tokenizer, max_suffix=max_suffix)
+    examiner = Examiner(cfg=cfg, ask=ask, seed=seed, prompts=prompts)
     return ContinuationReward(tokenizer, ModelJudge(cfg, ask, seed), max_suffix=max_suffix, examiner=examiner)

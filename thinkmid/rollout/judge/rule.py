@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 
-from thinkmid.rollout.verdict import Ready, Verdict
+from thinkmid.rollout.verdict import Verdict
 from thinkmid.types import Prompt, Sample, Tally
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
@@ -20,8 +20,8 @@ class RuleJudge:
 
     overlap: float = 0.6  # word F1 from which sentences without numbers agree
 
-    def __call__(self, candidate: str, reference: str) -> Ready[Verdict]:
-        return Ready(match(candidate, reference, self.overlap))
+    def __call__(self, candidate: str, reference: str) -> Verdict:
+        return match(candidate, reference, self.overlap)
 
     def row(self) -> Tally:
         return {}
@@ -33,8 +33,8 @@ class RuleJudge:
 class Unjudged:
     """The reward of a run without a judge: 0 for each sample, to which scores of the text itself are added."""
 
-    def __call__(self, prompt: Prompt, sample: Sample) -> Ready[Verdict]:
-        return Ready(Verdict(0, ""))
+    def __call__(self, prompt: Prompt, sample: Sample) -> Verdict:
+        return Verdict(0, "")
 
     def finish(self, step: int) -> Tally:
         return {}

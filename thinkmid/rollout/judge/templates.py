@@ -8,8 +8,6 @@ import tomllib
 import unicodedata
 from pathlib import Path
 
-from thinkmid.errors import unknown
-
 ANSWERS = (" yes", " no")  # the next token after a prompt
 
 PARTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -34,19 +32,12 @@ def nonce(seed: int, reference: str, vote: int) -> str:
 
 
 def render(template_id: str, candidate: str, reference: str, nonce: str) -> str:
-    """The whole prompt. ValueError: no such template."""
-    template = find(template_id)
+    """The whole prompt of one of TEMPLATES."""
+    template = TEMPLATES[template_id]
     candidate, reference = neutral(candidate, nonce), neutral(reference, nonce)
     if "\n{candidate}\n" not in template:  # what shares its line with others must not leave it
         candidate, reference = " ".join(candidate.split()), " ".join(reference.split())
     return template.format(candidate=candidate, reference=reference, nonce=nonce)
-
-
-def find(template_id: str) -> str:
-    """A template of TEMPLATES. ValueError: no such id."""
-    if template_id in TEMPLATES:
-        return TEMPLATES[template_id]
-    raise ValueError(unknown("template", template_id, TEMPLATES))
 
 
 def neutral(text: str, nonce: str) -> str:
