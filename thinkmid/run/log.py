@@ -21,9 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from thinkmid.errors import UserError, plain
-from thinkmid.files import reopen, write_whole
+from thinkmid.files import Row, reopen, write_whole
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
 # what a person watches: (name in the row, name on screen, format)
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -36,8 +35,6 @@ SHOWN = (
     ("tokens_per_s", "tok/s", "{:,.0f}"),
 )
 PHASES = ("rollout", "reward", "train", "sync", "save")
-
-Row = dict[str, Any]  # of a jsonl file
 
 
 class Tracker(Protocol):
@@ -110,10 +107,10 @@ class Log:
         if self.on:
             self.screen.progress(phase, done, total)
 
-    def say(self, text: str, title: str = "") -> None:
+    def say(self, text: str) -> None:
         """Print text of any origin, a model's included: no control characters, no markup."""
         if self.on:
-            self.screen.say(plain(f"{title}\n{text}" if title else text))
+            self.screen.say(plain(text))
 
     def close(self) -> None:
         if self.on:
@@ -271,8 +268,6 @@ def _duration(seconds: float) -> str:
 
 
 def _tracker(name: str, folder: Path, start_step: int, config: Row) -> Tracker:
-    if name not in TRACKERS:
-        raise UserError(f"unknown tracker '{plain(name)}': expected {', '.join(TRACKERS)}")
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, start_step)
