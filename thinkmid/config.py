@@ -314,11 +314,10 @@ def _comments(cls: type) -> dict[str, str]:
         for line in lines:
             if line.lstrip().startswith("# "):
                 above.append(line.lstrip()[2:])
-            elif match := re.match(r"\s+(\w+):(?:.*  # (.*))?", line):
+                continue
+            if match := re.match(r"\s+(\w+):(?:.*  # (.*))?", line):
                 found[match[1]] = match[2] or " ".join(above)
-                above = []
-            else:
-                above = []
+            above = []
     return {name: comment for name, comment in found.items() if comment}
 
 

@@ -55,12 +55,10 @@ def chain(model: str) -> list[Training]:
 def cost(model: str, runs: Sequence[Training]) -> Cost:
     """Cost of a model, given the chain of runs behind it. Unknown: a run did not log its tokens."""
     weights = num_weights(Path(model)) if runs else 0
-    tokens = sum(counted(run) for run in runs if run.kind != "rlpt")
+    tokens = sum(
+        total(run, "tokens" if run.kind == "sft" else "generated_tokens") for run in runs if run.kind != "rlpt"
+    )
     return Cost(tokens=tokens, flop=2 * weights * sum(map(passes, runs)))
-
-
-def counted(run: Training) -> float:
-    return total(run, "tokens" if run.kind == "sft" else "generated_tokens")
 
 
 def passes(run: Training) -> float:

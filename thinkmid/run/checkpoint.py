@@ -162,12 +162,9 @@ def _saved_here(tensor: Tensor) -> bool:
 
 def _covered(shape: Sequence[int], pieces: list[Any]) -> bool:
     """Whether [file, first row, row after the last] pieces, in order, are exactly the rows of a tensor."""
-    edge = 0
-    for _, start, stop in pieces:
-        if start != edge or stop <= start:
-            return False
-        edge = stop
-    return edge == _num_rows(shape)
+    edges = [0, *(stop for _, _, stop in pieces)]
+    whole = all(start == edge < stop for edge, (_, start, stop) in zip(edges, pieces, strict=False))
+    return whole and edges[-1] == _num_rows(shape)
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:

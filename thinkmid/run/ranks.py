@@ -115,15 +115,12 @@ def start_ranks(share: int = 1) -> Ranks:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            dist.init_process_group(
-                backend, timeout=TIMEOUT, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-            )
+            alone = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(backend, timeout=TIMEOUT, store=alone, rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world,))
     if fresh:
         atexit.register(_leave, mesh)
-    neighbours = None
-    if share > 1:
-        neighbours, _ = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)
+    neighbours = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)[0] if share > 1 else None
     return Ranks(rank, world, device, mesh, neighbours)
 
 
