@@ -72,7 +72,7 @@ class Log:
         metrics = self.folder / "metrics.jsonl"
         self.metrics = reopen(metrics, partial(_is_past, metrics, start_step))
         self.events = reopen(self.folder / "events.jsonl")
-        self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
+        self.screen = _Live(str(self.folder), num_steps) if sys.stdout.isatty() else _Lines(num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
 
     def write(self, step: int, row: Row) -> None:
@@ -168,7 +168,7 @@ def finite(value: Any) -> Any:
 
 
 class _Lines:
-    def __init__(self, title: str, num_steps: int):
+    def __init__(self, num_steps: int):
         self.num_steps, self.pace, self.next_print = num_steps, _Pace(num_steps), 0.0
         self.phase = ""
 

@@ -44,8 +44,7 @@ class Ranks:
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = len(payload)
         dist.all_reduce(sizes)
-        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+        mine = torch.frombuffer(bytearray(payload.ljust(max(1, int(sizes.max())), b"\0")), dtype=torch.uint8)
         all_of = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
