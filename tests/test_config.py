@@ -89,7 +89,7 @@ class Nested:
 
 
 def read(*argv, cls=Nested):
-    return load(cls, argv, prog="p", description="d").config
+    return load(cls, argv, prog="p", description="d")[0]
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_dashes_stand_for_underscores_and_dry_run_is_reported(tmp_path):
 
     loaded = load(Flat, ["--max-new-tokens", "7", "--dry-run"], prog="p", description="d")
     assert loaded == (Flat(max_new_tokens=7), True)
-    assert not load(Flat, [], prog="p", description="d").dry_run
+    assert load(Flat, [], prog="p", description="d") == (Flat(), False)
 
 
 def test_a_byte_order_mark_is_none_of_the_text(tmp_path):

@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from thinkmid import __version__, config
 from thinkmid.errors import UserError, unknown
@@ -118,12 +117,12 @@ def plan(argv: Sequence[str]) -> int | None:
     files = list(takewhile(is_no_flag, argv))
     if not files:
         raise UserError("thinkmid plan: expected CONFIG.toml first; thinkmid plan --help")
-    tables: dict[str, Any] = {}
-    for path in files:
-        for section, table in config.read_toml(path).items():
-            known = tables.get(section)
-            tables[section] = known | table if isinstance(known, dict) and isinstance(table, dict) else table
-    name, because = program_of(tables, files)
+    keys: set[str] = set()
+    for tables in map(config.read_toml, files):
+        keys |= tables.keys()
+        if isinstance(data := tables.get("data"), dict):
+            keys |= {f"data.{key}" for key in data}
+    name, because = program_of(keys, files)
     print(f"# thinkmid {name} --dry-run: {', '.join(files)} has {because}")
     return run_program(name, [*argv, "--dry-run"])
 
@@ -132,10 +131,8 @@ def is_no_flag(arg: str) -> bool:
     return not arg.startswith("-")
 
 
-def program_of(tables: dict[str, Any], files: Sequence[str]) -> tuple[str, str]:
+def program_of(keys: set[str], files: Sequence[str]) -> tuple[str, str]:
     """The program that a config is for, and the section or key that says so. UserError: it could be for none."""
-    data = tables.get("data")
-    keys = set(tables) | ({f"data.{key}" for key in data} if isinstance(data, dict) else set())
     signs = (
         ("annotate", ("chunks", "annotator")),
         ("eval", ("data.sets",)),

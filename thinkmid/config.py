@@ -22,9 +22,10 @@ import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TextIO, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from thinkmid import __version__
 from thinkmid.errors import UserError, plain
@@ -37,15 +38,8 @@ EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a
 Config = TypeVar("Config")
 
 
-class Loaded(NamedTuple, Generic[Config]):
-    """What the command line asks for."""
-
-    config: Config
-    dry_run: bool  # the user wants to see the config, not the run
-
-
-def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str | None) -> Loaded[Config]:
-    """Config of class `cls` from TOML paths and flags such as `--optim.lr 3e-4`, in any order.
+def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, bool]:
+    """Config of class `cls` from TOML paths and flags such as `--optim.lr 3e-4`, in any order; whether to --dry-run.
 
     `--help` prints every field and exits with 0. UserError: one line that names the file or the flag, and the key.
     """
@@ -60,7 +54,7 @@ def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str 
         for name in reversed(key.split(".")):
             value = {name: value}
         reader.merge(reader.tree, value, flag)
-    return Loaded(reader.section(cls, reader.tree, "", None), "dry_run" in switches)
+    return reader.section(cls, reader.tree, "", None), "dry_run" in switches
 
 
 def to_toml(config: Any) -> str:
@@ -76,8 +70,6 @@ def save_run(folder: str | Path, config: Any, env: Row) -> None:
 
 def environment() -> Row:
     """What a run depends on beyond its config: versions, machine, git state (None outside a repository), command."""
-    from importlib.metadata import PackageNotFoundError, version
-
     versions = {"python": platform.python_version(), "thinkmid": __version__}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # an extra that is not installed
@@ -322,11 +314,10 @@ def _comments(cls: type) -> dict[str, str]:
         for line in lines:
             if line.lstrip().startswith("# "):
                 above.append(line.lstrip()[2:])
-            elif match := re.match(r"\s+(\w+):(?:.*  # (.*))?", line):
+                continue
+            if match := re.match(r"\s+(\w+):(?:.*  # (.*))?", line):
                 found[match[1]] = match[2] or " ".join(above)
-                above = []
-            else:
-                above = []
+            above = []
     return {name: comment for name, comment in found.items() if comment}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -45,6 +46,12 @@ def regular(path: Path) -> Path:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise UserError(f"{path}: not a regular file")
     return path
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_row(where: str, row: Row, must: Kinds, may: Kinds | None = None) -> None:
@@ -99,6 +106,23 @@ def write_whole(path: str | Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """A file, or the entries of a folder, through to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def swap_in(new: Path, place: Path, aside: Path) -> None:
+    """Put a folder in its place, durably; an older one goes aside: a folder cannot be renamed onto a full one."""
+    if os.path.lexists(place):
+        os.rename(place, aside)
+    os.rename(new, place)
+    fsync(place.parent)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -24,11 +24,10 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from thinkmid.model import weight_files, weights
-    from thinkmid.model.hf_config import read_config
+    from thinkmid.model import hf_config, weights
     from thinkmid.rollout.engine.native import NativeEngine
 
-    model_cfg, tokenizer = read_config(args.model), Tokenizer.load(args.model)
+    model_cfg, tokenizer = hf_config.read_config(args.model), Tokenizer.load(args.model)
     prompt = Prompt(id="sample", tokens=templates.tokens(tokenizer, args.text + OPEN))
     sampling = sampling_of(args)
     longest = len(prompt.tokens) + sampling.max_new
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
         sizes = f"{len(prompt.tokens)} prompt tokens and {sampling.max_new} new ones"
         raise UserError(f"{sizes} exceed the model's context of {model_cfg.max_positions}; lower --max-think")
     engine = NativeEngine(model_cfg, tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
-    engine.load_weights(weights.stream_folder(args.model, "float32", weight_files.stamps(args.model)), 0)
+    engine.load_weights(weights.stream_folder(args.model, "float32"), 0)
     requests = [Request(prompt=prompt, seed=seed(args.seed, 0, prompt.id, i), key=(i,)) for i in range(args.n)]
     drawn = {request.key[0]: sample for step in engine.generate(requests, sampling) for request, sample in step}
     for i in range(args.n):

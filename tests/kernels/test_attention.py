@@ -399,8 +399,7 @@ def test_a_cpu_takes_sdpa_and_a_gpu_what_is_installed_where_that_takes_the_dtype
     installed, capability, path, monkeypatch
 ):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object() if name in installed else None)
-    for has in ("has_flash_attn", "has_flash_attn_3"):
-        monkeypatch.setattr(launch, has, getattr(launch, has).__wrapped__)
+    monkeypatch.setattr(launch, "has", launch.has.__wrapped__)
     monkeypatch.setattr(launch.torch.cuda, "get_device_capability", lambda device: capability)
     for dtype in (torch.bfloat16, torch.float16):
         assert launch.attention_path(on("cuda", dtype)) == path

@@ -143,7 +143,7 @@ def test_a_resident_judge_is_counted_in_every_phase(home, monkeypatch, capsys):
 @pytest.mark.parametrize("name", [name for name in REAL if "-eval" in name])
 def test_each_evaluation_is_the_papers_and_fits_one_gpu(home, monkeypatch, capsys, name):
     dry_run(name, monkeypatch, capsys, "--data.sets", "questions=q.jsonl")
-    cfg = config.load(EvalConfig, [str(REAL[name])], prog="p", description="d").config
+    cfg = config.load(EvalConfig, [str(REAL[name])], prog="p", description="d")[0]
     assert (cfg.run.samples, cfg.sampling.temperature, cfg.sampling.top_p, cfg.sampling.max_new) == (
         16,
         0.6,

@@ -25,7 +25,7 @@ from thinkmid import thoughts
 from thinkmid.augment import control
 from thinkmid.augment.split import ANNOTATED
 from thinkmid.errors import UserError
-from thinkmid.files import check_row, is_count, is_text, read_json, write_whole
+from thinkmid.files import check_row, digest, is_count, is_text, read_json, write_whole
 from thinkmid.tokenizer import Tokenizer
 
 Row = dict[str, Any]  # of a journal
@@ -240,10 +240,6 @@ def is_whole(folder: Path, part: int) -> bool:
     return bool(status.get("finished")) and all(
         (folder / name).is_file() and digest(folder / name) == file["sha256"] for name, file in files
     )
-
-
-def digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def merge(folder: Path, parts: int) -> Row:

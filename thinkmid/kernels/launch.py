@@ -12,15 +12,9 @@ from torch import Tensor
 
 
 @cache
-def has_flash_attn() -> bool:
-    """Whether FlashAttention 2 is installed."""
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-@cache
-def has_flash_attn_3() -> bool:
-    """Whether FlashAttention 3 is installed."""
-    return importlib.util.find_spec("flash_attn_interface") is not None
+def has(module: str) -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec(module) is not None
 
 
 def attention_path(q: Tensor) -> str:
@@ -29,15 +23,14 @@ def attention_path(q: Tensor) -> str:
     # the kernels of all three take 16 bits alone
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
-    if has_flash_attn_3() and torch.cuda.get_device_capability(q.device)[0] == 9:
+    if has("flash_attn_interface") and torch.cuda.get_device_capability(q.device)[0] == 9:
         return "flash-attn-3"
-    return "flash-attn" if has_flash_attn() else "torch-varlen"
+    return "flash-attn" if has("flash_attn") else "torch-varlen"
 
 
-@cache
 def has_cpp() -> bool:
     """Whether csrc was built; without a compiler the torch twins do its work, slower."""
-    return importlib.util.find_spec("thinkmid._csrc") is not None
+    return has("thinkmid._csrc")
 
 
 def row_path(x: Tensor) -> str:

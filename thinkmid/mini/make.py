@@ -30,7 +30,7 @@ from typing import Any
 
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.files import read_json
+from thinkmid.files import digest, read_json
 from thinkmid.mini import world
 from thinkmid.mini.annotator import MIX, annotate, sites, style_of
 
@@ -147,10 +147,6 @@ def write(folder: Path, wanted: Row) -> Row:
     manifest = wanted | {"files": files, "removed": removed}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def found(out: Path) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from thinkmid.errors import UserError
-from thinkmid.files import read_json, regular
+from thinkmid.files import digest, read_json, regular
 
 SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"
 Sources = dict[str, tuple[Path, Any]]  # tensor name -> file that holds it, open handle
@@ -90,7 +89,7 @@ def hashes(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, str]:
     """Weight file -> sha256 as the seal names it, else computed: every world-th file, from rank on."""
     folder = Path(folder)
     sealed, mine = _sealed(folder), sorted(listed(folder))[rank::world]
-    return {file: sealed.get(file) or sha256(regular(folder / file)) for file in mine}
+    return {file: sealed.get(file) or digest(regular(folder / file)) for file in mine}
 
 
 def stamps(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, Stamp]:
@@ -102,7 +101,7 @@ def stamps(folder: str | Path, rank: int = 0, world: int = 1) -> dict[str, Stamp
     sealed = _sealed(folder)
     for file in sorted(listed(folder))[rank::world]:
         at = _stat(folder, file)  # before its bytes are read: a file that replaces it meanwhile is noticed
-        found[file] = Stamp(sha256(folder / file), *at)
+        found[file] = Stamp(digest(folder / file), *at)
         if is_export(folder) and sealed.get(file) != found[file].sha256:
             raise UserError(f"{folder / file}: does not match its sha256 in {SEAL}; damaged or changed since export")
     return found
@@ -113,7 +112,7 @@ def check_same(folder: Path, known: Mapping[str, Stamp]) -> None:
     if odd := sorted(known.keys() ^ listed(folder).keys()):
         raise UserError(f"{folder / odd[0]}: came or went since this run began to read the folder")
     for file, stamp in known.items():
-        if _stat(folder, file) != stamp[1:] and sha256(folder / file) != stamp.sha256:
+        if _stat(folder, file) != stamp[1:] and digest(folder / file) != stamp.sha256:
             raise UserError(f"{folder / file}: changed since this run began to read it")
 
 
@@ -129,12 +128,6 @@ def _sealed(folder: Path) -> dict[str, str]:
     if not isinstance(sealed, dict):
         raise UserError(f"{folder / SEAL}: sha256 must map file names to hashes")
     return sealed
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def summary(problems: Mapping[str, Iterable[str]]) -> str:

@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
+from thinkmid.files import digest, fsync, swap_in
 from thinkmid.model import weight_files
 from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
@@ -92,11 +93,11 @@ def load_into(model: Transformer, folder: str | Path) -> None:
     if weight_files.is_export(folder):
         weight_files.stamps(folder, *((dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)))
     for name, p in parameters.items():
-        local, start = _local(p)
+        local, start = local_rows(p)
         local.copy_(_rows(*sources[name], name, start, len(local)))
         _check_finite(sources[name][0], name, local)
     if HEAD in sources.keys() - parameters.keys():
-        _check_twin(folder, sources, *_local(parameters[EMBEDDING]))
+        _check_twin(folder, sources, *local_rows(parameters[EMBEDDING]))
 
 
 def stream_folder(
@@ -161,13 +162,13 @@ def _rows(path: Path, handle: Any, name: str, start: int, count: int) -> Tensor:
     return rows
 
 
-def _local(p: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a parameter, and the row of the whole at which it starts."""
+def local_rows(p: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor, and the row of the whole at which it starts."""
     if not isinstance(p, DTensor):
         return p, 0
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    assert shape[1:] == tuple(p.shape[1:]), f"only rows may be sharded, got {p.placements}"
-    return p.to_local(), offset[0]
+    assert all(x.is_replicate() or x.is_shard(0) for x in p.placements), f"only rows may be sharded, got {p.placements}"
+    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local(), offset[0] if offset else 0
 
 
 def reshard(model: Transformer) -> None:
@@ -223,7 +224,7 @@ def save(
     else:
         tmp = _fresh(folder)
         files = _write_shards(tmp, named, _dtype(dtype), max_shard_bytes)
-        hashes = {file: weight_files.sha256(tmp / file) for file in files}
+        hashes = {file: digest(tmp / file) for file in files}
         _write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
         _write_configs(tmp, cfg, str(_dtype(dtype)).removeprefix("torch."))
         for file in TOKENIZER_FILES:
@@ -283,26 +284,14 @@ def _fresh(folder: Path) -> Path:
 def _promote(tmp: Path, folder: Path) -> None:
     """Make tmp durable, then put it in folder's place."""
     for path in (*tmp.iterdir(), tmp):
-        _fsync(path)
-    old = _aside(folder)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        fsync(path)
+    swap_in(tmp, folder, _aside(folder))
+    shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def _aside(folder: Path) -> Path:
     """Where an older export stands for the moment between two renames."""
     return folder.with_name(folder.name + ".replaced")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

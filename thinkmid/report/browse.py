@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from thinkmid.data import questions
 from thinkmid.eval.generations import stored
-from thinkmid.files import read_rows
+from thinkmid.files import Row, read_rows
 from thinkmid.report.paper import plain_name
-from thinkmid.report.runs import Evaluation, Row, Run, Training, items, number, section
+from thinkmid.report.runs import Evaluation, Run, Training, items, number, section
 from thinkmid.report.text import cut, visible
 from thinkmid.thoughts import CLOSE
 
@@ -166,11 +166,7 @@ def verdicts(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def generation_group(
-    rows: Sequence[Row],
-    where: str,
-    question: questions.Question | None,
-    graded: dict[tuple[str, str], Row],
-    hide: bool,
+    rows: Sequence[Row], where: str, question: questions.Question | None, graded: dict[tuple[str, str], Row], hide: bool
 ) -> Group:
     return {
         "where": where,

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from thinkmid.model.weight_files import is_export
 from thinkmid.report.runs import Training, numbers, read
-
-SEAL = "thinkmid.json"  # in every model folder that thinkmid wrote
 
 
 class Unknown(Exception):
@@ -38,7 +37,7 @@ def chain(model: str) -> list[Training]:
         if not os.path.isdir(model):  # unlike Path.is_dir, for a path of any length
             raise Unknown(f"model folder {model} is not here")
         is_beside_run = (folder / "metrics.jsonl").exists()
-        if (Path(model) / SEAL).exists() and not is_beside_run:
+        if is_export(Path(model)) and not is_beside_run:
             raise Unknown(f"{model} was written by thinkmid, and the run that wrote it is not beside it")
         if Path(model).name != "export" or not is_beside_run:
             return runs
@@ -56,12 +55,10 @@ def chain(model: str) -> list[Training]:
 def cost(model: str, runs: Sequence[Training]) -> Cost:
     """Cost of a model, given the chain of runs behind it. Unknown: a run did not log its tokens."""
     weights = num_weights(Path(model)) if runs else 0
-    tokens = sum(counted(run) for run in runs if run.kind != "rlpt")
+    tokens = sum(
+        total(run, "tokens" if run.kind == "sft" else "generated_tokens") for run in runs if run.kind != "rlpt"
+    )
     return Cost(tokens=tokens, flop=2 * weights * sum(map(passes, runs)))
-
-
-def counted(run: Training) -> float:
-    return total(run, "tokens" if run.kind == "sft" else "generated_tokens")
 
 
 def passes(run: Training) -> float:

@@ -10,9 +10,7 @@ from typing import Any
 
 from thinkmid.errors import UserError
 from thinkmid.eval import stats
-from thinkmid.files import is_number, read_json, read_rows
-
-Row = dict[str, Any]  # of a jsonl file
+from thinkmid.files import Row, is_number, read_json, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

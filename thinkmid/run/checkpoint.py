@@ -24,9 +24,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from thinkmid.errors import UserError
+from thinkmid.files import digest, fsync, swap_in
+from thinkmid.model.weights import local_rows
 
 State = dict[str, Any]  # what JSON holds
 _FORMAT = 1
@@ -75,10 +76,10 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
     Collective: the ranks share the hashing and return the same. `warn` gets a line for each folder skipped, on rank 0.
     Changes nothing on disk. After a crash while a step was replaced, its old folder may still be called .old-step-*.
     """
-    folders: list[Path] = _on_first(UserError, "", _candidates, Path(root))
-    for folder in folders:
+    folders: list[tuple[int, Path]] = _on_first(UserError, "", _step_folders, Path(root), _STEP_OR_OLD)
+    for number, folder in folders:
         try:
-            _on_first(UserError, "", _check_name, folder)
+            _on_first(UserError, "", _check_step, folder, number)
             _on_all(UserError, "", _check_files, folder)
             return folder
         except UserError as reason:
@@ -145,14 +146,10 @@ def _num_rows(shape: Sequence[int]) -> int:
     return shape[0] if len(shape) else 1
 
 
-def _local_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+def _span(tensor: Tensor) -> tuple[Tensor, int, int]:
     """This rank's part of a tensor, its first row and the row after its last."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0, _num_rows(tensor.shape)
-    assert all(p.is_replicate() or p.is_shard(0) for p in tensor.placements), f"placements {tensor.placements}"
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    first = offset[0] if offset else 0
-    return tensor.to_local(), first, first + _num_rows(shape)
+    local, first = local_rows(tensor)
+    return local, first, first + _num_rows(local.shape)
 
 
 def _saved_here(tensor: Tensor) -> bool:
@@ -165,36 +162,25 @@ def _saved_here(tensor: Tensor) -> bool:
 
 def _covered(shape: Sequence[int], pieces: list[Any]) -> bool:
     """Whether [file, first row, row after the last] pieces, in order, are exactly the rows of a tensor."""
-    edge = 0
-    for _, start, stop in pieces:
-        if start != edge or stop <= start:
-            return False
-        edge = stop
-    return edge == _num_rows(shape)
+    edges = [0, *(stop for _, _, stop in pieces)]
+    whole = all(start == edge < stop for edge, (_, start, stop) in zip(edges, pieces, strict=False))
+    return whole and edges[-1] == _num_rows(shape)
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Writes a new file through to the disk; its size and hash."""
-    digest, size = hashlib.sha256(), 0
+    hashed, size = hashlib.sha256(), 0
     try:
         with open(path, "xb") as f:
             for chunk in chunks:
                 f.write(chunk)
-                digest.update(chunk)
+                hashed.update(chunk)
                 size += len(chunk)
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e  # write and fsync do not name the file
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -224,7 +210,7 @@ def _write_shard(tmp: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Writes this rank's rows; the file's name, size, hash and {tensor: (first row, row after the last)}."""
     mine, rows = {}, {}
     for name, tensor in tensors.items():
-        local, first, last = _local_rows(tensor)
+        local, first, last = _span(tensor)
         if first < last and _saved_here(tensor):
             mine[name], rows[name] = local, (first, last)
     file = f"rank-{_rank_world()[0]:05d}.safetensors"
@@ -233,8 +219,8 @@ def _write_shard(tmp: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _seal(manifest: State) -> bytes:
     """The manifest's bytes, with their own hash: a flipped bit in a shape must not pass either."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}).encode()
+    own = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": own}).encode()
 
 
 def _publish(
@@ -251,17 +237,9 @@ def _publish(
         assert _covered(tensor.shape, pieces), f"{name} {tuple(tensor.shape)} is not covered by {pieces}"
         manifest["tensors"][name] = {"shape": list(tensor.shape), "dtype": _DTYPES[tensor.dtype], "rows": pieces}
     _write(tmp / "manifest.json", [_seal(manifest)])
-    _fsync_folder(tmp)
-    _swap_in(tmp, final)
-
-
-def _swap_in(tmp: Path, final: Path) -> None:
-    # a folder cannot be renamed onto a full one; killed between the renames, `latest` finds the old one aside
+    fsync(tmp)
     old = final.with_name(f".old-{final.name}")
-    if os.path.lexists(final):
-        os.rename(final, old)
-    os.rename(tmp, final)
-    _fsync_folder(final.parent)
+    swap_in(tmp, final, old)  # killed between its renames, `latest` finds the old one aside
     _remove(old)
 
 
@@ -295,12 +273,9 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 def _step_folders(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     """(step, folder), newest first; a symlink is no checkpoint. Names break ties: step-* before .old-step-*."""
-    matches = [(pattern.fullmatch(path.name), path) for path in root.iterdir() if not path.is_symlink()]
+    paths = root.iterdir() if root.is_dir() else ()
+    matches = [(pattern.fullmatch(path.name), path) for path in paths if not path.is_symlink()]
     return sorted(((int(m[1]), path) for m, path in matches if m and path.is_dir()), reverse=True)
-
-
-def _candidates(root: Path) -> list[Path]:
-    return [folder for _, folder in _step_folders(root, _STEP_OR_OLD)] if root.is_dir() else []
 
 
 def _plain(path: Path) -> Path:
@@ -343,10 +318,9 @@ def _check_manifest(manifest: State, raw: bytes) -> None:
         raise UserError("no state.json")
 
 
-def _check_name(folder: Path) -> None:
+def _check_step(folder: Path, named: int) -> None:
     """UserError where a folder was renamed: a run would resume at another step than its weights are of."""
-    named, saved = int(folder.name.rpartition("-")[2]), step(folder)
-    if named != saved:
+    if named != (saved := step(folder)):
         raise UserError(f"{folder}: its manifest says step {saved}; was it renamed from step-{saved:06d}?")
 
 
@@ -358,9 +332,8 @@ def _check_files(folder: Path) -> None:
         path, entry = _plain(folder / name), files[name]
         if path.stat().st_size != entry["bytes"]:
             raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != entry["sha256"]:
-                raise UserError(f"{path}: its bytes changed since it was saved")
+        if digest(path) != entry["sha256"]:
+            raise UserError(f"{path}: its bytes changed since it was saved")
 
 
 def _check_names(folder: Path, saved: dict[str, State], tensors: dict[str, Tensor]) -> None:
@@ -385,7 +358,7 @@ def _fill(folder: Path, tensors: dict[str, Tensor]) -> None:
         names = [name for name in manifest["files"] if name != "state.json"]
         shards = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name in names}
         for name, tensor in tensors.items():
-            local, first, last = _local_rows(tensor)
+            local, first, last = _span(tensor)
             for file, start, stop in saved[name]["rows"]:
                 a, b = max(first, start), min(last, stop)
                 if a >= b:

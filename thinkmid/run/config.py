@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from thinkmid.errors import at_least
+from thinkmid.model.init import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,6 @@ class RunConfig:
         at_least(self, steps=0, seed=0, save_every=0, keep=1, rollouts_every=0, max_failed=0, timeout_s=0)
 
 
-class ModelFolder(Protocol):
-    @property
-    def folder(self) -> str: ...
-
-
 class ProgramConfig(Protocol):
     """The config of a training program, as far as its folder is concerned; a dataclass."""
 
@@ -43,4 +39,4 @@ class ProgramConfig(Protocol):
     def run(self) -> RunConfig: ...
 
     @property
-    def model(self) -> ModelFolder: ...
+    def model(self) -> ModelSection: ...

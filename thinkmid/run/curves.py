@@ -69,24 +69,23 @@ GREY = "#6b7280"
 STYLE = Path(__file__).with_name("curves.mplstyle")
 
 
-def draw(folders: str | Path | Sequence[str | Path], out: str | Path) -> Path:
-    """Draw one run, or several over one another, as the picture `out`. UserError where there is nothing to draw."""
-    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    return paint(dict(zip(_names(folders), map(columns, folders), strict=True)), out)
+def draw(folder: Path, out: Path) -> Path:
+    """Draw a run as the picture `out`. UserError where there is nothing to draw."""
+    return paint({plain(folder.resolve().name): columns(folder)}, out)
 
 
-def paint(runs: dict[str, Columns], out: str | Path, titles: Sequence[str] = ()) -> Path:
+def paint(runs: dict[str, Columns], out: Path, titles: Sequence[str] = ()) -> Path:
     """Draw the columns of named runs over one another, with `titles` only these panels. UserError as in draw."""
     panels = [panel for panel in _panels(runs) if not titles or panel.title in titles]
     with figure_for(out) as figure:
         for panel, axis in zip(panels, _grid(figure, len(panels)), strict=True):
             _draw_panel(axis, panel, runs)
         _head(figure, runs)
-    return Path(out)
+    return out
 
 
 @contextmanager
-def figure_for(out: str | Path) -> Iterator[Any]:
+def figure_for(out: Path) -> Iterator[Any]:
     """An empty figure in our style, in the end written as `out`. UserError: no matplotlib, or it cannot be written."""
     try:
         import matplotlib.figure
@@ -101,13 +100,13 @@ def figure_for(out: str | Path) -> Iterator[Any]:
             raise UserError(f"{out}: cannot write it: {error.strerror}") from None
 
 
-def columns(folder: str | Path) -> Columns:
+def columns(folder: Path) -> Columns:
     """Curves of the numbers in a run's metrics.jsonl. A null is no point.
 
     `dead_share` is added, in per cent; from events.jsonl `preflight_reward` and `preflight_thinking_tokens`, at step 0:
     those of the held-out prompts before the first step.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     points: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in read_rows(path) if is_number(row.get("step"))]
     for row in rows:
@@ -143,12 +142,6 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> Curve:
 def window_of(num_points: int) -> int:
     """Points in the moving average, an odd number: 1, that is none, for curves too short to smooth."""
     return 1 if num_points < 40 else max(5, num_points // 20 | 1)
-
-
-def _names(folders: Sequence[str | Path]) -> list[str]:
-    """Names of the runs: of their folders, whole paths where two would be equal."""
-    short = [plain(Path(folder).resolve().name) for folder in folders]
-    return short if len(set(short)) == len(short) else [plain(str(folder)) for folder in folders]
 
 
 def _panels(runs: dict[str, Columns]) -> list[Panel]:

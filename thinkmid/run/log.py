@@ -21,9 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from thinkmid.errors import UserError, plain
-from thinkmid.files import reopen, write_whole
+from thinkmid.files import Row, reopen, write_whole
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
 # what a person watches: (name in the row, name on screen, format)
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -36,8 +35,6 @@ SHOWN = (
     ("tokens_per_s", "tok/s", "{:,.0f}"),
 )
 PHASES = ("rollout", "reward", "train", "sync", "save")
-
-Row = dict[str, Any]  # of a jsonl file
 
 
 class Tracker(Protocol):
@@ -75,7 +72,7 @@ class Log:
         metrics = self.folder / "metrics.jsonl"
         self.metrics = reopen(metrics, partial(_is_past, metrics, start_step))
         self.events = reopen(self.folder / "events.jsonl")
-        self.screen = (_Live if sys.stdout.isatty() else _Lines)(str(self.folder), num_steps)
+        self.screen = _Live(str(self.folder), num_steps) if sys.stdout.isatty() else _Lines(num_steps)
         atexit.register(self.close)  # a program that ends by an error leaves the terminal in order too
 
     def write(self, step: int, row: Row) -> None:
@@ -110,10 +107,10 @@ class Log:
         if self.on:
             self.screen.progress(phase, done, total)
 
-    def say(self, text: str, title: str = "") -> None:
+    def say(self, text: str) -> None:
         """Print text of any origin, a model's included: no control characters, no markup."""
         if self.on:
-            self.screen.say(plain(f"{title}\n{text}" if title else text))
+            self.screen.say(plain(text))
 
     def close(self) -> None:
         if self.on:
@@ -171,7 +168,7 @@ def finite(value: Any) -> Any:
 
 
 class _Lines:
-    def __init__(self, title: str, num_steps: int):
+    def __init__(self, num_steps: int):
         self.num_steps, self.pace, self.next_print = num_steps, _Pace(num_steps), 0.0
         self.phase = ""
 
@@ -271,8 +268,6 @@ def _duration(seconds: float) -> str:
 
 
 def _tracker(name: str, folder: Path, start_step: int, config: Row) -> Tracker:
-    if name not in TRACKERS:
-        raise UserError(f"unknown tracker '{plain(name)}': expected {', '.join(TRACKERS)}")
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, start_step)

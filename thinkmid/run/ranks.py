@@ -44,8 +44,7 @@ class Ranks:
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = len(payload)
         dist.all_reduce(sizes)
-        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        mine[: len(payload)] = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)[: len(payload)]
+        mine = torch.frombuffer(bytearray(payload.ljust(max(1, int(sizes.max())), b"\0")), dtype=torch.uint8)
         all_of = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(all_of, mine)
         return [x[:n].numpy().tobytes() for x, n in zip(all_of, sizes.tolist(), strict=True)]
@@ -115,15 +114,12 @@ def start_ranks(share: int = 1) -> Ranks:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            dist.init_process_group(
-                backend, timeout=TIMEOUT, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-            )
+            alone = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(backend, timeout=TIMEOUT, store=alone, rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world,))
     if fresh:
         atexit.register(_leave, mesh)
-    neighbours = None
-    if share > 1:
-        neighbours, _ = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)
+    neighbours = dist.new_subgroups(share, backend="gloo", timeout=TIMEOUT)[0] if share > 1 else None
     return Ranks(rank, world, device, mesh, neighbours)
 
 

@@ -45,9 +45,6 @@ class TrainConfig(ProgramConfig, Protocol):
     """The config of a training program, as far as all of them agree."""
 
     @property
-    def model(self) -> ModelSection: ...
-
-    @property
     def optim(self) -> OptimConfig: ...
 
 

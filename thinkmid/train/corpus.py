@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ from thinkmid.data import prompts, sequences, store
 from thinkmid.data.source import Document, data_files, left_out, read_documents
 from thinkmid.data.store import Store
 from thinkmid.errors import UserError
+from thinkmid.files import digest
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
 from thinkmid.run.interrupt import EXIT, Interrupt
@@ -185,9 +185,4 @@ class _Writing:
 
 
 def _hashes(paths: list[str]) -> list[str]:
-    return [_hash(path) for path in paths]
-
-
-def _hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [digest(Path(path)) for path in paths]

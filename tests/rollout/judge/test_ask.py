@@ -130,7 +130,7 @@ def test_a_damaged_judge_judges_nothing(judges, kind):
 
 def test_a_judge_that_is_swapped_in_again_is_the_one_that_was_verified(judges, monkeypatch):
     ask, engine = judge_in(judges, "swap")
-    monkeypatch.setattr(weight_files, "sha256", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(weight_files, "digest", lambda path: pytest.fail("hashed again"))
     for version in (5, 6):
         assert ask("question").result() == pytest.approx(p_yes(1, QUESTION, 7, 8), rel=1e-5)
         engine.load_weights(weights.stream(random_model(seed=0)), version)
