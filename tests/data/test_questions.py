@@ -15,7 +15,7 @@ from thinkmid.data import questions
 from thinkmid.data.layouts import kind_of
 from thinkmid.data.questions import TASKS, Question, Task, base_answer, load, posed, shown
 from thinkmid.errors import UserError
-from thinkmid.eval.config import SetsConfig, load_sets
+from thinkmid.eval.config import EvalData, load_sets
 
 # what each set holds, and one writer of a row for each layout it is distributed in
 GSM8K = [(f"Ann has {n} pens,\nthen {n} more. How many?", str(2 * n), n) for n in (9, 700, 21000)]
@@ -407,7 +407,7 @@ def test_a_folder_of_shards_is_one_set_without_its_readme(tmp_path):
 def test_every_set_is_told_by_the_first_rank_alone(tmp_path, monkeypatch, capsys):
     write(tmp_path / "data" / "a.jsonl", LAYOUTS["questions"][0])
     (tmp_path / "data" / "b.csv").touch()
-    sets = SetsConfig(sets=(f"questions={tmp_path / 'data'}",))
+    sets = EvalData(sets=(f"questions={tmp_path / 'data'}",))
     for rank, line in (("0", "questions: 2 questions; "), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert list(load_sets(sets)) == ["questions"]

@@ -13,7 +13,7 @@ from thinkmid.rollout.engine.protocol import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class AnnotateRun:
     """Where the output goes."""
 
     folder: str  # everything the run writes; the same command resumes what is there
@@ -26,7 +26,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class AnnotateData:
     """What is annotated."""
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
@@ -74,8 +74,8 @@ class AnnotateConfig:
     """Annotation."""
 
     shard: str = ""  # i/n: this job takes the parts i, i+n, ...; empty: RANK and WORLD_SIZE, or everything
-    run: RunConfig
-    data: DataConfig
+    run: AnnotateRun
+    data: AnnotateData
     chunks: ChunkConfig
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
