@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.split import SplitConfig
-from thinkmid.augment.writer import WriterConfig
 from thinkmid.errors import at_least, positive
-from thinkmid.rollout.engine.protocol import EngineConfig
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,31 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         at_least(self, workers=1, retries=0, max_tokens=1, temperature=0)
         positive(self, "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterConfig:
+    """The annotator's model, for kind 'engine'."""
+
+    folder: str = ""  # Hugging Face folder of a model that follows instructions; its chat template is used
+    temperature: float = 0.8
+    top_p: float = 1.0
+    max_tokens: int = 4096  # of one answer
+    max_batch: int = 256  # answers written at a time
+    seed: int = 0  # a try's draws depend on this, its chunk and its number alone
+    thinking: bool = False  # templates that know enable_thinking: the model reasons before it answers
+
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, max_batch=1, seed=0)
+        _ = self.sampling  # has checks of its own
+
+    @property
+    def sampling(self) -> Sampling:
+        """An answer is one piece up to its end: see engine.blind()."""
+        return Sampling(
+            temperature=self.temperature, top_p=self.top_p, max_think=self.max_tokens, max_suffix=0,
+            max_batch=self.max_batch,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
