@@ -83,23 +83,18 @@ def share(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed)
 
 
-def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0) -> stats.Paired:
-    """Two runs of one set, paired by question. ValueError: they are not of the same questions."""
-    return stats.paired(*paired_means(a, b), seed=seed)
-
-
 def compare_sets(
     a: Mapping[str, Sequence[Graded]], b: Mapping[str, Sequence[Graded]], *, seed: int = 0
 ) -> tuple[dict[str, stats.Paired], stats.Paired]:
-    """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError as in compare."""
+    """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError: not the same questions."""
     means = {}
     for name in a:
         try:
             means[name] = paired_means(a[name], b[name])
         except ValueError as error:
             raise ValueError(f"set '{name}': {error}") from None
-    by_set = {name: stats.paired(*pair, seed=seed) for name, pair in means.items()}
-    return by_set, stats.paired_sets(list(means.values()), seed=seed)
+    by_set = {name: stats.paired([pair], seed=seed) for name, pair in means.items()}
+    return by_set, stats.paired(list(means.values()), seed=seed)
 
 
 def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array, stats.Array]:

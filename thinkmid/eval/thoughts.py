@@ -37,9 +37,8 @@ from thinkmid.types import Prompt
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
 
-    # they import torch, which --help does without
+    # it imports torch, which --help does without
     from thinkmid.eval import generate
-    from thinkmid.run.ranks import start_ranks
 
     if not cfg.sampling.max_suffix:
         raise UserError("sampling.max_suffix 0 leaves nothing to draw after a thought")
@@ -52,15 +51,11 @@ def main(argv: list[str]) -> int:
     room = model_cfg.max_positions
     probes = {name: probe_of(cfg, name, found.questions, tokenizer, room) for name, found in sets.items()}
     with closing(make_grader(cfg.verify)) as grader:
-        ranks = None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
-        if ranks:
+        if ranks := generate.start(cfg):
             # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
             sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
             prompts = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
-            if prompts:
-                with generate.alone(folder, ranks):
-                    generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
-            ranks.barrier()
+            generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
         if not ranks or ranks.rank == 0:
             graded = {name: grade_set(cfg, name, probes[name], sets[name].questions, grader) for name in sets}
             for name, by_condition in graded.items():
