@@ -7,8 +7,6 @@ The folder then holds sft-, rl- and heldout-think/ and -raw/, and sft-control/, 
 report.json and manifest.json. The same command resumes a killed or interrupted run, with another number of jobs too.
 """
 
-from __future__ import annotations
-
 from thinkmid import config
 from thinkmid.augment.config import AnnotateConfig
 from thinkmid.errors import UserError

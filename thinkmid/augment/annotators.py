@@ -1,7 +1,5 @@
 """One chunk through a model: asked, checked, asked again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field

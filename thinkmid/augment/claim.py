@@ -1,7 +1,5 @@
 """Whose run a folder holds: the settings and models that its output depends on, compared before anything is added."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The configuration of annotation: what is annotated, by whom, where the output goes."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 

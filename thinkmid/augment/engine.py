@@ -1,7 +1,5 @@
 """The annotator's model in this process: each rank has an engine of its own, on its own accelerator."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Insert-only: the model names places and thoughts. It never writes the text, so it cannot change it."""
 
-from __future__ import annotations
-
 import re
 
 from thinkmid import sentences, thoughts

@@ -1,7 +1,5 @@
 """One job of an annotation run: its chunks go to an annotator, their outcomes into journals, whole parts to files."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator

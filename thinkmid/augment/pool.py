@@ -1,7 +1,5 @@
 """Chunks through an annotator, several calls at a time, outcomes as they come."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice

@@ -1,7 +1,5 @@
 """Rewrite-and-verify: the model returns the text with thoughts in it; where they stand is taken, its text never is."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from thinkmid import thoughts

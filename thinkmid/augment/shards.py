@@ -10,8 +10,6 @@
 A part belongs to a document by the document's hash, so it holds the same rows whoever made it, and when.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -4,8 +4,6 @@ split/documents.jsonl   {"id", "sha256", "split"} of every document in source or
 split/manifest.json     counts, settings, source files, sha256 of documents.jsonl; written last
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

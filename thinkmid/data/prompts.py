@@ -1,7 +1,5 @@
 """Documents -> RLMT prompts: a prefix with the think tag opened, and the raw text that follows as reference."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence

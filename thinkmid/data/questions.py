@@ -1,7 +1,5 @@
 """Sets of questions from local files: evaluation sets and questions for RL, checked against the public copies."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable

@@ -5,8 +5,6 @@
 store.json                   the manifest of the current version: one replaces another when it is complete
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

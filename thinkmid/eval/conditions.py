@@ -1,7 +1,5 @@
 """Stored samples -> prompts that end after a thought: the own one, none, an idle one, that of another question."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

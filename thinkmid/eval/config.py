@@ -1,7 +1,5 @@
 """What is evaluated, on which questions, how: the configuration that the programs of this folder share."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 

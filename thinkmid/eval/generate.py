@@ -1,7 +1,5 @@
 """Prompts -> samples, each written to disk as it ends; a run that was stopped resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping

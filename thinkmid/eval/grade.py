@@ -1,7 +1,5 @@
 """Generations -> graded samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from thinkmid.data.questions import Question, base_answer, posed

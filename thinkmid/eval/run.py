@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 -m thinkmid.eval.run configs/mini-eval.toml
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing

@@ -5,8 +5,6 @@ counted, never a 0. Questions are what was drawn from the world, so every interv
 one are correlated, and counting them as independent makes intervals up to sqrt(K) times too narrow.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Graded samples of one set -> the numbers that a table and a report show."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Donors of swapped thoughts: samples of another question, with another gold answer where possible."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ torchrun --nproc-per-node 2 -m thinkmid.eval.thoughts configs/mini-eval.toml
 CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are probed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
