@@ -103,11 +103,6 @@ def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array,
     return stats.mean_at(table_a.scores), stats.mean_at(table_b.scores)
 
 
-def proportion(rows: Sequence[Graded]) -> stats.Estimate:
-    """Mean score of the rows, interval clustered by question."""
-    return stats.proportion(stats.mean_at(tabulate(rows).scores))
-
-
 def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:
     """For a JSON file: the fields, a difference's among the others; None where a number is not finite."""
     row = asdict(found)

@@ -22,7 +22,7 @@ from thinkmid.eval.config import EvalConfig, load_sets
 from thinkmid.eval.generations import check_folder, key, read_mark, stored, whole
 from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
-from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, proportion
+from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, tabulate
 from thinkmid.eval.swap import swap
 from thinkmid.files import write_rows, write_whole
 from thinkmid.rollout.grade.answers import squeezed
@@ -133,7 +133,7 @@ def summarise(
         found = {name: by_condition[condition] for name, by_condition in graded.items() if condition in by_condition}
         if not found:
             continue
-        accuracy = {name: proportion(rows) for name, rows in found.items()}
+        accuracy = {n: stats.proportion(stats.mean_at(tabulate(rows).scores)) for n, rows in found.items()}
         own = {name: graded[name]["own"] for name in found}
         pairs, over_sets = compare_sets(own, found, seed=seed)
         for name, rows in found.items():
