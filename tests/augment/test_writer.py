@@ -33,10 +33,6 @@ from thinkmid.types import Sample
 TEMPLATE = "{{ bos_token }}<|end|>{% for m in messages %}{{ m.content | trim }}<|end|>{% endfor %}"
 
 
-def never():
-    return False
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A corpus, a tokenizer, and model/: one that writes noise and ends at times."""
@@ -162,7 +158,7 @@ def test_what_exceeds_the_context_is_refused_by_that_reason_and_the_rest_goes_on
             engine=engine, tokenizer=text, chat=chat, max_len=max_len, annotator=cfg,
             config=WriterConfig(max_tokens=50),
         )  # fmt: skip
-        found = {item.place.number: outcome for item, outcome in write(iter(items), never)}
+        found = {item.place.number: outcome for item, outcome in write(iter(items), misbehave.Stop())}
         fits = {n for n, need in needs.items() if need <= max_len}
         assert {n for n, outcome in found.items() if outcome.refused == "exceeds the context"} == needs.keys() - fits
         assert {n for n, outcome in found.items() if outcome.calls} == fits
@@ -199,7 +195,7 @@ def test_thoughts_written_by_a_real_engine_come_out_where_they_were_put(world, s
         annotator=AnnotatorConfig(kind="engine", strategy=strategy, retries=0),
         config=WriterConfig(max_tokens=len(script)),
     )  # fmt: skip
-    [(_, outcome)] = write(iter([SimpleNamespace(place=Chunk("k", 0), chunk=chunk)]), never)
+    [(_, outcome)] = write(iter([SimpleNamespace(place=Chunk("k", 0), chunk=chunk)]), misbehave.Stop())
     assert outcome.text == woven
     assert outcome.written_tokens == len(script)
 
