@@ -5,8 +5,6 @@ name. Libraries were tried on the cases of tests/test_sentences.py: they are slo
 "the sum is t. We" for an initial, and report sentences where offsets are needed (sentencex, nupunkt).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -72,7 +72,7 @@ def chunks_of(folder, max_tokens=24):
 
 def expected(chunk, retries):
     """Whether the script gives a usable answer within the tries, and the reason of none if not."""
-    first = insert.ask(chunk, "plain")
+    first = prompts.ask("plain", "insert", insert.show(chunk))
     prompt = first
     for _ in range(retries + 1):
         if misbehave.way(prompt) in misbehave.GOOD:

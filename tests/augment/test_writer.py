@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import TINY, exchange, exit_code, flip_bit, random_model
 
-from thinkmid.augment import annotate, annotators, job, writer
+from thinkmid.augment import annotate, annotators, job
 from thinkmid.augment.annotators import AnnotatorConfig
+from thinkmid.augment.config import WriterConfig
+from thinkmid.augment.engine import EngineWriter, blind
 from thinkmid.augment.shards import Chunk
-from thinkmid.augment.writer import EngineWriter, WriterConfig
 from thinkmid.data.chat import Chat
 from thinkmid.model import weights
 from thinkmid.rollout.engine.native import NativeEngine
@@ -169,7 +170,7 @@ def test_what_exceeds_the_context_is_refused_by_that_reason_and_the_rest_goes_on
 def as_engine(text, script):
     """A native engine whose model is certain of a script, token by token."""
     shape = replace(TINY, vocab=text.vocab_size, max_positions=4096)
-    engine = NativeEngine(shape, writer.blind(text))
+    engine = NativeEngine(shape, blind(text))
     engine.load_weights(weights.stream(random_model(shape)), 0)
 
     def decode(cache, rows, families):

@@ -13,9 +13,9 @@ import pytest
 
 from thinkmid.data import questions
 from thinkmid.data.layouts import kind_of
-from thinkmid.data.questions import TASKS, Question, Task, base_answer, load, posed, shown
+from thinkmid.data.questions import TASKS, Question, Task, base_answer, load, posed
 from thinkmid.errors import UserError
-from thinkmid.eval.config import SetsConfig, load_sets
+from thinkmid.eval.config import EvalData, load_sets
 
 # what each set holds, and one writer of a row for each layout it is distributed in
 GSM8K = [(f"Ann has {n} pens,\nthen {n} more. How many?", str(2 * n), n) for n in (9, 700, 21000)]
@@ -317,13 +317,6 @@ def test_letters_are_turned_back_so_that_samples_can_vote(gpqa):
     assert base_answer(q, 1, "42") == "42"
 
 
-def test_private_questions_are_withheld_from_reports_unless_asked_for(gpqa, tmp_path):
-    assert {shown(q) for q in gpqa} == {"(text withheld)"}
-    assert shown(gpqa[0], publish_private=True) == gpqa[0].question
-    (mine, _) = load("questions", write(tmp_path / "q.jsonl", LAYOUTS["questions"][0])).questions
-    assert shown(mine) == "1+1?"
-
-
 # --- what is wrong
 
 GOOD = {name: rows[0][0] for name, rows in LAYOUTS.items()}
@@ -407,7 +400,7 @@ def test_a_folder_of_shards_is_one_set_without_its_readme(tmp_path):
 def test_every_set_is_told_by_the_first_rank_alone(tmp_path, monkeypatch, capsys):
     write(tmp_path / "data" / "a.jsonl", LAYOUTS["questions"][0])
     (tmp_path / "data" / "b.csv").touch()
-    sets = SetsConfig(sets=(f"questions={tmp_path / 'data'}",))
+    sets = EvalData(sets=(f"questions={tmp_path / 'data'}",))
     for rank, line in (("0", "questions: 2 questions; "), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert list(load_sets(sets)) == ["questions"]

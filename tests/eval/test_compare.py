@@ -72,7 +72,7 @@ def test_the_other_way_round_signs_turn_and_p_stays(tmp_path):
 
 def test_a_question_of_a_small_set_weighs_more_in_p():
     def p(*differences):
-        return stats.paired_sets([(np.array(d, float), np.zeros(len(d))) for d in differences], seed=0).p
+        return stats.paired([(np.array(d, float), np.zeros(len(d))) for d in differences], seed=0).p
 
     assert p([1, 1, 1], [1]) == 2 / 16
     assert p([1, 1, 1], [-1]) == 1  # the sets' means cancel
@@ -90,9 +90,9 @@ def test_in_simulation_intervals_cover_and_p_is_as_rare_as_it_says():
             b, c = (rng.binomial(4, hard) / 4 for _ in range(2))
             sets.append((rng.binomial(4, hard + gain) / 4, b))
             null.append((c, b))
-        found = stats.paired_sets(sets, seed=1, rounds=50).difference
+        found = stats.paired(sets, seed=1, rounds=50).difference
         covered += found.low <= truth <= found.high
-        rare += stats.paired_sets(null, seed=1, rounds=199).p <= 0.1
+        rare += stats.paired(null, seed=1, rounds=199).p <= 0.1
     # within three standard errors of 95 % and of 10 %
     assert abs(covered / rounds - 0.95) < 3 * np.sqrt(0.95 * 0.05 / rounds)
     assert abs(rare / rounds - 0.1) < 3 * np.sqrt(0.1 * 0.9 / rounds)

@@ -214,13 +214,13 @@ def test_pairing_sees_a_difference_that_two_intervals_hide():
     rng = np.random.default_rng(4)
     hard = rng.random(60)
     a, b = np.clip(hard + 0.05, 0, 1), hard + 0.02 * rng.standard_normal(60)
-    found = stats.paired(a, b, seed=0)
+    found = stats.paired([(a, b)], seed=0)
     assert 0 < found.difference.low < 0.05 < found.difference.high < 0.1
     assert found.p < 0.001
     assert found.better > found.worse
     apart = [stats.proportion(x.clip(0, 1)) for x in (a, b)]
     assert apart[1].high > apart[0].low
-    swapped = stats.paired(b, a, seed=0)
+    swapped = stats.paired([(b, a)], seed=0)
     assert (swapped.difference.mean, swapped.p) == (pytest.approx(-found.difference.mean), found.p)
 
 
@@ -231,7 +231,7 @@ def test_p_is_that_of_all_ways_to_swap_the_runs(differences):
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
             for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
     expected = sum(s >= abs(sum(differences)) for s in sums) / len(sums)
-    assert stats.paired(a, np.zeros(len(a)), seed=0).p == pytest.approx(expected)
+    assert stats.paired([(a, np.zeros(len(a)))], seed=0).p == pytest.approx(expected)
     drawn = stats.sign_flip_p(a, seed=1, rounds=2) if len(a[a != 0]) > 1 else 1
     assert drawn > 0  # a p of random rounds is never 0
 
@@ -248,17 +248,17 @@ def test_equal_runs_are_called_different_at_the_stated_rate():
     for _ in range(400):
         chance = rng.beta(0.3, 0.7, 40)
         a, b = ((rng.random((40, 8)) < chance[:, None]).mean(1) for _ in "ab")
-        found.append(stats.paired(a, b, seed=0, rounds=400))
+        found.append(stats.paired([(a, b)], seed=0, rounds=400))
     assert 0.02 < np.mean([f.p <= 0.05 for f in found]) < 0.09  # 0.05, three standard errors of 0.011
     assert 0.91 < np.mean([f.difference.low <= 0 <= f.difference.high for f in found]) < 0.98
 
 
 def test_questions_that_either_run_lacks_are_left_out():
-    found = stats.paired(np.array([1, NAN, 0.5]), np.array([0, 1, 0.5]), seed=0)
+    found = stats.paired([(np.array([1, NAN, 0.5]), np.array([0, 1, 0.5]))], seed=0)
     assert (found.difference.mean, found.difference.num_questions) == (0.5, 2)
     assert (found.better, found.worse) == (1, 0)
     with pytest.raises(ValueError, match="the same questions"):
-        stats.paired(np.zeros(2), np.zeros(3), seed=0)
+        stats.paired([(np.zeros(2), np.zeros(3))], seed=0)
 
 
 # --- averages of sets

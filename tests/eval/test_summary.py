@@ -10,7 +10,7 @@ import pytest
 from test_questions import LAYOUTS, write
 
 from thinkmid.data.questions import base_answer, load, posed
-from thinkmid.eval.summary import Graded, compare, summarise, tabulate
+from thinkmid.eval.summary import Graded, compare_sets, summarise, tabulate
 
 K = 16
 
@@ -102,6 +102,12 @@ def test_the_order_of_rows_changes_nothing():
     assert summarise(rows, ks=(1, 2, 4), seed=3) == summarise(shuffled, ks=(1, 2, 4), seed=3)
 
 
+def compare(a, b):
+    by_set, over_sets = compare_sets({"one": a}, {"one": b})
+    assert by_set == {"one": over_sets}
+    return over_sets
+
+
 def test_runs_are_paired_by_question_and_not_by_place():
     a = [row(q, 0, score) for q, score in zip("abcdef", (1, 1, 1, 0, 0, 0), strict=True)]
     assert compare(a, a[::-1]).difference.mean == compare(a, a[::-1]).difference.se == 0
@@ -112,7 +118,7 @@ def test_runs_are_paired_by_question_and_not_by_place():
 
 
 def test_runs_of_different_questions_and_doubled_samples_are_refused():
-    with pytest.raises(ValueError, match="2 questions are in one run alone, 'b' for one"):
+    with pytest.raises(ValueError, match="set 'one': 2 questions are in one run alone, 'b' for one"):
         compare([row("a", 0, 1), row("b", 0, 1)], [row("a", 0, 1), row("c", 0, 1)])
     with pytest.raises(ValueError, match="sample 0 of question 'a' stands twice"):
         tabulate([row("a", 0, 1), row("a", 0, 0)])

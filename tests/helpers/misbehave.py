@@ -16,7 +16,7 @@ from pathlib import Path
 
 from thinkmid.augment import annotators, job
 from thinkmid.augment.annotators import AnnotatorConfig, Reply
-from thinkmid.augment.config import AnnotateConfig, ChunkConfig, DataConfig, RunConfig
+from thinkmid.augment.config import AnnotateConfig, AnnotateData, AnnotateRun, ChunkConfig
 from thinkmid.augment.pool import through_pool
 from thinkmid.augment.split import SplitConfig
 from thinkmid.tokenizer import train_tokenizer
@@ -111,8 +111,8 @@ def write_world(folder: Path, chars: int = 2_000_000) -> None:
 def settings(folder: Path, *, out: str = "out", shard: str = "", max_tokens: int = 24, retries: int = 1):
     return AnnotateConfig(
         shard=shard,
-        run=RunConfig(folder=str(folder / out), parts=3, progress_s=1e9),
-        data=DataConfig(paths=(str(folder / "corpus.jsonl"),)),
+        run=AnnotateRun(folder=str(folder / out), parts=3, progress_s=1e9),
+        data=AnnotateData(paths=(str(folder / "corpus.jsonl"),)),
         chunks=ChunkConfig(tokenizer=str(folder / "tokenizer"), max_tokens=max_tokens),
         annotator=AnnotatorConfig(kind="rules", retries=retries),
         split=SplitConfig(sft=0.5, rl=0.4, heldout=0.1),

@@ -7,48 +7,31 @@ The folder then holds sft-, rl- and heldout-think/ and -raw/, and sft-control/, 
 report.json and manifest.json. The same command resumes a killed or interrupted run, with another number of jobs too.
 """
 
-from __future__ import annotations
-
 from thinkmid import config
-from thinkmid.augment import job
 from thinkmid.augment.config import AnnotateConfig
 from thinkmid.errors import UserError
 from thinkmid.run.interrupt import Interrupt
 
 
 def main(argv: list[str]) -> int:
-    prog = "python -m thinkmid.augment.annotate"
-    cfg, dry_run = config.load(AnnotateConfig, argv, prog=prog, description=__doc__ or "")
+    cfg, dry_run = config.load(AnnotateConfig, argv, prog="python -m thinkmid.augment.annotate", description=__doc__)
+    if dry_run and cfg.annotator.kind != "engine":
+        print(config.to_toml(cfg), end="")
+        return 0
+
+    # they import torch, which --help does without
+    from thinkmid.augment import engine, job
+
     if dry_run:
-        return plan(cfg)
+        return engine.plan(cfg)
     interrupt = Interrupt()
-    return job.run(cfg, make_annotator(cfg, interrupt), interrupt)
-
-
-def make_annotator(cfg: AnnotateConfig, interrupt: Interrupt) -> job.Annotator:
     if cfg.annotator.kind == "openai":
         from thinkmid.augment.endpoint import EndpointAnnotator
 
-        return EndpointAnnotator(cfg.annotator, cfg.endpoint, interrupt)
+        return job.run(cfg, EndpointAnnotator(cfg.annotator, cfg.endpoint, interrupt), interrupt)
     if cfg.annotator.kind == "engine":
-        from thinkmid.augment.engine import EngineAnnotator
-
-        return EngineAnnotator(cfg, interrupt)
+        return job.run(cfg, engine.EngineAnnotator(cfg, interrupt), interrupt)
     raise UserError("annotator.kind 'rules' is for the miniature world: python -m thinkmid.mini.annotate")
-
-
-def plan(cfg: AnnotateConfig) -> int:
-    """The configuration, and what an engine in process needs."""
-    if cfg.annotator.kind != "engine":
-        print(config.to_toml(cfg), end="")
-        return 0
-    from thinkmid.augment.engine import longest
-    from thinkmid.model.hf_config import read_config
-    from thinkmid.plan import memory
-
-    model_cfg = read_config(cfg.writer.folder)
-    longest_prompt = longest(cfg, model_cfg.max_positions) - cfg.writer.max_tokens
-    return memory.dry_run_engine(cfg, model_cfg, cfg.writer.sampling, longest_prompt)
 
 
 if __name__ == "__main__":

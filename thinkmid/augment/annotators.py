@@ -1,7 +1,5 @@
 """One chunk through a model: asked, checked, asked again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +82,7 @@ def begin(chunk: str, cfg: AnnotatorConfig) -> Asking:
     """Done at once if the chunk is not fit to be asked about."""
     if refused := unfit(chunk, cfg):
         return Asking(chunk=chunk, first="", prompt="", out=Outcome(refused=refused), done=True)
-    question = STRATEGIES[cfg.strategy].ask(chunk, cfg.page)
+    question = prompts.ask(cfg.page, cfg.strategy, STRATEGIES[cfg.strategy].show(chunk))
     return Asking(chunk=chunk, first=question, prompt=question)
 
 

@@ -1,7 +1,5 @@
 """What an annotator wrote, held against the text: action tags of many names become one pair, all else is refused."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Whose run a folder holds: the settings and models that its output depends on, compared before anything is added."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -49,12 +47,8 @@ def claim(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> N
 
 def made_of(cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]) -> dict[str, Any]:
     """All that the output depends on, as JSON reads it back."""
-    ours = {
-        "run.parts": cfg.run.parts,
-        "chunks.cut": CUT,
-        "chunks.tokenizer": {"tokenizer": tokenizer.digest},
-        "writer.model": dict(model),
-    }
+    ours: dict[str, Any] = {"run.parts": cfg.run.parts, "chunks.cut": CUT, "writer.model": dict(model)}
+    ours["chunks.tokenizer"] = {"tokenizer": tokenizer.digest}
     for section in ("data", "chunks", "annotator", "split", *SECTIONS[cfg.annotator.kind]):
         settings = vars(getattr(cfg, section)).items()
         ours |= {f"{section}.{key}": value for key, value in settings if key not in FREE.get(section, ())}

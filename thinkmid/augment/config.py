@@ -1,19 +1,16 @@
 """The configuration of annotation: what is annotated, by whom, where the output goes."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 
 from thinkmid.augment.annotators import AnnotatorConfig
 from thinkmid.augment.split import SplitConfig
-from thinkmid.augment.writer import WriterConfig
 from thinkmid.errors import at_least, positive
-from thinkmid.rollout.engine.protocol import EngineConfig
+from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class AnnotateRun:
     """Where the output goes."""
 
     folder: str  # everything the run writes; the same command resumes what is there
@@ -26,7 +23,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class AnnotateData:
     """What is annotated."""
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
@@ -70,12 +67,37 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WriterConfig:
+    """The annotator's model, for kind 'engine'."""
+
+    folder: str = ""  # Hugging Face folder of a model that follows instructions; its chat template is used
+    temperature: float = 0.8
+    top_p: float = 1.0
+    max_tokens: int = 4096  # of one answer
+    max_batch: int = 256  # answers written at a time
+    seed: int = 0  # a try's draws depend on this, its chunk and its number alone
+    thinking: bool = False  # templates that know enable_thinking: the model reasons before it answers
+
+    def __post_init__(self) -> None:
+        at_least(self, max_tokens=1, max_batch=1, seed=0)
+        _ = self.sampling  # has checks of its own
+
+    @property
+    def sampling(self) -> Sampling:
+        """An answer is one piece up to its end: see engine.blind()."""
+        return Sampling(
+            temperature=self.temperature, top_p=self.top_p, max_think=self.max_tokens, max_suffix=0,
+            max_batch=self.max_batch,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
     """Annotation."""
 
     shard: str = ""  # i/n: this job takes the parts i, i+n, ...; empty: RANK and WORLD_SIZE, or everything
-    run: RunConfig
-    data: DataConfig
+    run: AnnotateRun
+    data: AnnotateData
     chunks: ChunkConfig
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

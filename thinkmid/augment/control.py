@@ -1,7 +1,5 @@
 """The raw control: the SFT half without its thoughts, filled up with raw text to as many tokens as with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from thinkmid.tokenizer import Tokenizer

@@ -1,7 +1,5 @@
 """The annotator's model behind an OpenAI-compatible endpoint: many chunks at a time, outcomes as they come."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from contextlib import closing
 

@@ -1,11 +1,8 @@
 """Insert-only: the model names places and thoughts. It never writes the text, so it cannot change it."""
 
-from __future__ import annotations
-
 import re
 
 from thinkmid import sentences, thoughts
-from thinkmid.augment import prompts
 from thinkmid.augment.check import Refused, answer, normalise
 
 ENTRY = re.compile(r"^@(\d{1,9})[ \t:]*(.*)$")
@@ -22,10 +19,6 @@ def show(chunk: str) -> str:
     """The chunk with its places numbered from 1."""
     at = places(chunk)
     return "".join(f"⟦{k}⟧{chunk[a:b]}" for k, (a, b) in enumerate(zip(at, [*at[1:], len(chunk)], strict=True), 1))
-
-
-def ask(chunk: str, page: str) -> str:
-    return prompts.ask(page, "insert", show(chunk))
 
 
 def read(chunk: str, reply: str) -> str:

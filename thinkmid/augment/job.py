@@ -1,7 +1,5 @@
 """One job of an annotation run: its chunks go to an annotator, their outcomes into journals, whole parts to files."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -47,43 +45,37 @@ def run(cfg: AnnotateConfig, annotator: Annotator, interrupt: Interrupt) -> int:
     if not share(cfg.shard)[0]:
         for line in left_out([*cfg.data.paths, *cfg.split.evals]):
             print(line, flush=True)
-    tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
-    with Job(cfg, tokenizer, annotator.model) as job, closing(annotator.outcomes(job.pieces())) as outcomes:
-        for piece, outcome in job.settled(outcomes, annotator.patience, interrupt):
+    with ExitStack() as stack:
+        job = Job(cfg, annotator, interrupt, stack)
+        outcomes = stack.enter_context(closing(annotator.outcomes(job.pieces())))
+        for piece, outcome in job.settled(outcomes):
             job.record(piece, outcome)
             if job.progress.since_answer > annotator.patience:  # the endpoint is gone
                 break
-        job.publish(complete=not interrupt.requested and not job.progress.unanswered)
-        total = job.report(annotator.failures)
-    return job.result(total, interrupt)
+        job.publish()
+        total = job.report()
+    return job.result(total)
 
 
 class Job:
-    """The parts of a run that this process works on, as a context that holds their journals."""
+    """The parts of a run that this process works on."""
 
-    def __init__(self, cfg: AnnotateConfig, tokenizer: Tokenizer, model: dict[str, str]):
-        """Claims the folder and splits the documents. UserError names what is wrong with either."""
-        claim(cfg, tokenizer, model)
-        self.cfg, self.folder, self._tokenizer = cfg, Path(cfg.run.folder), tokenizer
+    def __init__(self, cfg: AnnotateConfig, annotator: Annotator, interrupt: Interrupt, stack: ExitStack):
+        """Claims the folder, splits the documents, opens the journals, which the stack closes. UserError names what is
+        wrong with any."""
+        self.cfg, self.folder, self._annotator, self._interrupt = cfg, Path(cfg.run.folder), annotator, interrupt
+        self._tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
+        claim(cfg, self._tokenizer, annotator.model)
         self._split = split.ensure(self.folder, cfg.data.paths, cfg.split)
-        self._job, self._jobs = share(cfg.shard)
-        self.progress = Progress(f"annotate {self._job}/{self._jobs}", self._split.documents, cfg.run.progress_s)
+        job, jobs = share(cfg.shard)
+        self.progress = Progress(f"annotate {job}/{jobs}", self._split.documents, cfg.run.progress_s)
         self._journals: dict[int, shards.Journal] = {}
-        self._placed: dict[int, list[shards.Placed]] = {}
-
-    def __enter__(self) -> Job:
-        again = self._is_fruitless(shards.merge(self.folder, self.cfg.run.parts))
-        with ExitStack() as stack:
-            for part in range(self._job, self.cfg.run.parts, self._jobs):
-                if again or not shards.is_whole(self.folder, part):
-                    journal = shards.Journal(self.folder / "journal" / f"part-{part:04d}.jsonl", again=again)
-                    self._journals[part] = stack.enter_context(closing(journal))
-                    self._placed[part] = []
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+        again = self._is_fruitless(shards.merge(self.folder, cfg.run.parts))
+        for part in range(job, cfg.run.parts, jobs):
+            if again or not shards.is_whole(self.folder, part):
+                journal = shards.Journal(self.folder / "journal" / f"part-{part:04d}.jsonl", again=again)
+                self._journals[part] = stack.enter_context(closing(journal))
+        self._placed: dict[int, list[shards.Placed]] = {part: [] for part in self._journals}
 
     def pieces(self) -> Iterator[Piece]:
         """Chunks that no journal holds, in source order. Notes every document of these parts as it passes."""
@@ -107,16 +99,14 @@ class Job:
                 elif chunk.strip() and not thoughts.TAG.search(chunk):  # SFT would take a tag for a thought
                     self._journals[part].add({"key": key, "chunk": number, "raw": chunk})
 
-    def settled(
-        self, outcomes: Iterable[tuple[Piece, Outcome]], patience: int, interrupt: Interrupt
-    ) -> Iterator[tuple[Piece, Outcome]]:
+    def settled(self, outcomes: Iterable[tuple[Piece, Outcome]]) -> Iterator[tuple[Piece, Outcome]]:
         """Outcomes as they come; those that an endpoint rejected are held until it is known whose fault that is.
 
         It is the chunk's, which counts as refused, if the endpoint answers about another one after it, or, at the end
-        of a run, if any chunk of it was accepted. Else they failed, and the next command asks for them again. More than
-        `patience` held ones end the run.
+        of a run, if any chunk of it was accepted. Else they failed, and the next command asks for them again. More held
+        ones than the annotator has patience for end the run.
         """
-        held: list[tuple[Piece, Outcome]] = []
+        patience, held = self._annotator.patience, list[tuple[Piece, Outcome]]()
         for piece, outcome in outcomes:
             if outcome.rejected:
                 held.append((piece, outcome))
@@ -127,7 +117,7 @@ class Job:
                 yield from held
                 held = []
             yield piece, outcome
-        chunks_fault = len(held) <= patience and not interrupt.requested and shards.any_accepted(self.folder)
+        chunks_fault = len(held) <= patience and not self._interrupt.requested and shards.any_accepted(self.folder)
         for piece, outcome in held:
             yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
 
@@ -141,35 +131,33 @@ class Job:
             for journal in self._journals.values():
                 journal.sync()
 
-    def publish(self, *, complete: bool) -> None:
+    def publish(self) -> None:
         """Publish the parts, or write down how far they are."""
+        complete = not self._interrupt.requested and not self.progress.unanswered
+        control = self.cfg.split.control > 0
         for part, journal in self._journals.items():
             journal.sync()
             if complete:
-                with_control = self.cfg.split.control > 0
-                shards.publish(
-                    self.folder, part, self._placed[part], journal, self._tokenizer, with_control=with_control
-                )
+                shards.publish(self.folder, part, self._placed[part], journal, self._tokenizer, with_control=control)
             else:
-                status = {"finished": False, "counts": shards.tally(journal.rows())}
-                shards.write_status(self.folder, part, status)
+                shards.write_status(self.folder, part, {"finished": False, "counts": shards.tally(journal.rows())})
 
-    def report(self, failures: Counter[str]) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Write report.json over all parts so far, with this process's rates, and print a summary. Returns it."""
         total = shards.merge(self.folder, self.cfg.run.parts)
         endpoint = self.cfg.endpoint
         prices = {"prompt_tokens": endpoint.price_prompt, "written_tokens": endpoint.price_written}
         total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
         total["left_out"] = self._split.left_out
-        total["last_run"] = self.progress.row() | {"endpoint_failures": dict(failures)}
+        total["last_run"] = self.progress.row() | {"endpoint_failures": dict(self._annotator.failures)}
         write_whole(self.folder / "report.json", json.dumps(total, indent=1) + "\n")
         for line in [self.progress.line(), *summary(self.cfg, total)]:
             self.progress.say(line)
         return total
 
-    def result(self, total: dict[str, Any], interrupt: Interrupt) -> int:
+    def result(self, total: dict[str, Any]) -> int:
         """The exit code. UserError: chunks without a response, or none accepted. total: from report()."""
-        if interrupt.requested:
+        if self._interrupt.requested:
             self.progress.say(f"stopped; {RESUMES}")
             return EXIT
         if unanswered := self.progress.unanswered:
@@ -192,17 +180,17 @@ class Job:
 
 def as_row(place: shards.Chunk, outcome: Outcome) -> dict[str, Any] | None:
     """What the journal holds about a chunk; None if there was no response and nothing was spent."""
-    row: dict[str, Any] = {"key": place.key, "chunk": place.number}
     if outcome.failed and not outcome.calls:
         return None
+    row: dict[str, Any] = {"key": place.key, "chunk": place.number}
     if outcome.failed:
-        row |= {"failed": outcome.failed}
+        row["failed"] = outcome.failed
     elif outcome.text is None:
         row |= {"refused": outcome.refused, "said": outcome.said}
     else:
-        row |= {"text": outcome.text}
-    costs = {name: getattr(outcome, name) for name in ("calls", "prompt_tokens", "written_tokens", "retried")}
-    return row | {name: cost for name, cost in costs.items() if cost}
+        row["text"] = outcome.text
+    costs = ("calls", "prompt_tokens", "written_tokens", "retried")
+    return row | {name: cost for name in costs if (cost := getattr(outcome, name))}
 
 
 def summary(cfg: AnnotateConfig, total: dict[str, Any]) -> Iterator[str]:

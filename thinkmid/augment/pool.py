@@ -1,7 +1,5 @@
 """Chunks through an annotator, several calls at a time, outcomes as they come."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
@@ -10,15 +8,12 @@ from thinkmid.augment.annotators import Outcome
 from thinkmid.augment.shards import Piece
 from thinkmid.run.interrupt import Interrupt
 
+Annotate = Callable[[str], Outcome]  # of a chunk
 POLL_S = 0.5  # between looks at the interrupt while all workers are busy
 
 
 def through_pool(
-    pieces: Iterator[Piece],
-    annotate: Callable[[str], Outcome],
-    workers: int,
-    interrupt: Interrupt,
-    abort: Callable[[], None],
+    pieces: Iterator[Piece], annotate: Annotate, workers: int, interrupt: Interrupt, abort: Callable[[], None]
 ) -> Generator[tuple[Piece, Outcome]]:
     """Pieces with the outcomes of their chunks, as they come. Queued are at most twice the calls that can run.
 

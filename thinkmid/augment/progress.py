@@ -1,7 +1,5 @@
 """How far a process is with its chunks: counts, rates, a line now and then."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What annotators are asked, in our words: two kinds of page, two kinds of answer."""
 
-from __future__ import annotations
-
 from thinkmid.augment.check import BEGIN, END
 
 PLAIN = """\

@@ -1,18 +1,15 @@
 """Rewrite-and-verify: the model returns the text with thoughts in it; where they stand is taken, its text never is."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from thinkmid import thoughts
-from thinkmid.augment import prompts
 from thinkmid.augment.check import Refused, answer, normalise
 
 SPACELESS = "\u2e80"  # from here on, scripts that put no spaces between words
 
 
-def ask(chunk: str, page: str) -> str:
-    return prompts.ask(page, "rewrite", chunk.strip())
+def show(chunk: str) -> str:
+    return chunk.strip()
 
 
 def read(chunk: str, reply: str) -> str:

@@ -10,8 +10,6 @@
 A part belongs to a document by the document's hash, so it holds the same rows whoever made it, and when.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -19,17 +17,15 @@ from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from thinkmid import thoughts
 from thinkmid.augment import control
 from thinkmid.augment.split import ANNOTATED
 from thinkmid.errors import UserError
-from thinkmid.files import check_row, digest, is_count, is_text, read_json, write_whole
+from thinkmid.files import Row, check_row, digest, is_count, is_text, read_json, write_whole
 from thinkmid.tokenizer import Tokenizer
 
-Row = dict[str, Any]  # of a journal
-Pieces = list[tuple[bool, str]]  # (is a thought, text) as of thoughts.split
 # fields of a journal's rows
 PLACE = {"key": is_text, "chunk": is_count}
 SAID = {
@@ -94,16 +90,17 @@ class Journal:
 
     def rows(self) -> list[Row]:
         """All rows, oldest first. UserError names a line that is no row."""
+        found = []
         with self.path.open("rb") as file:
-            return [self._row(number, line) for number, line in enumerate(file, start=1)]
-
-    def _row(self, number: int, line: bytes) -> Row:
-        try:
-            row: Row = json.loads(line)
-            check_row("", row, PLACE, SAID)
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"{self.path}:{number}: damaged; delete the line, its chunk is done again") from None
-        return row
+            for number, line in enumerate(file, start=1):
+                try:
+                    found.append(json.loads(line))
+                    check_row("", found[-1], PLACE, SAID)
+                except (ValueError, AttributeError, RecursionError):
+                    raise UserError(
+                        f"{self.path}:{number}: damaged; delete the line, its chunk is done again"
+                    ) from None
+        return found
 
     def add(self, row: Row) -> None:
         """Write down a chunk. UserError if the disk does not take it."""
@@ -171,9 +168,8 @@ def publish(
     for split in ANNOTATED:
         documents = [doc for doc in order if doc.split == split]
         think = [(name, accepted[at]) for at, name in names(documents).items() if at in accepted]
-        pieces = [thoughts.split(woven) for _, woven in think]
-        raw = [(name, bare(found)) for (name, _), found in zip(think, pieces, strict=True)]
-        splits[split] = sizes(documents, pieces, [chunk for _, chunk in raw], tokenizer)
+        raw = [(name, thoughts.strip(woven)) for name, woven in think]
+        splits[split] = sizes(documents, think, raw, tokenizer)
         texts |= {f"{split}-think": think, f"{split}-raw": raw}
         if split == "sft":
             filled, filling = control.fill(raw, reserve, splits[split]["think_tokens"], tokenizer)
@@ -189,24 +185,21 @@ def names(documents: list[Placed]) -> dict[Chunk, str]:
     return {Chunk(doc.key, k): f"{doc.id}#{k}" for doc in documents for k in range(doc.num_chunks)}
 
 
-def bare(pieces: Pieces) -> str:
-    return "".join(piece for is_thought, piece in pieces if not is_thought)
-
-
 def write_texts(path: Path, rows: control.Rows) -> dict[str, object]:
     """Write rows of (id, text). Returns what a manifest holds of the file."""
     write_whole(path, "".join(json.dumps({"id": id, "text": chunk}) + "\n" for id, chunk in rows))
     return {"rows": len(rows), "sha256": digest(path)}
 
 
-def sizes(documents: list[Placed], pieces: list[Pieces], raw: list[str], tokenizer: Tokenizer) -> dict[str, int]:
+def sizes(documents: list[Placed], think: control.Rows, raw: control.Rows, tokenizer: Tokenizer) -> dict[str, int]:
     """Rows and tokens of a split: with thoughts as SFT reads them, and of the raw control."""
+    pieces = [thoughts.split(text) for _, text in think]
     woven = tokenizer.encode_woven_many(pieces)
     return {
         "documents": len(documents),
         "rows": len(raw),
         "thoughts": sum(is_thought for found in pieces for is_thought, _ in found),
-        "raw_tokens": sum(map(len, tokenizer.encode_many(raw))),
+        "raw_tokens": sum(map(len, tokenizer.encode_many(chunk for _, chunk in raw))),
         "think_tokens": sum(len(tokens) for tokens, _ in woven),
         "thought_tokens": sum(sum(mask) for _, mask in woven),
     }

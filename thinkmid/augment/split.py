@@ -4,25 +4,21 @@ split/documents.jsonl   {"id", "sha256", "split"} of every document in source or
 split/manifest.json     counts, settings, source files, sha256 of documents.jsonl; written last
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thinkmid.data.source import Document, data_files, left_out, read_documents, read_rows
 from thinkmid.errors import UserError, at_least
-from thinkmid.files import is_count, locked, write_whole
+from thinkmid.files import Row, is_count, locked, write_whole
 
 SPLITS = ("heldout", "rl", "sft", "control")  # of two near-duplicates that are apart, the one named earlier stays
 ANNOTATED = SPLITS[:3]
@@ -31,7 +27,6 @@ WORD = re.compile(rf"[{SPACELESS}]|[^\W{SPACELESS}]+")
 LISTED = 3  # names that stand for each reason why documents are left out
 Hashes = NDArray[np.uint64]
 Pools = dict[str, dict[int, Hashes]]  # {evaluation file: {words of an n-gram: sorted hashes}}
-Row = dict[str, Any]
 PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -74,23 +69,26 @@ def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
 
     UserError: it was made with other settings or from other files.
     """
-    wanted = {"settings": json.loads(json.dumps(dataclasses.asdict(cfg))), "sources": sources([*paths, *cfg.evals])}
+    # [file, bytes] of every file that is read
+    read = [[str(file), file.stat().st_size] for path in (*paths, *cfg.evals) for file in data_files(Path(path))]
+    wanted = {"settings": json.loads(json.dumps(asdict(cfg))), "sources": read}
     with locked(folder / "split" / ".lock"):
         manifest = read_manifest(folder / "split")
         if manifest is None:
             manifest = make(folder / "split", paths, cfg, wanted)
     if manifest | wanted != manifest:
         raise UserError(f"{folder}/split was made with other settings or from other files; name another run.folder")
-    dropped: set[str] = set()
-    left_out: dict[str, Row] = {}
     with (folder / "split" / "documents.jsonl").open(encoding="utf-8") as lines:
-        for row in (row for row in map(json.loads, lines) if "dropped" in row):
-            counted = left_out.setdefault(row["dropped"], {"count": 0, "first": []})
-            counted["count"] += 1
-            counted["first"] += [row["id"]] if counted["count"] <= LISTED else []
-            if row["dropped"] != "copy":  # which has the key of a document before it, which may stay
-                dropped.add(row["sha256"])
-    return Split(dropped=frozenset(dropped), left_out=left_out, documents=manifest["documents"])
+        rows = [row for row in map(json.loads, lines) if "dropped" in row]
+    ids: dict[str, list[str]] = {}
+    for row in rows:
+        ids.setdefault(row["dropped"], []).append(row["id"])
+    return Split(
+        # a copy has the key of a document before it, which may stay
+        dropped=frozenset(row["sha256"] for row in rows if row["dropped"] != "copy"),
+        left_out={reason: {"count": len(of_it), "first": of_it[:LISTED]} for reason, of_it in ids.items()},
+        documents=manifest["documents"],
+    )
 
 
 def read_manifest(folder: Path) -> Row | None:
@@ -102,11 +100,6 @@ def read_manifest(folder: Path) -> Row | None:
         return None
     good = isinstance(manifest, dict) and is_count(manifest.get("documents"))
     return manifest if good and sha256(listed).hexdigest() == manifest.get("sha256") else None
-
-
-def sources(paths: Iterable[str]) -> list[list[Any]]:
-    """[file, bytes] of every file that is read."""
-    return [[str(file), file.stat().st_size] for path in paths for file in data_files(Path(path))]
 
 
 def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: Row) -> Row:

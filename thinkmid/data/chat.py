@@ -1,7 +1,5 @@
 """A question as a chat model expects it: the folder's own chat template, rendered in a sandbox."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

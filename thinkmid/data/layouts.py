@@ -1,7 +1,5 @@
 """Rows of question files in their public layouts -> question, gold answer and its kind."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

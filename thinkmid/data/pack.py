@@ -20,7 +20,10 @@ except ImportError:  # no compiler at install time: the twins below give the sam
     _csrc = None
 
 Array = NDArray[Any]
-STREAMS = ("tokens", "ce_w", "pg_w", "adv", "logp_old")  # of a Reply
+STREAMS = ("ce_w", "pg_w", "adv", "logp_old")  # of a Reply, beside its tokens
+# of a Pack, put together part by part
+DTYPES: dict[str, DTypeLike] = dict.fromkeys(("tokens", "positions", "kv_rows", "rows", "targets", "reply"), np.int64)
+DTYPES |= dict.fromkeys(STREAMS, np.float32)
 ALIGN = 16  # bytes; for an address that 16 does not divide Triton compiles its kernels once more
 
 
@@ -129,18 +132,15 @@ class _Builder:
     """Arrays of a pack, one list of parts for each."""
 
     def __init__(self) -> None:
-        self.length, self.num_replies = 0, 0
-        self.cu_q, self.cu_k = [0], [0]
-        self.tokens, self.positions, self.kv_rows = list[Array](), list[Array](), list[Array]()
-        self.rows, self.reply = list[Array](), list[Array]()
-        self.streams: dict[str, list[Array]] = {name: [] for name in STREAMS}
+        self.length, self.num_replies, self.cu_q, self.cu_k = 0, 0, [0], [0]
+        self.parts: dict[str, list[Array]] = {name: [] for name in DTYPES}
 
     def segment(self, tokens: Array, position: int, keys: Sequence[tuple[int, int]]) -> None:
         """Append query rows; keys are spans of rows, the last one the segment's own."""
-        self.tokens.append(tokens)
-        self.positions.append(np.arange(position, position + len(tokens)))
+        self.parts["tokens"].append(tokens)
+        self.parts["positions"].append(np.arange(position, position + len(tokens)))
+        self.parts["kv_rows"] += [np.arange(lo, hi) for lo, hi in keys]
         self.length += len(tokens)
-        self.kv_rows += [np.arange(lo, hi) for lo, hi in keys]
         self.cu_q.append(self.length)
         self.cu_k.append(self.cu_k[-1] + sum(hi - lo for lo, hi in keys))
 
@@ -163,28 +163,20 @@ class _Builder:
     def _loss(self, reply: Reply, rows: Array) -> None:
         """The rows that predict the reply's tokens, those of weight 0 left out."""
         live = (reply.ce_w != 0) | (reply.pg_w != 0)
-        self.rows.append(rows[live])
-        self.reply.append(np.full(live.sum(), self.num_replies))
+        found = {name: getattr(reply, name) for name in STREAMS} | {"targets": reply.tokens, "rows": rows}
+        for name, values in found.items():
+            self.parts[name].append(values[live])
+        self.parts["reply"].append(np.full(live.sum(), self.num_replies))
         self.num_replies += bool(live.any())
-        for name, parts in self.streams.items():
-            parts.append(getattr(reply, name)[live])
 
     def finish(self, owner: list[str], device: torch.device | str) -> Pack:
-        arrays = {
-            "tokens": _cat(self.tokens, np.int64),
-            "positions": _cat(self.positions, np.int64),
-            "cu_q": np.array(self.cu_q, np.int32),
-            "cu_k": np.array(self.cu_k, np.int32),
-            "rows": _cat(self.rows, np.int64),
-            "targets": _cat(self.streams.pop("tokens"), np.int64),
-            **{name: _cat(parts, np.float32) for name, parts in self.streams.items()},
-            "reply": _cat(self.reply, np.int64),
-        }
+        arrays = {name: _cat(parts, DTYPES[name]) for name, parts in self.parts.items()}
+        arrays |= {"cu_q": np.array(self.cu_q, np.int32), "cu_k": np.array(self.cu_k, np.int32)}
         for at, weight in (("ce_at", arrays["ce_w"]), ("pg_at", arrays["pg_w"])):
             if not weight.all():
                 arrays[at] = weight.nonzero()[0]
+        kv_rows = arrays.pop("kv_rows")
         if self.cu_k != self.cu_q:
-            kv_rows = _cat(self.kv_rows, np.int64)
             readers = np.bincount(kv_rows, minlength=self.length)
             arrays |= {"kv_rows": kv_rows, "kv_order": kv_rows.argsort(kind="stable"), "kv_readers": readers}
         max_q, max_k = (int(np.diff(cu).max()) for cu in (self.cu_q, self.cu_k))

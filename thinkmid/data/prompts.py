@@ -1,7 +1,5 @@
 """Documents -> RLMT prompts: a prefix with the think tag opened, and the raw text that follows as reference."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -135,7 +133,5 @@ def _record(row: list[Prompt]) -> tuple[bytes, tuple[int, int]]:
     each = [(p.id, len(p.tokens), len(p.meta["reference"])) for p in row]
     fields = {"prompts": each, "reference": row[0].meta["reference"], "where": row[0].meta["where"]}
     tokens = np.array(row[-1].tokens, np.int32).tobytes()
-    return tokens + json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass"), (
-        len(row),
-        len(tokens) // 4,
-    )
+    data = tokens + json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return data, (len(row), len(tokens) // 4)

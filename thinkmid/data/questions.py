@@ -1,7 +1,5 @@
 """Sets of questions from local files: evaluation sets and questions for RL, checked against the public copies."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable
@@ -29,7 +27,6 @@ class Question:
     gold: str  # for a choice, the letter of the right option as posed for sample 0
     kind: Kind
     meta: dict[str, Any] = field(default_factory=dict)  # JSON only; "where" is file and row, "options" in base order
-    private: bool = False  # its authors ask not to publish it: reports show shown()
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,6 @@ class Task:
 
     fields: Callable[[str, dict[str, Any]], Fields]
     known: dict[int, str] = field(default_factory=dict)  # number of questions -> how sha256 begins, "" if not known
-    private: bool = False
     repeated: bool = False  # its file is known to hold questions many times
 
 
@@ -48,7 +44,7 @@ TASKS = {
     "math500": Task(layouts.problem, {500: "2295afa3b299b1be"}),
     "amc23": Task(layouts.problem, {40: "06f4a0ca39c607bb"}),
     "olympiadbench": Task(layouts.olympiad, {675: "1a2c78906715450e", 674: ""}),
-    "gpqa-diamond": Task(layouts.gpqa, {198: ""}, private=True),
+    "gpqa-diamond": Task(layouts.gpqa, {198: ""}),
     "dapo": Task(layouts.dapo, repeated=True),
     "questions": Task(layouts.own),  # a user's {"question", "answer"}
 }
@@ -58,7 +54,6 @@ TASKS = {
 class QuestionSet:
     """A set of questions as it was read."""
 
-    task: str
     questions: list[Question]
     sha256: str  # hash of questions and answers, independent of layout, order and white space
     notes: list[str]  # one line each: what is not as in the public copies, files of a folder that are not read
@@ -70,8 +65,9 @@ def load(name: str, path: str | Path, *, strict: bool = False) -> QuestionSet:
     Repeated questions are dropped, contradicting ones too. UserError names file and row: a row that cannot be used,
     an id that two questions have, an unknown task, no question at all; with strict, whatever would be a note.
     """
-    task = find(name)
-    rows, notes = sift(name, task, Path(path))
+    if name not in TASKS:
+        raise UserError(unknown("task", name, TASKS))
+    rows, notes = sift(name, Path(path))
     unread = left_out([path], ROWS)
     if not rows:
         raise UserError("; ".join([f"{path}: no question", *unread]))
@@ -80,17 +76,17 @@ def load(name: str, path: str | Path, *, strict: bool = False) -> QuestionSet:
     notes += compared(name, path, len(questions), sha256)
     if strict and notes:
         raise UserError(notes[0])
-    return QuestionSet(task=name, questions=questions, sha256=sha256, notes=[*notes, *unread])
+    return QuestionSet(questions=questions, sha256=sha256, notes=[*notes, *unread])
 
 
-def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]], list[str]]:
+def sift(name: str, path: Path) -> tuple[list[tuple[Question, str]], list[str]]:
     """(question, its content in one line) of the rows, without what is repeated or contradicting; notes on these."""
     seen: dict[str, tuple[Question, str]] = {}
     contradicting: dict[str, str] = {}
-    num_repeated = 0
+    task, num_repeated = TASKS[name], 0
     for where, row in layouts.file_rows(path):
         fields = task.fields(where, row)
-        question, line = as_question(name, where, fields, task.private), f"{digest(fields)} {squeeze(fields.gold)}"
+        question, line = as_question(name, where, fields), f"{digest(fields)} {squeeze(fields.gold)}"
         first, first_line = seen.setdefault(question.id, (question, line))
         if first_line.split()[0] != line.split()[0]:
             raise UserError(f"{where}: id '{question.id}' stands also at {first.meta['where']}")
@@ -104,13 +100,7 @@ def sift(name: str, task: Task, path: Path) -> tuple[list[tuple[Question, str]],
     return [pair for id, pair in seen.items() if id not in contradicting], notes
 
 
-def find(name: str) -> Task:
-    if name in TASKS:
-        return TASKS[name]
-    raise UserError(unknown("task", name, TASKS))
-
-
-def as_question(name: str, where: str, fields: Fields, private: bool) -> Question:
+def as_question(name: str, where: str, fields: Fields) -> Question:
     texts = (fields.question, fields.gold, *fields.wrong)
     if tag := next((tag for tag in (OPEN, CLOSE) if any(tag in text for text in texts)), None):
         raise UserError(f"{where}: the question or its answer contains {tag}")
@@ -125,7 +115,7 @@ def as_question(name: str, where: str, fields: Fields, private: bool) -> Questio
     id = fields.own_id if name == "questions" and fields.own_id else f"{name}-{key}"
     if fields.own_id and id != fields.own_id:
         meta["own_id"] = fields.own_id
-    return Question(id=id, question=fields.question, gold=gold, kind=fields.kind, meta=meta, private=private)
+    return Question(id=id, question=fields.question, gold=gold, kind=fields.kind, meta=meta)
 
 
 class Posed(NamedTuple):
@@ -156,11 +146,6 @@ def base_answer(question: Question, sample: int, answer: str) -> str:
         return answer
     n = len(question.meta["options"])
     return LETTERS[(LETTERS.index(answer) + sample % n) % n]
-
-
-def shown(question: Question, *, publish_private: bool = False) -> str:
-    """The question for a report; that of a private one only if the user insists."""
-    return question.question if publish_private or not question.private else WITHHELD
 
 
 def compared(name: str, path: str | Path, count: int, sha256: str) -> list[str]:

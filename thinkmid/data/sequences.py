@@ -1,7 +1,5 @@
 """Documents -> token sequences for next-token loss: in memory, or as many as a disk holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import chain
 

@@ -1,7 +1,5 @@
 """Documents out of files and folders, and the seeded order in which a program takes them."""
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import io

@@ -5,8 +5,6 @@
 store.json                   the manifest of the current version: one replaces another when it is complete
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -50,21 +48,15 @@ def blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def write(
-    folder: Path,
-    writing: str,
-    rank: int,
-    world: int,
-    documents: Iterable[Document],
-    encode: Encode,
-    go_on: Callable[[int, int], bool] | None = None,
-) -> None:
+    folder: Path, writing: str, rank: int, world: int, documents: Iterable[Document], encode: Encode
+) -> Iterator[tuple[int, int]]:
     """One rank's records: those of every world-th block. Every rank is given all documents, encode() a block of them.
 
-    go_on(documents, characters so far): called after each block, whichever rank encodes it; False ends the writing.
+    Yields (documents, characters so far) after each block, whichever rank encodes it. Left early, it writes no index.
     """
     sizes, numbers, counts, digests = array("q"), array("q"), [], []
     num_documents = num_chars = 0
-    with _part(folder, writing, rank).open("wb") as file:
+    with _file(folder, writing, rank, "bin").open("wb") as file:
         for at, block in enumerate(blocks(documents)):
             if at % world == rank:
                 digest, before = hashlib.blake2b(digest_size=16), len(sizes)
@@ -77,8 +69,7 @@ def write(
                 counts.append(len(sizes) - before)
                 digests.append(digest.digest())
             num_documents, num_chars = num_documents + len(block), num_chars + sum(len(doc.text) for doc in block)
-            if go_on and not go_on(num_documents, num_chars):
-                return
+            yield num_documents, num_chars
         file.flush()
         os.fsync(file.fileno())
     index: Index = {
@@ -87,7 +78,7 @@ def write(
         "counts": np.array(counts, np.int64),
         "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
     }
-    with _index(folder, writing, rank).open("wb") as file:
+    with _file(folder, writing, rank, "safetensors").open("wb") as file:
         file.write(save(index))
         file.flush()
         os.fsync(file.fileno())
@@ -97,8 +88,8 @@ def describe(folder: Path, writing: str, world: int, made_of: dict[str, Any]) ->
     """The manifest of what all ranks have written. made_of: what decides the records, to find a store again by."""
     indices = [_read_index(folder, writing, rank) for rank in range(world)]
     parts = [_measured(folder, writing, rank) for rank in range(world)]
-    about = {"format": FORMAT, "made_of": made_of, "writing": writing}
-    return about | {"parts": parts, "digest": _digest(indices)}
+    digest = _hash(_blocks_of(indices)[1].tobytes())
+    return {"format": FORMAT, "made_of": made_of, "writing": writing, "parts": parts, "digest": digest}
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
@@ -154,13 +145,13 @@ class Store(Sequence[memoryview]):
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         writing, world, self.digest = manifest["writing"], len(manifest["parts"]), manifest["digest"]
         indices = [_read_index(folder, writing, rank) for rank in range(world)]
-        self._files = [_part(folder, writing, rank) for rank in range(world)]
+        self._files = [_file(folder, writing, rank, "bin") for rank in range(world)]
         self._parts = [_mapped(file) for file in self._files]
         order = _in_order([x["counts"] for x in indices])
         counts, self._digests = _blocks_of(indices)
         self._ends = np.cumsum(counts)  # records before and in each block, in the order of the documents
         self._is_checked = np.zeros(len(counts), bool)
-        if _digest(indices) != self.digest:
+        if _hash(self._digests.tobytes()) != self.digest:
             raise UserError(_damaged(folder / MANIFEST))
         self.sizes = np.concatenate([x["sizes"] for x in indices])[order]
         numbers = np.concatenate([x["numbers"] for x in indices])
@@ -172,14 +163,11 @@ class Store(Sequence[memoryview]):
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> memoryview:  # type: ignore[override]
-        start, block = self._starts[i], self._block(i)
+        start, block = self._starts[i], int(np.searchsorted(self._ends, i, side="right"))
         if not self._is_checked[block]:
             self._check(block)
         part: memoryview = self._parts[self._part_of[i]]
         return part[start : start + self.sizes[i]]
-
-    def _block(self, i: int) -> int:
-        return int(np.searchsorted(self._ends, i, side="right"))
 
     def _check(self, block: int) -> None:
         """UserError unless the bytes of a block are those that were written."""
@@ -197,13 +185,14 @@ class Store(Sequence[memoryview]):
 
 def _measured(folder: Path, writing: str, rank: int) -> list[int | str]:
     """Bytes of a part, and a hash of its index."""
-    index = hashlib.blake2b(regular(_index(folder, writing, rank)).read_bytes(), digest_size=16).hexdigest()
-    return [regular(_part(folder, writing, rank)).stat().st_size, index]
+    index, part = (regular(_file(folder, writing, rank, kind)) for kind in ("safetensors", "bin"))
+    return [part.stat().st_size, _hash(index.read_bytes())]
 
 
 def _read_index(folder: Path, writing: str, rank: int) -> Index:
     """UserError unless its numbers fit to one another and to the part: they say where records lie."""
-    path, num_bytes = regular(_index(folder, writing, rank)), regular(_part(folder, writing, rank)).stat().st_size
+    path, part = (regular(_file(folder, writing, rank, kind)) for kind in ("safetensors", "bin"))
+    num_bytes = part.stat().st_size
     try:
         index = load_file(path)
         sizes, counts, numbers, digests = (index[name] for name in ("sizes", "counts", "numbers", "digests"))
@@ -229,8 +218,8 @@ def _blocks_of(indices: list[Index]) -> tuple[NDArray[Any], NDArray[Any]]:
     return counts[each_once], digests[each_once]
 
 
-def _digest(indices: list[Index]) -> str:
-    return hashlib.blake2b(_blocks_of(indices)[1].tobytes(), digest_size=16).hexdigest()
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _in_order(counts: list[NDArray[Any]]) -> NDArray[np.int64]:
@@ -244,9 +233,6 @@ def _mapped(path: Path) -> memoryview:
     return memoryview(np.memmap(path, np.uint8, "r").data if path.stat().st_size else b"")
 
 
-def _part(folder: Path, writing: str, rank: int) -> Path:
-    return folder / f"{writing}-{rank:05d}.bin"
-
-
-def _index(folder: Path, writing: str, rank: int) -> Path:
-    return folder / f"{writing}-{rank:05d}.safetensors"
+def _file(folder: Path, writing: str, rank: int, kind: str) -> Path:
+    """kind: "bin", a rank's part of the records; "safetensors", its index."""
+    return folder / f"{writing}-{rank:05d}.{kind}"

@@ -1,7 +1,5 @@
 """Prompts of questions by template id: the words around a question, the think tag opened or not."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from thinkmid.errors import UserError, unknown

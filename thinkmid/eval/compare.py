@@ -5,8 +5,6 @@ python -m thinkmid.eval.compare RUN_A RUN_B [RUN_C ...]
 The runs are folders of thinkmid.eval.run with the same questions; differences are RUN_A minus each of the others.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import fields

@@ -1,12 +1,10 @@
 """Stored samples -> prompts that end after a thought: the own one, none, an idle one, that of another question."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from thinkmid.errors import UserError
-from thinkmid.eval.swap import Key
+from thinkmid.eval.swap import Donors, Key
 from thinkmid.files import Kinds, Row, is_count, is_text
 from thinkmid.thoughts import CLOSE, OPEN
 from thinkmid.tokenizer import Tokenizer
@@ -49,26 +47,21 @@ def find(ids: Sequence[int], part: Sequence[int]) -> int:
 
 
 def prompts_of(
-    asked: Mapping[Key, Prompt],
-    thoughts: Mapping[Key, Thought],
-    donors: Mapping[Key, Key],
-    tokenizer: Tokenizer,
-    opened: bool,
-    room: int,
+    asked: dict[Key, Prompt], own: dict[Key, Thought], donors: Donors, tokenizer: Tokenizer, opened: bool, room: int
 ) -> list[Prompt]:
     """A prompt for every thought and condition; without donors none is swapped.
 
-    asked: the prompt of each sample. donors: the sample whose thought replaces each one's own. opened: the template
-    opens the tag. room: most tokens of a prompt. What a sample wrote before it opened its thought stays. UserError: a
-    prompt of more than room tokens.
+    asked: the prompt of each sample. own: its thought. donors: the sample whose thought replaces each one's own.
+    opened: the template opens the tag. room: most tokens of a prompt. What a sample wrote before it opened its thought
+    stays. UserError: a prompt of more than room tokens.
     """
     out = []
-    for sample, own in thoughts.items():
-        ids_of = replaced(own.ids, tokenizer, opened)
+    for sample, thought in own.items():
+        ids_of = replaced(thought.ids, tokenizer, opened)
         if donors:
-            ids_of["swapped"] = thoughts[donors[sample]].ids
+            ids_of["swapped"] = own[donors[sample]].ids
         for condition, ids in ids_of.items():
-            tokens = [*asked[sample].tokens, *own.head, *ids]
+            tokens = [*asked[sample].tokens, *thought.head, *ids]
             id = f"{condition}/{asked[sample].id}"
             if len(tokens) > room:
                 raise UserError(f"prompt {id}: {len(tokens)} tokens; the context leaves {room} beside the new ones")

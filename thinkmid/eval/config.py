@@ -1,7 +1,5 @@
 """What is evaluated, on which questions, how: the configuration that the programs of this folder share."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 
@@ -36,7 +34,7 @@ class EvalModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetsConfig:
+class EvalData:
     """The sets of questions and the words around them."""
 
     # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
@@ -74,7 +72,7 @@ class EvalConfig:
 
     run: EvalRun
     model: EvalModel
-    data: SetsConfig
+    data: EvalData
     sampling: EvalSampling = field(default_factory=EvalSampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -84,7 +82,7 @@ def name_of(entry: str) -> str:
     return entry.partition("=")[0].partition(":")[0]
 
 
-def load_sets(cfg: SetsConfig) -> dict[str, questions.QuestionSet]:
+def load_sets(cfg: EvalData) -> dict[str, questions.QuestionSet]:
     """Sets by name, with a line on the console for each. UserError: the template or a set cannot be used."""
     find(cfg.template)
     sets = {}

@@ -1,29 +1,29 @@
 """Prompts -> samples, each written to disk as it ends; a run that was stopped resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from thinkmid.data.questions import QuestionSet
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.generations import KEYS, MARK, key, read_mark, settings, stored
+from thinkmid.eval.prompts import prompts_of
 from thinkmid.files import Kinds, Row, locked, reopen, write_whole
 from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
+from thinkmid.plan import memory
 from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.run import identity
-from thinkmid.run.ranks import Ranks
+from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
 
@@ -35,9 +35,18 @@ def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
         raise UserError(f"{folder}: drawn by another model (changed: {parts}); take another folder")
 
 
-def alone(folder: Path, ranks: Ranks) -> AbstractContextManager[None]:
-    """Lock of this rank on a run's folder, held while it draws. UserError: another process holds it."""
-    return locked(folder / f".lock-{ranks.rank:03d}", wait=False)
+def plan(cfg: EvalConfig, sets: Mapping[str, QuestionSet]) -> int:
+    """Prints what --dry-run reports: the configuration, memory and an estimate of time."""
+    model_cfg, tokenizer = model_of(cfg)
+    questions = [question for found in sets.values() for question in found.questions]
+    prompts = prompts_of(cfg, questions, tokenizer, model_cfg.max_positions)
+    print(f"# {len(prompts):,} samples of {len(questions):,} questions")
+    return memory.dry_run_engine(cfg, model_cfg, cfg.sampling, max(len(p.tokens) for p in prompts))
+
+
+def start(cfg: EvalConfig) -> Ranks | None:
+    """The ranks that draw; None where what is there is graded again."""
+    return None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
 
 
 def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Tokenizer]:
@@ -45,18 +54,22 @@ def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Tokenizer]:
     return read_config(Path(cfg.model.folder)), Tokenizer.load(cfg.model.folder)
 
 
-def draw(
-    cfg: EvalConfig,
-    asked: Mapping[str, list[Prompt]],
-    sampling: Sampling,
-    folder: Path,
-    ranks: Ranks,
-    keys: Kinds = KEYS,
-) -> None:
+Asked = Mapping[str, list[Prompt]]  # by set
+
+
+def draw(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, ranks: Ranks, keys: Kinds = KEYS) -> None:
     """Draws the samples that are not stored yet: this rank's share of every set's prompts. Collective.
 
-    A prompt's meta becomes part of its row, where the fields in keys identify the sample.
+    folder: in that of the run. A prompt's meta becomes part of its row, where the fields in keys identify the sample.
+    UserError: another process draws for this run; what is there was asked in other words, or drawn by another model.
     """
+    if any(asked.values()):
+        with locked(folder.parent / f".lock-{ranks.rank:03d}", wait=False):
+            draw_alone(cfg, asked, sampling, folder, ranks, keys)
+    ranks.barrier()
+
+
+def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, ranks: Ranks, keys: Kinds) -> None:
     shape, text = model_of(cfg)
     source, rows = Path(cfg.model.folder), sampling.max_batch
     known = identity.verified(source, ranks)
@@ -72,27 +85,27 @@ def draw(
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys): row for row in stored(folder, name, keys)}
-        ranks.run_on_all(lambda: check_asked(folder, name, prompts, have, keys))  # noqa: B023
+        ranks.run_on_all(check_asked, folder, name, prompts, have, keys)
         ranks.barrier()  # all have looked before one writes
         left = [p for p in prompts if key(p.meta, keys) not in have]
-        alike_P_G = alike(left[i] for i in places(len(left), ranks, share))
-        requests = requests_of(alike_P_G, cfg.run.seed)
-        total, done, writes = sum(map(len, alike_P_G)), 0, leads(ranks, share)
+        mine = [left[i] for i in places(len(left), ranks, share)]
+        samples = chain.from_iterable(engine.generate(requests_of(mine, cfg.run.seed), sampling))
         with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
-            for request, sample in chain.from_iterable(engine.generate(requests, sampling)):
-                p, g = request.key
-                if writes:
-                    file.write(json.dumps(row_of(alike_P_G[p][g], sample, text), ensure_ascii=False) + "\n")
-                done += 1
+            for done, (request, sample) in enumerate(samples, start=1):
+                if leads(ranks, share):
+                    file.write(json.dumps(row_of(mine[request.key[0]], sample, text), ensure_ascii=False) + "\n")
                 if ranks.rank == 0 and done % 500 == 0:
-                    print(f"{name}: {done} of {total} samples of this rank", flush=True)
+                    print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
 
 
-def requests_of(alike_P_G: list[list[Prompt]], run_seed: int) -> Iterator[Request]:
-    """One request for each prompt, with the first of its group in its place: an engine reads that once."""
-    for p, group in enumerate(alike_P_G):
-        for g, prompt in enumerate(group):
-            yield Request(prompt=group[0], seed=seed(run_seed, 0, prompt.id, 0), key=(p, g))
+def requests_of(prompts: list[Prompt], run_seed: int) -> Iterator[Request]:
+    """A request for each prompt, its place the key. Those of the same tokens follow each other, with the first one's
+    prompt: an engine reads that once."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        alike.setdefault(tuple(prompt.tokens), []).append(i)
+    for first, i in ((group[0], i) for group in alike.values() for i in group):
+        yield Request(prompt=prompts[first], seed=seed(run_seed, 0, prompts[i].id, 0), key=(i,))
 
 
 def check_asked(
@@ -108,14 +121,6 @@ def check_asked(
 
 def asked_of(prompt: Prompt) -> str:
     return hashlib.blake2b(np.array(prompt.tokens, np.int64).tobytes(), digest_size=8).hexdigest()
-
-
-def alike(prompts: Iterable[Prompt]) -> list[list[Prompt]]:
-    """Prompts grouped by their tokens: engines prefill each group once."""
-    groups: dict[tuple[int, ...], list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(tuple(prompt.tokens), []).append(prompt)
-    return list(groups.values())
 
 
 def row_of(prompt: Prompt, sample: Sample, tokenizer: Tokenizer) -> Row:

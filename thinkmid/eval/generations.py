@@ -1,7 +1,5 @@
 """Generations on disk: one row a sample in <set>-<rank>.jsonl, and beside them what drew them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

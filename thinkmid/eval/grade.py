@@ -1,7 +1,5 @@
 """Generations -> graded samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from thinkmid.data.questions import Question, base_answer, posed
@@ -17,17 +15,12 @@ def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], gra
     asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
     for r, future in zip(rows, asked, strict=True):
         verdict, answer = future.result(), grader.answer(r["text"])
-        opened = template.endswith("-think") or OPEN in r["text"]
+        unclosed = CLOSE not in r["text"] and (template.endswith("-think") or OPEN in r["text"])
         score = None if verdict.value is None else float(verdict.value)
-        found.append(
-            Graded(
-                question=r["id"],
-                sample=r["sample"],
-                score=0.0 if opened and CLOSE not in r["text"] else score,
-                answer=None if answer is None else base_answer(known[r["id"]], r["sample"], answer),
-                truncated=r["finish"] in ("unclosed", "suffix"),
-                num_think=r["num_think"],
-                unclosed=opened and CLOSE not in r["text"],
-            )
-        )
+        graded = Graded(
+            question=r["id"], sample=r["sample"], score=0.0 if unclosed else score,
+            answer=None if answer is None else base_answer(known[r["id"]], r["sample"], answer),
+            truncated=r["finish"] in ("unclosed", "suffix"), num_think=r["num_think"], unclosed=unclosed,
+        )  # fmt: skip
+        found.append(graded)
     return found

@@ -1,7 +1,5 @@
 """Questions -> prompts, one for every sample."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from thinkmid.data.questions import Question, posed

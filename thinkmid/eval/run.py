@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 -m thinkmid.eval.run configs/mini-eval.toml
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -28,23 +26,19 @@ SHARES = ("unparsed", "truncated", "unclosed")
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.run", description=__doc__)
 
-    # they import torch, which --help does without
+    # it imports torch, which --help does without
     from thinkmid.eval import generate
-    from thinkmid.run.ranks import start_ranks
 
     sets, folder = load_sets(cfg.data), Path(cfg.run.folder)
     if dry_run:
-        return plan(cfg, sets)
+        return generate.plan(cfg, sets)
     check_folder(folder, cfg)
     with closing(make_grader(cfg.verify)) as grader:
-        ranks = None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
-        if ranks:
+        if ranks := generate.start(cfg):
             model_cfg, tokenizer = generate.model_of(cfg)
             room = model_cfg.max_positions
             prompts = {name: prompts_of(cfg, found.questions, tokenizer, room) for name, found in sets.items()}
-            with generate.alone(folder, ranks):
-                generate.draw(cfg, prompts, cfg.sampling, folder / "generations", ranks)
-            ranks.barrier()
+            generate.draw(cfg, prompts, cfg.sampling, folder / "generations", ranks)
         if not ranks or ranks.rank == 0:
             graded = {}
             for name, found in sets.items():
@@ -58,18 +52,6 @@ def main(argv: list[str]) -> int:
         if ranks:
             ranks.barrier()
     return 0
-
-
-def plan(cfg: EvalConfig, sets: Mapping[str, QuestionSet]) -> int:
-    """Prints what --dry-run reports: the configuration, memory and an estimate of time."""
-    from thinkmid.eval.generate import model_of
-    from thinkmid.plan import memory
-
-    model_cfg, tokenizer = model_of(cfg)
-    questions = [question for found in sets.values() for question in found.questions]
-    prompts = prompts_of(cfg, questions, tokenizer, model_cfg.max_positions)
-    print(f"# {len(prompts):,} samples of {len(questions):,} questions")
-    return memory.dry_run_engine(cfg, model_cfg, cfg.sampling, max(len(p.tokens) for p in prompts))
 
 
 def results_of(

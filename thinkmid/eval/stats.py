@@ -5,8 +5,6 @@ counted, never a 0. Questions are what was drawn from the world, so every interv
 one are correlated, and counting them as independent makes intervals up to sqrt(K) times too narrow.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+LEVEL = 0.95  # of intervals
 FEW = 30  # degrees of freedom; from here on an expansion of Student's t quantile is as good as exact
 
 
@@ -99,7 +98,7 @@ def check_k(scores: Array, k: int) -> None:
         raise ValueError(f"k must be within 1 and the {scores.shape[1]} samples of a question, not {k}")
 
 
-def proportion(values: Array, level: float = 0.95) -> Estimate:
+def proportion(values: Array, level: float = LEVEL) -> Estimate:
     """Mean of (Q,) per-question values within [0, 1], interval clustered by question. NaN questions are left out.
 
     Wilson's score interval for as many independent draws as would have this standard error. Away from the ends that
@@ -117,10 +116,10 @@ def proportion(values: Array, level: float = 0.95) -> Estimate:
     return Estimate(mean=mean, se=se, low=low, high=high, num_questions=n)
 
 
-def clustered(values: Array, level: float = 0.95) -> Estimate:
+def clustered(values: Array) -> Estimate:
     """Mean +- t se of (Q,) per-question values of any size; one question alone has an endless interval."""
     mean, se, n = moments(values)
-    half = t_quantile(level, n - 1) * se if n > 1 else math.inf
+    half = t_quantile(LEVEL, n - 1) * se if n > 1 else math.inf
     return Estimate(mean=mean, se=se, low=mean - half, high=mean + half, num_questions=n)
 
 
@@ -145,14 +144,14 @@ def sampling_se(scores: Array) -> float:
     return float(np.sqrt((within / count).sum()) / len(count))
 
 
-def bootstrap(values: Array, *, seed: int, level: float = 0.95, rounds: int = 4000) -> tuple[float, float]:
+def bootstrap(values: Array, *, seed: int, rounds: int = 4000) -> tuple[float, float]:
     """Percentile interval of the mean over questions drawn anew with replacement: a check that assumes no shape."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan
     bits = np.random.Philox(np.random.SeedSequence(seed))
     means = np.array([values[random_integers(bits, len(values), len(values))].mean() for _ in range(rounds)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -162,22 +161,16 @@ def random_integers(bits: np.random.Philox, n: int, below: int) -> NDArray[np.in
     return (raw % np.uint64(below)).astype(np.int64)
 
 
-def paired(a: Array, b: Array, *, seed: int, level: float = 0.95, rounds: int = 10_000) -> Paired:
-    """Two runs on the same questions, (Q,) per-question means in the same order: their differences cancel what makes
-    one question harder than another. A question that either run has no value for is left out.
+def paired(sets: Sequence[tuple[Array, Array]], *, seed: int, rounds: int = 10_000) -> Paired:
+    """Two runs on the same sets of questions: the mean of the sets' mean differences, of equal weight as in average().
 
-    p by flipping the signs of differences: all 2^Q ways if these are at most `rounds`, else `rounds` random ones.
-    """
-    return paired_sets([(a, b)], seed=seed, level=level, rounds=rounds)
-
-
-def paired_sets(sets: Sequence[tuple[Array, Array]], *, seed: int, level: float = 0.95, rounds: int = 10_000) -> Paired:
-    """paired() over several sets: the mean of their mean differences, each set of equal weight, as in average().
-
-    p by flipping the signs of all questions' differences, each with its weight in that mean.
+    sets: (Q,) per-question means of each run, in the same order: their differences cancel what makes one question
+    harder than another. A question that either run has no value for is left out.
+    p by flipping the signs of all differences, each with its weight in that mean: all 2^Q ways if these are at most
+    `rounds`, else `rounds` random ones.
     """
     differences = [differences_of(a, b) for a, b in sets]
-    estimates = [clustered(d, level) for d in differences]
+    estimates = [clustered(d) for d in differences]
     weighted = np.concatenate([d / max(1, len(d)) for d in differences]) if sets else np.empty(0)
     return Paired(
         difference=estimates[0] if len(estimates) == 1 else average(estimates),
@@ -192,8 +185,8 @@ def differences_of(a: Array, b: Array) -> Array:
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two runs must have the same questions, not {a.shape} and {b.shape}")
     difference = a - b
-    paired: Array = difference[np.isfinite(difference)]
-    return paired
+    known: Array = difference[np.isfinite(difference)]
+    return known
 
 
 def sign_flip_p(difference: Array, *, seed: int, rounds: int) -> float:

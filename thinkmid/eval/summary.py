@@ -1,7 +1,5 @@
 """Graded samples of one set -> the numbers that a table and a report show."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,23 +81,18 @@ def share(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed)
 
 
-def compare(a: Sequence[Graded], b: Sequence[Graded], *, seed: int = 0) -> stats.Paired:
-    """Two runs of one set, paired by question. ValueError: they are not of the same questions."""
-    return stats.paired(*paired_means(a, b), seed=seed)
-
-
 def compare_sets(
     a: Mapping[str, Sequence[Graded]], b: Mapping[str, Sequence[Graded]], *, seed: int = 0
 ) -> tuple[dict[str, stats.Paired], stats.Paired]:
-    """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError as in compare."""
+    """Two runs of the sets of a: by set, and over the sets with equal weights. ValueError: not the same questions."""
     means = {}
     for name in a:
         try:
             means[name] = paired_means(a[name], b[name])
         except ValueError as error:
             raise ValueError(f"set '{name}': {error}") from None
-    by_set = {name: stats.paired(*pair, seed=seed) for name, pair in means.items()}
-    return by_set, stats.paired_sets(list(means.values()), seed=seed)
+    by_set = {name: stats.paired([pair], seed=seed) for name, pair in means.items()}
+    return by_set, stats.paired(list(means.values()), seed=seed)
 
 
 def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array, stats.Array]:
@@ -108,11 +101,6 @@ def paired_means(a: Sequence[Graded], b: Sequence[Graded]) -> tuple[stats.Array,
     if odd := set(table_a.ids) ^ set(table_b.ids):
         raise ValueError(f"{len(odd)} questions are in one run alone, '{min(odd)}' for one")
     return stats.mean_at(table_a.scores), stats.mean_at(table_b.scores)
-
-
-def proportion(rows: Sequence[Graded]) -> stats.Estimate:
-    """Mean score of the rows, interval clustered by question."""
-    return stats.proportion(stats.mean_at(tabulate(rows).scores))
 
 
 def as_row(found: stats.Estimate | stats.Paired) -> dict[str, float | None]:

@@ -1,16 +1,15 @@
 """Donors of swapped thoughts: samples of another question, with another gold answer where possible."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
 from thinkmid.rollout.engine.protocol import seed
 
 Key = tuple[str, int]  # question, sample
+Donors = dict[Key, Key]  # of each sample that takes a thought
 
 
-def swap(golds: dict[Key, str], run_seed: int) -> dict[Key, Key]:
+def swap(golds: dict[Key, str], run_seed: int) -> Donors:
     """Sample -> sample of another question, for samples with these gold answers; empty for fewer than two questions.
 
     A derangement of the questions: where all have as many samples, each sample is taken once. As few questions as

@@ -6,8 +6,6 @@ torchrun --nproc-per-node 2 -m thinkmid.eval.thoughts configs/mini-eval.toml
 CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are probed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -24,7 +22,7 @@ from thinkmid.eval.config import EvalConfig, load_sets
 from thinkmid.eval.generations import check_folder, key, read_mark, stored, whole
 from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
-from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, proportion
+from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, tabulate
 from thinkmid.eval.swap import swap
 from thinkmid.files import write_rows, write_whole
 from thinkmid.rollout.grade.answers import squeezed
@@ -37,9 +35,8 @@ from thinkmid.types import Prompt
 def main(argv: list[str]) -> int:
     cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
 
-    # they import torch, which --help does without
+    # it imports torch, which --help does without
     from thinkmid.eval import generate
-    from thinkmid.run.ranks import start_ranks
 
     if not cfg.sampling.max_suffix:
         raise UserError("sampling.max_suffix 0 leaves nothing to draw after a thought")
@@ -52,15 +49,11 @@ def main(argv: list[str]) -> int:
     room = model_cfg.max_positions
     probes = {name: probe_of(cfg, name, found.questions, tokenizer, room) for name, found in sets.items()}
     with closing(make_grader(cfg.verify)) as grader:
-        ranks = None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
-        if ranks:
+        if ranks := generate.start(cfg):
             # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
             sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
             prompts = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
-            if prompts:
-                with generate.alone(folder, ranks):
-                    generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
-            ranks.barrier()
+            generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
         if not ranks or ranks.rank == 0:
             graded = {name: grade_set(cfg, name, probes[name], sets[name].questions, grader) for name in sets}
             for name, by_condition in graded.items():
@@ -140,7 +133,7 @@ def summarise(
         found = {name: by_condition[condition] for name, by_condition in graded.items() if condition in by_condition}
         if not found:
             continue
-        accuracy = {name: proportion(rows) for name, rows in found.items()}
+        accuracy = {n: stats.proportion(stats.mean_at(tabulate(rows).scores)) for n, rows in found.items()}
         own = {name: graded[name]["own"] for name in found}
         pairs, over_sets = compare_sets(own, found, seed=seed)
         for name, rows in found.items():

@@ -148,7 +148,9 @@ class _Writing:
             # on every rank: another node may not see yet what the first one made
             self.folder.mkdir(parents=True, exist_ok=True)
             where = (self.folder, name, self.ranks.rank, self.ranks.world)
-            store.write(*where, read_documents(self.paths), self.encode, partial(self._continues, fault))
+            for counts in store.write(*where, read_documents(self.paths), self.encode):
+                if not self._continues(fault, *counts):
+                    break
         except UserError:
             fault.touch()
             raise

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class RLMTData:
     """Where prefixes come from."""
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
@@ -54,7 +54,7 @@ class DataConfig:
 class RLMTConfig(RLConfig):
     """RL mid-training."""
 
-    data: DataConfig
+    data: RLMTData
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -165,7 +165,7 @@ def read_data(
     return prompts, digest, held_out
 
 
-def read_held_out(data: DataConfig, make: MakePrompts) -> list[Prompt]:
+def read_held_out(data: RLMTData, make: MakePrompts) -> list[Prompt]:
     """val_prompts prefixes spread evenly over the held-out text."""
     from thinkmid.data.source import read_documents
     from thinkmid.data.store import blocks

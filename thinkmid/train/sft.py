@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class SFTData:
     """What is learnt."""
 
     paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
@@ -66,7 +66,7 @@ class SFTConfig:
     run: RunConfig
     model: ModelSection = field(default_factory=ModelSection)
     fresh: FreshConfig = field(default_factory=FreshConfig)
-    data: DataConfig
+    data: SFTData
     optim: OptimConfig
 
     def __post_init__(self) -> None:
