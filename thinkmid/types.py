@@ -28,10 +28,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Tokens of a sample that an earlier generation left unfinished; the streams of a Sample."""
+    """The streams of a sample, or of one that an earlier generation left unfinished."""
 
-    tokens: NDArray[np.int32]  # (n,)
-    logp: NDArray[np.float32]  # (n,)
+    tokens: NDArray[np.int32]  # (n,) generated tokens only
+    logp: NDArray[np.float32]  # (n,) log-prob of each token at the sampling temperature, unfiltered
     drawn: NDArray[np.bool_]  # (n,) False where the token was forced
     versions: NDArray[np.int32]  # (n,) of the weights that drew each
 
@@ -47,13 +47,9 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(Written):
     """What the policy wrote after a prompt."""
 
-    tokens: NDArray[np.int32]  # (n,) generated tokens only
-    logp: NDArray[np.float32]  # (n,) log-prob of each token at the sampling temperature, unfiltered
-    drawn: NDArray[np.bool_]  # (n,) False where the token was forced
-    versions: NDArray[np.int32]  # (n,) of the weights that drew each
     # "eos", "suffix" (N tokens after the tag, or the budget without a thought), "unclosed" (thought budget spent) or
     # "reclosed" (second tag)
     finish: str

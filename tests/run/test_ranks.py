@@ -10,8 +10,7 @@ from thinkmid.errors import UserError
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import describe_run
 from thinkmid.run.ranks import ALLOCATOR, Ranks, start_ranks
-from thinkmid.train.optim import OptimConfig
-from thinkmid.train.sft import DataConfig, SFTConfig
+from thinkmid.train.config import OptimConfig, SFTConfig, TextConfig
 
 SET = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -66,7 +65,7 @@ def test_ranks_that_share_an_engine_divide_all_ranks(monkeypatch):
 def test_env_json_holds_the_allocator_settings(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
-    data, optim = DataConfig(paths=("a.txt",)), OptimConfig(lr=1.0)
+    data, optim = TextConfig(paths=("a.txt",)), OptimConfig(lr=1.0)
     alone = Ranks(0, 1, torch.device("cpu"), None)
     describe_run(SFTConfig(run=RunConfig(folder=str(tmp_path / "run"), steps=1), data=data, optim=optim), alone)
     assert json.loads((tmp_path / "run" / "env.json").read_text())["allocator"] == SET

@@ -87,8 +87,8 @@ def test_other_documents_take_the_place_of_the_old_until_a_run_has_begun(home):
 def test_files_that_moved_or_were_touched_are_compared_by_content_once(home, monkeypatch):
     first = sequences(home)
     (home / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
-    hashed, of_file = [], corpus._hash
-    monkeypatch.setattr(corpus, "_hash", lambda path: hashed.append(path) or of_file(path))
+    hashed, of_file = [], corpus.sha256
+    monkeypatch.setattr(corpus, "sha256", lambda path: hashed.append(path) or of_file(path))
     monkeypatch.setattr(corpus, "read_documents", unread)
     os.rename(home / "corpus.jsonl", home / "moved.jsonl")
     (home / "corpus.jsonl").symlink_to("moved.jsonl")

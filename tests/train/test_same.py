@@ -10,8 +10,8 @@ from conftest import exit_code
 from safetensors.torch import load_file, save_file
 from world import rlmt_flags, sft_flags
 
-from thinkmid.model import weights
-from thinkmid.train import loss, rlmt, rlpt, sft
+from thinkmid.model import weight_files
+from thinkmid.train import rlmt, rlpt, sft, supervised
 from thinkmid.train.loss import logprobs
 
 
@@ -58,7 +58,7 @@ def edit_weights(folder, sealed):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if sealed:
         seal = json.loads((folder / "thinkmid.json").read_text())
-        seal["sha256"] = {"model.safetensors": weights._sha256(folder / "model.safetensors")}
+        seal["sha256"] = {"model.safetensors": weight_files.sha256(folder / "model.safetensors")}
         (folder / "thinkmid.json").write_text(json.dumps(seal))
     else:
         (folder / "thinkmid.json").unlink()
@@ -103,8 +103,8 @@ def test_another_start_is_refused_and_the_same_one_elsewhere_is_not(home, call):
 
 
 def test_no_weights_are_hashed_for_a_run_without_a_frozen_model(home, monkeypatch):
-    read, of_file = [], weights._sha256
-    monkeypatch.setattr(weights, "_sha256", lambda path: read.append(path.parent.name) or of_file(path))
+    read, of_file = [], weight_files.sha256
+    monkeypatch.setattr(weight_files, "sha256", lambda path: read.append(path.parent.name) or of_file(path))
     assert exit_code(rlmt, rlmt_flags(home, "free", steps=1)) == 0
     assert read == ["export", "export.tmp"]  # compared with its seal, and sealed
     (home / "sft" / "export" / "thinkmid.json").unlink()
@@ -261,7 +261,7 @@ def test_no_checkpoint_is_deleted_while_losses_are_not_finite(home, call, monkey
     """Weights may be finite, and as lost."""
     argv = [*sft_flags(home), f"--run.folder={home}/broken", "--run.save_every=1", "--run.keep=1"]
     assert call(sft, [*argv, "--run.steps=2"])[0] == 0
-    monkeypatch.setattr(loss, "text_loss", lambda model, pack: (logprobs(model, pack).sum() * math.nan, {}))
+    monkeypatch.setattr(supervised, "text_loss", lambda model, pack: (logprobs(model, pack).sum() * math.nan, {}))
     assert call(sft, [*argv, "--run.steps=4"])[0] == 0
     assert sorted(path.name for path in (home / "broken" / "checkpoints").iterdir()) == [
         "step-000002",
