@@ -108,10 +108,8 @@ def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
 def dry_run_sft(cfg: Any) -> int:
     """Prints the plan of an SFTConfig; exit code 0."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.model.folder:
-        model_cfg = read_config(cfg.model.folder)
-    else:
-        model_cfg = fresh_model_cfg(cfg.fresh, cfg.fresh.vocab, ())
+    folder, fresh = cfg.model.folder, cfg.fresh
+    model_cfg = read_config(folder) if folder else fresh_model_cfg(fresh, fresh.vocab, ())
     arithmetic = [
         f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
         f"packs of {cfg.data.pack_tokens:,}",
