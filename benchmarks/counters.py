@@ -119,7 +119,7 @@ def small_units(num_groups: int, num_live: int | None = None) -> list[Unit]:
     """Of SMALL's groups of four siblings those that live, by default all."""
     sizes = SimpleNamespace(groups=num_groups, siblings=4, prefix=8, reply=8)
     groups = make_groups(SMALL.vocab, sizes, num_groups if num_live is None else num_live)
-    return advantage.units(groups, estimator="dr_grpo", num_siblings=4, denom=LOSS.denom, keep_dead=False)
+    return advantage.units(groups, LOSS, 4)
 
 
 # host and device

@@ -39,10 +39,7 @@ def main() -> int:
     loss = LossConfig(denom=args.reply)
 
     def units_of(num_live):
-        groups = make_groups(cfg.vocab, args, num_live)
-        return advantage.units(
-            groups, estimator="dr_grpo", num_siblings=args.siblings, denom=loss.denom, keep_dead=loss.keeps_dead
-        )
+        return advantage.units(make_groups(cfg.vocab, args, num_live), loss, args.siblings)
 
     def packs_of(units):
         return plan(units, capacity=args.pack, ranks=1, pair_cost=pair_cost(cfg))[0]

@@ -295,11 +295,11 @@ def test_sentencepiece_pieces_are_spaces_and_raw_bytes():
 @given(pieces=st.lists(st.tuples(st.booleans(), st.text("ab <>/think1\n.é", max_size=12)), max_size=6))
 def test_a_prefix_that_ends_at_an_opened_tag_is_a_token_prefix(kind, pieces):
     text = load(kind)
-    ids, mask = text.encode_woven(pieces)
+    [(ids, mask)] = text.encode_woven_many([pieces])
     assert len(ids) == len(mask)
     for n, (is_thought, _) in enumerate(pieces):
         if is_thought:
-            prompt = text.encode_woven(pieces[:n])[0] + text.open_ids
+            prompt = text.encode_woven_many([pieces[:n]])[0][0] + text.open_ids
             assert ids[: len(prompt)] == prompt
     assert ids == [i for is_thought, part in pieces for i in by_hand(text, is_thought, part)]
     assert mask == [is_thought for is_thought, part in pieces for _ in by_hand(text, is_thought, part)]
@@ -312,7 +312,7 @@ def by_hand(text: Tokenizer, is_thought: bool, part: str) -> list[int]:
 def test_weaving_many_documents_is_weaving_each():
     text = load("byte_level_plain")
     documents = [[(False, "Ana has 3."), (True, "so 3"), (False, " Ben")], [], [(True, "")], [(False, "")]]
-    assert text.encode_woven_many(documents) == [text.encode_woven(pieces) for pieces in documents]
+    assert text.encode_woven_many(documents) == [text.encode_woven_many([pieces])[0] for pieces in documents]
 
 
 prose = st.lists(

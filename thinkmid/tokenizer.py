@@ -283,16 +283,12 @@ class Tokenizer:
             ids += [encoding.ids for encoding in batch]
         return ids
 
-    def encode_woven(self, pieces: Sequence[tuple[bool, str]]) -> tuple[list[int], list[bool]]:
-        """Ids of (is thought, text) pieces, and which of the ids are thought, tags included.
+    def encode_woven_many(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[tuple[list[int], list[bool]]]:
+        """Ids of the (is thought, text) pieces of each document, and which of the ids are thought, tags included.
 
         Each text, tag and thought is encoded on its own, so the ids of everything up to an opened tag do not
         depend on what follows: an RLMT prompt is a token-prefix of its SFT sequence.
         """
-        return self.encode_woven_many([pieces])[0]
-
-    def encode_woven_many(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[tuple[list[int], list[bool]]]:
-        """[encode_woven(pieces) for pieces in documents], on all cores."""
         woven = []
         for pieces, runs in zip(documents, self.encode_pieces(documents), strict=True):
             mask = [thought for (thought, _), ids in zip(pieces, runs, strict=True) for _ in ids]
@@ -300,7 +296,7 @@ class Tokenizer:
         return woven
 
     def encode_pieces(self, documents: Sequence[Sequence[tuple[bool, str]]]) -> list[list[list[int]]]:
-        """For each document the ids of every piece, which encode_woven joins: those of a thought with its tags."""
+        """For each document the ids of every piece, which encode_woven_many joins: those of a thought with its tags."""
         encoded = iter(self.encode_many(text for pieces in documents for _, text in pieces))
         return [
             [[*self.open_ids, *next(encoded), *self.close_ids] if thought else next(encoded) for thought, _ in pieces]

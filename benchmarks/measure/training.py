@@ -43,7 +43,7 @@ def groups_of(family: Family, *, vocab: int, live: int | None = None) -> list[Gr
 
 def units_of(groups: list[Group]) -> list[Unit]:
     num_siblings, denom = len(groups[0].samples), float(len(groups[0].samples[0].tokens))
-    return advantage.units(groups, estimator="dr_grpo", num_siblings=num_siblings, denom=denom, keep_dead=False)
+    return advantage.units(groups, LossConfig(denom=denom), num_siblings)
 
 
 def packs_of(units: list[Unit], cfg: ModelConfig, capacity: int) -> list[list[Unit]]:

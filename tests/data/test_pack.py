@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from thinkmid.data import pack
 from thinkmid.data.pack import Reply, Unit, make_pack, plan, split
 from thinkmid.train import advantage
+from thinkmid.train.config import LossConfig
 
 NUMBERED = settings(max_examples=200, deadline=None)
 ITEMS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30).map(lambda x: x / 4)), max_size=40)
@@ -151,7 +152,7 @@ def as_lists(got):
 @pytest.mark.parametrize("siblings", [1, 2, 5])
 def test_a_pack_is_what_the_slow_construction_writes_down(siblings):
     groups = random_groups(np.random.default_rng(siblings).integers(0, 2, (7, siblings)).tolist(), seed=siblings)
-    units = advantage.units(groups, estimator="dr_grpo", num_siblings=siblings, denom=2.0, keep_dead=True)
+    units = advantage.units(groups, LossConfig(denom=2.0, kl=0.1), siblings)
     text = Unit(name="text", prefix=np.array([3]), replies=[Reply.text(np.arange(11), np.linspace(0, 1, 11))])
     units.insert(2, text)
     got = make_pack(units)

@@ -38,7 +38,8 @@ def test_an_unknown_id_is_answered_with_the_nearest():
 def test_an_opened_tag_has_the_ids_it_has_in_training_data(tmp_path, kind):
     train_tokenizer(["Question: 1+1?\nAnswer:<think>"] * 9, 320, tmp_path, kind)
     text = Tokenizer.load(tmp_path)
-    woven, _ = text.encode_woven([(False, "Question: 1+1?\nAnswer:"), (True, " two"), (False, " 2")])
+    pieces = [(False, "Question: 1+1?\nAnswer:"), (True, " two"), (False, " 2")]
+    [(woven, _)] = text.encode_woven_many([pieces])
     ids = tokens(text, render("plain-think", "1+1?"))
     assert woven[: len(ids)] == ids
     assert text.decode(ids).endswith("Answer:<think>")

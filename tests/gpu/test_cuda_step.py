@@ -26,7 +26,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_pack_waits_for_nothing(name):
     groups = random_groups([[1, 0, 0, 1], [0, 1, 0, 0]])
-    units = advantage.units(groups, estimator="dr_grpo", num_siblings=4, denom=3.0, keep_dead=False)
+    units = advantage.units(groups, LOSS, 4)
     if name in ("text", "next token"):
         units.append(Unit(name="text", prefix=np.array([3]), replies=[Reply.text(np.arange(11), 0.5)]))
     cfg, model = LOSSES[name], random_model(replace(TINY, head_dim=64), dtype=torch.bfloat16).cuda()

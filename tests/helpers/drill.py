@@ -226,7 +226,7 @@ def main() -> None:
     import torch._dynamo  # noqa: F401
 
     from thinkmid.rollout.engine import native  # noqa: F401
-    from thinkmid.train import loss, rl, rlmt, sft, step
+    from thinkmid.train import rl, rlmt, sft, supervised
 
     write_world(Path())
     assert finish(launch(sft.main, ["base.toml"])) == {0}
@@ -235,8 +235,8 @@ def main() -> None:
     results["rlmt"] = stopped_in_mid_step(rlmt.main, ["rlmt.toml", *packs], rl, "policy_loss")
     results["spoilt rlmt"] = spoilt(rlmt.main, ["rlmt.toml", *packs], rl, "rlmt-mid-step-alone")
     packs = ["--run.steps=4", "--data.pack_tokens=64"]
-    results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], loss, "text_loss")
-    results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], step, "base-mid-step-alone")
+    results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], supervised, "text_loss")
+    results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], supervised, "base-mid-step-alone")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):

@@ -166,7 +166,7 @@ def test_a_renamed_checkpoint_and_the_older_one_is_used(tmp_path):
     lines = []
     assert latest(tmp_path, warn=lines.append) == old
     assert lines == [
-        f"skipped a broken checkpoint: {tmp_path}/step-000007: its manifest says step 2; "
+        f"warning: skipped a broken checkpoint: {tmp_path}/step-000007: its manifest says step 2; "
         "was it renamed from step-000002?"
     ]
     (tmp_path / "step-000007").rename(new)

@@ -10,8 +10,7 @@ from thinkmid.errors import UserError
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import describe_run
 from thinkmid.run.ranks import ALLOCATOR, Ranks, start_ranks
-from thinkmid.train.optim import OptimConfig
-from thinkmid.train.sft import SFTConfig, SFTData
+from thinkmid.train.config import OptimConfig, SFTConfig, SFTData
 
 SET = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 

@@ -6,8 +6,10 @@ from conftest import random_groups
 
 from thinkmid.train import advantage
 from thinkmid.train.advantage import advantages, units
+from thinkmid.train.config import LossConfig
 
 NAN = float("nan")
+ESTIMATORS = ("dr_grpo", "grpo", "rloo", "token-mean")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def test_a_failed_verdict_leaves_the_baseline(estimator, expected):
     np.testing.assert_allclose(advantages([1, NAN, 0, NAN], estimator), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", advantage.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [([0.1] * 3, [0, 0, 0]), ([NAN, 1, NAN], [NAN, 0, NAN]), ([NAN] * 3, [NAN] * 3), ([0.3, NAN, 0.3], [0, NAN, 0])],
@@ -41,15 +43,15 @@ def test_a_group_without_spread_has_no_advantage(estimator, rewards, expected):
     np.testing.assert_array_equal(advantages(rewards, estimator), expected)
     (group,) = random_groups([rewards])
     assert advantage.is_dead(group)
-    assert units([group], estimator=estimator, num_siblings=3, denom=1.0, keep_dead=False) == []
+    assert units([group], LossConfig(denom=1.0, estimator=estimator), 3) == []
 
 
 def weights_of(groups, estimator, **options):
-    options = {"num_siblings": 3, "denom": 5.0, "keep_dead": False} | options
-    return [[r.pg_w for r in u.replies] for u in units(groups, estimator=estimator, **options)]
+    cfg = LossConfig(denom=5.0, estimator=estimator, **options)
+    return [[r.pg_w for r in u.replies] for u in units(groups, cfg, 3)]
 
 
-@pytest.mark.parametrize("estimator", advantage.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_token_weights_by_hand(estimator):
     groups = random_groups([[1, NAN, 0], [0, 0, 0]], seed=2)
     drawn = [[s.drawn.sum() for s in g.samples] for g in groups]
@@ -72,7 +74,7 @@ def test_dead_and_failed_samples_stay_in_the_denominator():
     np.testing.assert_allclose(weights_of(dead, "dr_grpo")[0][0] * 2, weights_of(full, "dr_grpo")[0][0])
 
 
-@pytest.mark.parametrize("estimator", advantage.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_with_the_scope_thought_the_suffix_weighs_nothing(estimator):
     (group,) = random_groups([[1, 0, 1, 0]])
     samples = [replace(s, num_think=(len(s.tokens) + 1) // 2) for s in group.samples]
@@ -87,10 +89,10 @@ def test_with_the_scope_thought_the_suffix_weighs_nothing(estimator):
 def test_samples_of_average_reward_are_dropped_unless_asked_for():
     groups = random_groups([[1, 0.5, 0]])
     assert [len(x) for x in weights_of(groups, "dr_grpo")] == [2]
-    assert [len(x) for x in weights_of(groups, "dr_grpo", keep_dead=True)] == [3]
+    assert [len(x) for x in weights_of(groups, "dr_grpo", kl=0.1)] == [3]
 
 
-@pytest.mark.parametrize("estimator", advantage.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_sample_of_forced_tokens_alone_weighs_nothing(estimator):
     (group,) = random_groups([[1, 0]])
     samples = [replace(s, drawn=np.zeros_like(s.drawn)) for s in group.samples]

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +90,10 @@ def expected(text, scorer, baseline, unclosed=0.5):
 
 
 def scored(text, models, groups, ranks=ALONE, pack_tokens=10_000, **reward):
-    scores = Scores(RewardConfig(**reward), models, text, ranks, max_suffix=MAX_SUFFIX, pack_tokens=pack_tokens)
+    job = SimpleNamespace(model=None, frozen=None, ema=None, tokenizer=text, ranks=ranks)
+    vars(job).update({"model" if name == "policy" else name: model for name, model in models.items()})
+    sampling, batch = SimpleNamespace(max_suffix=MAX_SUFFIX), SimpleNamespace(pack_tokens=pack_tokens)
+    scores = Scores(job, SimpleNamespace(reward=RewardConfig(**reward), sampling=sampling, batch=batch))
     groups, row = scores(groups)
     return np.array([g.rewards for g in groups]), row, groups
 

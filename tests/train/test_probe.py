@@ -5,8 +5,8 @@ import pytest
 from world import TEXTS, write_corpus
 
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
+from thinkmid.train.config import read_parts
 from thinkmid.train.probe import advice, read_thoughts
-from thinkmid.train.sft import read_parts
 
 PARTS = read_parts((r"sum=(?<== )\d+", r"first?=(?<= )\d+(?= \+)"))
 
@@ -21,7 +21,7 @@ def test_the_token_that_ends_a_match_in_a_thought_is_marked_and_no_other(tmp_pat
         [reply] = unit.replies
         n, total = re.search(r"<think> (\d+) \+ \d+ = (\d+)\.", text).groups()
         for mark, number in ((1, total), (2, n)):
-            [at] = np.flatnonzero(reply.marks == mark)
+            [at] = np.flatnonzero(reply.ce_w == 1 + mark)
             # what stands up to the end of the marked token, and no shorter text, holds the number's last digit
             before = tokenizer.decode([*unit.prefix, *reply.tokens[:at]])
             upto = tokenizer.decode([*unit.prefix, *reply.tokens[: at + 1]])

@@ -59,7 +59,7 @@ def groups_of(text, world=WORLD, seed=0) -> list[Group]:
 
 
 def policy_units(groups):
-    return advantage.units(groups, estimator="dr_grpo", num_siblings=3, denom=3.0, keep_dead=False)
+    return advantage.units(groups, LOSS, 3)
 
 
 def gradients(model, units, loss_fn, capacity=10_000, ranks=ALONE):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +83,9 @@ def test_a_thought_that_holds_the_answer_gains_more_than_a_blank_one(home):
         samples = [written(text, thought) for thought in (f" {n} + {k} = {total}.</think>", " </think>")]
         groups.append(Group(prompt=prompt, samples=samples, rewards=[0, 0], whys=["", ""]))
     alone = Ranks(0, 1, torch.device("cpu"), None)
-    scores = Scores(RewardConfig(judge=0, gain=1), {"policy": model}, text, alone, max_suffix=8, pack_tokens=4096)
+    job = SimpleNamespace(model=model, frozen=None, ema=None, tokenizer=text, ranks=alone)
+    sampling, batch = SimpleNamespace(max_suffix=8), SimpleNamespace(pack_tokens=4096)
+    scores = Scores(job, SimpleNamespace(reward=RewardConfig(judge=0, gain=1), sampling=sampling, batch=batch))
     gains = np.array([g.rewards for g in scores(groups)[0]])
     assert (gains[:, 0] > gains[:, 1]).all()
     assert (gains[:, 0] - gains[:, 1]).mean() > 1  # nats a token

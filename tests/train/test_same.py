@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from world import rlmt_flags, sft_flags
 
 from thinkmid.model import weight_files, weights
-from thinkmid.train import loss, rlmt, rlpt, sft
+from thinkmid.train import rlmt, rlpt, sft, supervised
 from thinkmid.train.loss import logprobs
 
 
@@ -262,7 +262,7 @@ def test_no_checkpoint_is_deleted_while_losses_are_not_finite(home, call, monkey
     """Weights may be finite, and as lost."""
     argv = [*sft_flags(home), f"--run.folder={home}/broken", "--run.save_every=1", "--run.keep=1"]
     assert call(sft, [*argv, "--run.steps=2"])[0] == 0
-    monkeypatch.setattr(loss, "text_loss", lambda model, pack: (logprobs(model, pack).sum() * math.nan, {}))
+    monkeypatch.setattr(supervised, "text_loss", lambda model, pack: (logprobs(model, pack).sum() * math.nan, {}))
     assert call(sft, [*argv, "--run.steps=4"])[0] == 0
     assert sorted(path.name for path in (home / "broken" / "checkpoints").iterdir()) == [
         "step-000002",

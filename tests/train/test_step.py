@@ -1,6 +1,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ GROUPS = random_groups([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0, 1]], seed=4)
 
 
 def planned(groups, ranks, capacity=200):
-    units = advantage.units(groups, estimator="dr_grpo", num_siblings=4, denom=3.0, keep_dead=False)
+    units = advantage.units(groups, LOSS, 4)
     return plan(units, capacity=capacity, ranks=ranks.world, pair_cost=0.0)[ranks.rank]
 
 
@@ -221,7 +222,8 @@ def test_what_attention_is_asked_for_is_what_the_config_says(deterministic, monk
     monkeypatch.setattr(launch, "attention_path", lambda q: "torch-varlen")
     monkeypatch.setitem(attention.LIBRARIES, "torch-varlen", library)
     monkeypatch.setattr(fsdp, "shard", lambda model, ranks, compute_dtype: model)
-    model = job.empty_model(TINY, ModelSection(deterministic=deterministic), ALONE)
+    source, section = SimpleNamespace(model_cfg=TINY), ModelSection(deterministic=deterministic)
+    model = job.sharded_model(source, section, ALONE, filled=False)
     logprobs(model, make_pack(planned(GROUPS, ALONE)[0]))
     assert asked == [deterministic] * TINY.layers
 

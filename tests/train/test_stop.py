@@ -19,7 +19,7 @@ from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.native import NativeEngine
 from thinkmid.run.interrupt import Interrupt
 from thinkmid.run.ranks import start_ranks
-from thinkmid.train import loss, metrics, rl, rlmt, sft
+from thinkmid.train import metrics, rl, rlmt, sft, supervised
 from thinkmid.train.optim import Offload
 from thinkmid.train.rollouts import STEPS_BETWEEN_POLLS, rollouts
 from thinkmid.types import Prompt
@@ -136,7 +136,7 @@ def programs(home):
     packs = ["--batch.pack_tokens", "80", "--loss.entropy", "0.01", "--run.save-every", "0"]  # no group is dead
     rl_flags = [*rlmt_flags(home, "", steps=3)[:1], *packs]
     sft_flags = [str(home / "sft.toml"), "--run.steps", "3", "--data.pack-tokens", "64", "--run.save-every", "0"]
-    return {"rlmt": (rlmt, rl_flags, rl, "policy_loss"), "sft": (sft, sft_flags, loss, "text_loss")}
+    return {"rlmt": (rlmt, rl_flags, rl, "policy_loss"), "sft": (sft, sft_flags, supervised, "text_loss")}
 
 
 def left(folder):

@@ -136,10 +136,8 @@ def _rope_of(raw: dict[str, Any], key: str) -> tuple[float, RopeScaling | None]:
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"{key}: rope_type {rope_type!r} is not supported; default and llama3 are")
-    for name, other, value in (
-        ("rope_theta", "rope_theta", raw.get("rope_theta")),
-        ("rope_type", "type", rope.get("type")),
-    ):
+    spelled = (("rope_theta", "rope_theta", raw.get("rope_theta")), ("rope_type", "type", rope.get("type")))
+    for name, other, value in spelled:
         if None not in (value, rope.get(name)) and value != rope[name]:
             raise ValueError(f"{key}: {name} {_short(rope[name])}, but {other} {_short(value)}; which one counts?")
     if rope.get(PARTIAL) not in (None, 1):
@@ -153,9 +151,8 @@ def _rope_of(raw: dict[str, Any], key: str) -> tuple[float, RopeScaling | None]:
     original = _number(rope, ROPE_KEYS[3])
     if raw.get(ROPE_KEYS[3]) not in (None, original):  # transformers takes this one
         raise ValueError(f"{ROPE_KEYS[3]} {_short(raw[ROPE_KEYS[3]])} differs from {original} in {key}")
-    return theta, RopeScaling(
-        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original
-    )
+    scaling = RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_positions=original)
+    return theta, scaling
 
 
 def _number(raw: dict[str, Any], key: str, default: Any = None, *, as_type: type[int] | type[float] = int) -> Any:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-from thinkmid.errors import UserError
-
-if TYPE_CHECKING:
-    from thinkmid.model.transformer import ModelConfig
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +32,3 @@ class FreshConfig:
     rope_theta: float = 1000.0
     max_positions: int = 1024  # context length in tokens
     tied: bool = False  # head shares the embedding
-
-
-def fresh_model_cfg(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
-    """A fresh model in Qwen3's form. UserError where the sizes make no model."""
-    from thinkmid.model.transformer import ModelConfig
-
-    sizes = {name: value for name, value in vars(cfg).items() if name not in ("vocab", "tokenizer_data", "tags")}
-    try:
-        return ModelConfig(kind="qwen3", vocab=vocab, norm_eps=1e-6, eos_ids=eos_ids, **sizes)
-    except ValueError as error:
-        raise UserError(f"fresh: {error}") from None

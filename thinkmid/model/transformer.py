@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from thinkmid.errors import UserError
 from thinkmid.kernels import apply_rope, rms_norm, swiglu
+from thinkmid.model.init import FreshConfig
 
 Kind = Literal["llama", "qwen2", "qwen3"]
 # beyond these a number is a mistake, found before it asks for memory
@@ -70,9 +72,8 @@ class ModelConfig:
         if self.kind == "qwen2" and self.attention_bias:
             raise ValueError("attention_bias is not a choice of kind qwen2, whose q, k and v always have biases")
         if self.num_parameters > MOST_PARAMETERS:
-            raise ValueError(
-                f"a model of {self.num_parameters:.1e} parameters: at most {MOST_PARAMETERS:.1e} are possible"
-            )
+            limit = f"at most {MOST_PARAMETERS:.1e} are possible"
+            raise ValueError(f"a model of {self.num_parameters:.1e} parameters: {limit}")
 
     @property
     def qkv_bias(self) -> bool:
@@ -87,6 +88,15 @@ class ModelConfig:
         norms = 2 * self.width + 2 * self.head_dim * (self.kind == "qwen3")
         block = attention + norms + 3 * self.width * self.ffn
         return self.vocab * self.width * (1 if self.tied else 2) + self.layers * block + self.width
+
+
+def fresh_model_cfg(cfg: FreshConfig, vocab: int, eos_ids: tuple[int, ...]) -> ModelConfig:
+    """A fresh model in Qwen3's form. UserError where the sizes make no model."""
+    sizes = {name: value for name, value in vars(cfg).items() if name not in ("vocab", "tokenizer_data", "tags")}
+    try:
+        return ModelConfig(kind="qwen3", vocab=vocab, norm_eps=1e-6, eos_ids=eos_ids, **sizes)
+    except ValueError as error:
+        raise UserError(f"fresh: {error}") from None
 
 
 def inverse_frequencies(cfg: ModelConfig) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 
 from thinkmid import config
 from thinkmid.model.hf_config import read_config
-from thinkmid.model.init import fresh_model_cfg
-from thinkmid.model.transformer import ModelConfig
+from thinkmid.model.transformer import ModelConfig, fresh_model_cfg
 from thinkmid.plan import time
 from thinkmid.plan.footprint import outside, scoring, training_phase
 from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
+from thinkmid.rollout.judge.ask import resident_engine
 
 H100_BYTES = 84.9e9  # an 80 GB card, as the driver reports it
 VLLM_RESIDUE = 3e9  # 8B model on an H100, by users' reports; stays allocated during sleep
@@ -52,7 +52,7 @@ def rollout_phase(
     }
 
 
-def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, float] | None = None) -> int:
+def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[str, float]) -> int:
     """Prints the plan of an RLConfig; exit code 0. judge: bytes per rank of an engine that stays awake beside the
     policy's, by owner."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -70,25 +70,20 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     rollout = rollout_phase(model_cfg, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
     resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
     resident |= outside(device, world)
-    scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
-    check = {"samples scored again (engine.check_every)": scoring(model_cfg, cfg.model, scored, world, device)}
-    if not cfg.engine.check_every:
-        check = {}
+    check = {}
+    if cfg.engine.check_every:
+        scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
+        check["samples scored again (engine.check_every)"] = scoring(model_cfg, cfg.model, scored, world, device)
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
-    judge, always = judge or {}, ("weights", "graphs", "KV")
+    always = ("weights", "graphs", "KV")
     judge_kept = _kept(judge, always)
     resident |= judge_kept
     sync = resident | _kept(rollout, ("weights", "graphs")) | gathered
     sleeps = cfg.engine.kind == "vllm" and cfg.engine.sleep
     training = train | judge_kept | _kept(rollout, ("graphs",) if sleeps else always)
     phases = {"sync": sync, "rollout": resident | rollout | check | judge, "training": training}
-    _print(
-        cfg,
-        model_cfg,
-        _rl_arithmetic(cfg, max_prefix, world) + _cache_room(cfg, model_cfg, max_prefix, rows),
-        phases,
-        device,
-    )
+    arithmetic = _rl_arithmetic(cfg, max_prefix, world) + _cache_room(cfg, model_cfg, max_prefix, rows)
+    _print(cfg, model_cfg, arithmetic, phases, device)
     if cfg.model.dtype == "bfloat16":
         _print_time(time.of_rl(cfg, model_cfg, max_prefix, world), cfg.run.steps, "step")
     return 0
@@ -113,10 +108,8 @@ def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
 def dry_run_sft(cfg: Any) -> int:
     """Prints the plan of an SFTConfig; exit code 0."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.model.folder:
-        model_cfg = read_config(cfg.model.folder)
-    else:
-        model_cfg = fresh_model_cfg(cfg.fresh, cfg.fresh.vocab, ())
+    folder, fresh = cfg.model.folder, cfg.fresh
+    model_cfg = read_config(folder) if folder else fresh_model_cfg(fresh, fresh.vocab, ())
     arithmetic = [
         f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
         f"packs of {cfg.data.pack_tokens:,}",
@@ -133,16 +126,24 @@ def dry_run_sft(cfg: Any) -> int:
 def dry_run_engine(cfg: Any, model_cfg: ModelConfig, sampling: Sampling, max_prompt: int) -> int:
     """Prints the plan of a program that only samples: annotation, evaluation; exit code 0."""
     rows = sampling.max_batch
-    arithmetic = [
-        f"{rows} answers at a time a rank, prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
-    ]
+    room = f"prompts of at most {max_prompt:,} tokens, {sampling.max_new:,} new"
     device = device_of(cfg.engine.dtype, cfg.engine)
     owners = rollout_phase(model_cfg, sampling, cfg.engine, max_prompt, rows) | outside(device, 1)
-    _print(cfg, model_cfg, arithmetic, {"rollout": owners}, device)
+    _print(cfg, model_cfg, [f"{rows} answers at a time a rank, {room}"], {"rollout": owners}, device)
     if cfg.engine.dtype == "bfloat16":
         plan = time.of_answers(model_cfg, cfg.engine, sampling, prompts=1000, siblings=1, prompt=max_prompt)
         _print_time(plan, 0, "thousand answers of a rank")
     return 0
+
+
+def judge_phase(cfg: Any) -> dict[str, float]:
+    """Bytes per rank of an RLMTConfig's resident judge, by owner; {} for others."""
+    if not cfg.reward.judge or cfg.judge.kind != "resident":
+        return {}
+    model_cfg = read_config(cfg.judge.folder)
+    engine, longest = resident_engine(cfg.judge, cfg.engine, cfg.sampling, model_cfg)
+    owners = rollout_phase(model_cfg, cfg.sampling, engine, longest - cfg.sampling.max_new, cfg.sampling.max_batch)
+    return {f"judge's {owner}": size for owner, size in owners.items()}
 
 
 def _kept(rollout: dict[str, float], words: Sequence[str]) -> dict[str, float]:
@@ -170,11 +171,8 @@ def _print(
     cfg: Any, model_cfg: ModelConfig, arithmetic: list[str], phases: dict[str, dict[str, float]], device: str
 ) -> None:
     print(config.to_toml(cfg))
-    print(
-        f"# model: {model_cfg.num_parameters:,} parameters, {model_cfg.layers} layers, width {model_cfg.width}, "
-        f"vocabulary {model_cfg.vocab:,}"
-    )
-    for line in arithmetic:
+    sizes = f"{model_cfg.layers} layers, width {model_cfg.width}, vocabulary {model_cfg.vocab:,}"
+    for line in (f"model: {model_cfg.num_parameters:,} parameters, {sizes}", *arithmetic):
         print(f"# {line}")
     where = {"cpu": "on the CPU", "cuda": "on a GPU"}[device]
     print(f"# memory per rank {where}, by formula (thinkmid/plan/memory.py, footprint.py)")

@@ -35,10 +35,8 @@ def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
 
 def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
     """FLOPs of tokens that each attend to `span` keys; `rows` of them pass the head. 2 per parameter, and attention."""
-    return (
-        tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
-        + rows * 2 * model_cfg.vocab * model_cfg.width
-    )
+    blocks = tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
+    return blocks + rows * 2 * model_cfg.vocab * model_cfg.width
 
 
 def training_seconds(
@@ -69,15 +67,10 @@ def of_answers(
     if engine.kind == "vllm":
         rows = min(rows, engine.kv_gb * 1e9 / token_bytes / (prompt / siblings + new / 2))
     batch_bytes = BYTES[engine.dtype] * model_cfg.num_parameters + rows * (prompt + new / 2) * token_bytes
-    return {
-        "prefill": forward_flops(model_cfg, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK),
-        f"decoding, {rows:.0f} sequences at a time": prompts
-        * siblings
-        * new
-        / rows
-        * batch_bytes
-        / (DECODE * BANDWIDTH),
-    }
+    batches = prompts * siblings * new / rows
+    prefill = forward_flops(model_cfg, prompts * prompt, prompt / 2, 0) / (PREFILL * PEAK)
+    decoding = f"decoding, {rows:.0f} sequences at a time"
+    return {"prefill": prefill, decoding: batches * batch_bytes / (DECODE * BANDWIDTH)}
 
 
 def of_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict[str, float]:
@@ -87,8 +80,7 @@ def of_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, world: int) -> dict
     samples, engines = b.prompts * b.siblings, world / cfg.engine.tensor_parallel
     trunk = max_prefix * (b.prompts if b.share_prefix else samples) + samples * new
     span = max_prefix + new / 2  # keys of a new token; those of a prefix have fewer
-    out = of_answers(
-        model_cfg, cfg.engine, cfg.sampling, prompts=b.prompts / engines, siblings=b.siblings, prompt=max_prefix
-    )
+    prompts = b.prompts / engines  # of each
+    out = of_answers(model_cfg, cfg.engine, cfg.sampling, prompts=prompts, siblings=b.siblings, prompt=max_prefix)
     train = training_seconds(model_cfg, cfg.model, world, tokens=trunk, span=span, rows=samples * new)
     return out | {"training at most, no group dead": train}

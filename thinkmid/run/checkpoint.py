@@ -84,7 +84,7 @@ def latest(root: str | Path, *, warn: Callable[[str], None] = print) -> Path | N
             return folder
         except UserError as reason:
             if _rank_world()[0] == 0:
-                warn(f"skipped a broken checkpoint: {reason}")
+                warn(f"warning: skipped a broken checkpoint: {reason}")
     return None
 
 

@@ -7,14 +7,11 @@ import math
 import numpy as np
 
 from thinkmid.data.pack import Reply, Unit
+from thinkmid.train.config import LossConfig
 from thinkmid.types import Group, Sample
 
-ESTIMATORS = ("dr_grpo", "grpo", "rloo", "token-mean")
 
-
-def units(
-    groups: list[Group], *, estimator: str, num_siblings: int, denom: float, keep_dead: bool, scope: str = "all"
-) -> list[Unit]:
+def units(groups: list[Group], cfg: LossConfig, num_siblings: int) -> list[Unit]:
     """What the step trains on. groups are those of the whole update, over all ranks, dead ones included.
 
     dr_grpo     A = r - mean,            token weight 1 / (P G denom)      Liu et al. 2025
@@ -22,22 +19,22 @@ def units(
     grpo        A = (r - mean) / std,    token weight 1 / (P G |o|)        Shao et al. 2024; population std
     token-mean  A = r - mean,            token weight 1 / (all drawn tokens of the update)
     Samples without a verdict (NaN) leave the baseline and the loss, not the denominator. Rows of advantage 0 are
-    dropped unless keep_dead (KL or entropy give them a gradient). scope "thought": tokens after the closing tag count
+    dropped unless KL or entropy give them a gradient. scope "thought": tokens after the closing tag count
     as if they had not been drawn.
     """
     num_samples = len(groups) * num_siblings
-    num_drawn = max(1, sum(int(counted(s, scope).sum()) for g in groups for s in g.samples))
+    num_drawn = max(1, sum(int(counted(s, cfg.scope).sum()) for g in groups for s in g.samples))
     out: list[Unit] = []
     for group in groups:
         replies = []
-        for sample, a in zip(group.samples, advantages(group.rewards, estimator), strict=True):
-            if math.isnan(a) or (a == 0 and not keep_dead):
+        for sample, a in zip(group.samples, advantages(group.rewards, cfg.estimator), strict=True):
+            if math.isnan(a) or (a == 0 and not cfg.keeps_dead):
                 continue
             # at least 1: a sample may hold forced tokens alone
-            mine = counted(sample, scope)
+            mine = counted(sample, cfg.scope)
             tokens = {"grpo": max(1, mine.sum()) * num_samples, "token-mean": num_drawn}
-            weight = mine / np.float64(tokens.get(estimator, num_samples * denom))
-            replies.append(_reply(sample, a, weight))
+            weight = mine / np.float64(tokens.get(cfg.estimator, num_samples * cfg.denom))
+            replies.append(reply(sample, a, weight))
         if replies:
             out.append(Unit(name=group.prompt.id, prefix=np.asarray(group.prompt.tokens), replies=replies))
     return out
@@ -69,7 +66,8 @@ def is_dead(group: Group) -> bool:
     return not np.nan_to_num(advantages(group.rewards, "dr_grpo")).any()
 
 
-def _reply(sample: Sample, advantage: float, weight: np.ndarray) -> Reply:
+def reply(sample: Sample, advantage: float, weight: np.ndarray) -> Reply:
+    """What was written, each token with this weight of its policy term."""
     n = len(sample.tokens)
     return Reply(
         tokens=sample.tokens,

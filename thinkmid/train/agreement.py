@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from thinkmid.data.pack import Reply, Unit, make_pack
+from thinkmid.data.pack import Unit, make_pack
 from thinkmid.errors import UserError
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.protocol import Engine
+from thinkmid.train.advantage import reply
 from thinkmid.train.config import RLConfig
 from thinkmid.train.job import Job
 from thinkmid.train.loss import logprobs
@@ -121,9 +122,5 @@ def too_far(row: dict[str, float], max_gap: float) -> bool:
 
 
 def _unit(group: Group) -> Unit:
-    replies = []
-    for s in group.samples:
-        zeros = np.zeros(len(s.tokens), np.float32)
-        weight = s.drawn.astype(np.float32)
-        replies.append(Reply(tokens=s.tokens, ce_w=zeros, pg_w=weight, adv=zeros, logp_old=s.logp))
+    replies = [reply(s, 0.0, s.drawn) for s in group.samples]
     return Unit(name=group.prompt.id, prefix=np.asarray(group.prompt.tokens), replies=replies)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 from thinkmid.errors import at_least, positive
-from thinkmid.model.init import ModelSection
+from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
-from thinkmid.run.config import ProgramConfig, RunConfig
+from thinkmid.rollout.grade.config import VerifyConfig
+from thinkmid.rollout.judge.config import JudgeConfig
+from thinkmid.run.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,67 @@ class OptimConfig:
         return self.lr if self.schedule == "constant" else self.lr * (self.floor + (1 - self.floor) * shape)
 
 
-class TrainConfig(ProgramConfig, Protocol):
-    """The config of a training program, as far as all of them agree."""
+def read_parts(texts: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
+    """Patterns by name, of "name=pattern". ValueError names a text that is none."""
+    parts = {}
+    for text in texts:
+        name, _, pattern = text.partition("=")
+        if not name or not pattern:
+            raise ValueError(f"probe_parts: {text!r} is not name=pattern")
+        try:
+            parts[name] = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"probe_parts: {text!r}: {error}") from None
+    return parts
 
-    @property
-    def optim(self) -> OptimConfig: ...
+
+@dataclass(frozen=True, kw_only=True)
+class SFTData:
+    """What is learnt."""
+
+    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
+    val_paths: tuple[str, ...] = ()  # held-out documents
+    val_every: int = 200  # steps between validations; there is one at the end too
+    probe_paths: tuple[str, ...] = ()  # documents with full thoughts: is RLMT worth starting?
+    # what of a thought is probed: name=pattern, whose last character's token is to be predicted; a name that ends in ?
+    # is measured and not required
+    probe_parts: tuple[str, ...] = ("thought=(?s).",)
+    batch_tokens: int = 4096  # tokens of an optimiser step, over all ranks
+    pack_tokens: int = 4096  # tokens of one forward on one rank
+    max_len: int = 512  # longer documents are cut into sequences of this many tokens
+    # with run.steps 0, how long the run is: passes over the data, or tokens
+    epochs: float = 0.0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
+        at_least(self, batch_tokens=2, pack_tokens=2, max_len=2, val_every=1, epochs=0, tokens=0)
+        if self.max_len > min(self.batch_tokens, self.pack_tokens):
+            rooms = f"batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
+            raise ValueError(f"max_len {self.max_len} exceeds {rooms}")
+        read_parts(self.probe_parts)
+        if self.epochs > 1e4 or self.tokens > 1e15:
+            raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """SFT mid-training."""
+
+    run: RunConfig
+    model: ModelSection = field(default_factory=ModelSection)
+    fresh: FreshConfig = field(default_factory=FreshConfig)
+    data: SFTData
+    optim: OptimConfig
+    keeps_frozen: ClassVar[bool] = False
+    ema_decay: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        given = {"run.steps": self.run.steps, "data.epochs": self.data.epochs, "data.tokens": self.data.tokens}
+        if sum(map(bool, given.values())) > 1:
+            both = ", ".join(f"{name} {value}" for name, value in given.items() if value)
+            raise ValueError(f"the run's length is given more than once: {both}; set all but one to 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +216,80 @@ class RLConfig:
     def ema_decay(self) -> float:
         """Decay of a moving average of the weights, per step; 0 without one."""
         return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLMTData:
+    """Where prefixes come from."""
+
+    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # where a prefix ends: at an annotated thought; in raw text at a sentence end, after a fixed or a drawn length
+    prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
+    length: int = 0  # fixed: tokens of text in a prefix
+    max_prefix: int = 0  # tokens of the longest prefix, opened tag included; 0: what the model's context leaves
+    val_paths: tuple[str, ...] = ()  # held-out text, validated on before the first step: is there something to learn?
+    val_prompts: int = 32  # number of its prefixes, each with batch.siblings samples
+    val_every: int = 0  # steps between further validations; 0: none
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths is empty; --data.paths FILE or FOLDER")
+        at_least(self, max_prefix=0, val_prompts=1, val_every=0)
+        if (self.length > 0) != (self.prefix == "fixed"):
+            raise ValueError(f"length {self.length} with prefix {self.prefix!r}: 'fixed' needs one, others take none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLMTConfig(RLConfig):
+    """RL mid-training."""
+
+    data: RLMTData
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needs = {"reward.likelihood": self.reward.likelihood, "reward.gain": self.reward.gain}
+        needs |= {"reward.prefix": self.reward.prefix, "loss.next_token": self.loss.next_token}
+        if (asked := [name for name, weight in needs.items() if weight]) and not self.sampling.max_suffix:
+            raise ValueError(f"{asked[0]} needs sampling.max_suffix above 0: so much of the true suffix counts")
+        if self.reward.prefix and self.reward.prefix_tokens > self.sampling.max_suffix:
+            sizes = f"{self.reward.prefix_tokens} exceed sampling.max_suffix {self.sampling.max_suffix}"
+            raise ValueError(f"reward.prefix_tokens {sizes}")
+
+    @property
+    def keeps_frozen(self) -> bool:
+        return super().keeps_frozen or "frozen" in self.reward.weights
+
+    @property
+    def ema_decay(self) -> float:
+        return self.reward.decay if "ema" in self.reward.weights else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLPTData:
+    """Where questions come from and how they are put."""
+
+    path: str  # jsonl or parquet, a file or a folder of shards
+    task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
+    template: str = "boxed-think"  # words around a question; with "-think" the model starts inside its thought
+    max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
+
+    def __post_init__(self) -> None:
+        at_least(self, max_prompt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLPTConfig(RLConfig):
+    """RL post-training. sampling.max_suffix is the room for the answer after the thought."""
+
+    data: RLPTData
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss.next_token:
+            raise ValueError(f"loss.next_token {self.loss.next_token} is for RLMT: an answer has no true suffix")
+
+
+TrainConfig = SFTConfig | RLConfig

@@ -1,4 +1,4 @@
-"""Training data in a run's folder: tokenised once by all ranks, and read from there by the run that resumes."""
+"""Training data. Text is tokenised once by all ranks, and read from the run's folder by the run that resumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thinkmid.data import prompts, sequences, store
+from thinkmid.data import prompts, questions, sequences, store, templates
 from thinkmid.data.source import Document, data_files, left_out, read_documents
 from thinkmid.data.store import Store
 from thinkmid.errors import UserError
@@ -23,6 +23,7 @@ from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
+from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData
 from thinkmid.types import Prompt
 
 REPORT_S = 10  # between lines of progress
@@ -46,20 +47,53 @@ def stored_sequences(
     return sequences.Sequences(documents, max_len), documents.digest
 
 
-def stored_prompts(
-    paths: Sequence[str], make: MakePrompts, decides: dict[str, Any], run: RunConfig, ranks: Ranks, interrupt: Interrupt
-) -> tuple[prompts.StoredPrompts, str]:
-    """The prompts that make() makes of all documents, and a digest of them. Collective.
-
-    decides: what prompts come out, beside the documents.
-    """
-    what = f"prefix (data.prefix = {decides['prefix']!r})"
-    stored = _Writing(paths, partial(_prompt_records, make=make), what, run, ranks, interrupt).store(decides)
-    return prompts.StoredPrompts(stored), stored.digest
-
-
 def _prompt_records(documents: Iterable[Document], make: MakePrompts) -> Iterable[tuple[bytes, tuple[int, int]]]:
     return prompts.records(make(documents))
+
+
+def read_prompts(
+    cfg: RLMTConfig, tokenizer: Tokenizer, max_prefix: int, ranks: Ranks, interrupt: Interrupt
+) -> tuple[prompts.StoredPrompts, str, list[Prompt]]:
+    """RLMT's prompts, their digest, and the held-out prompts. Collective."""
+    data, seed = cfg.data, cfg.run.seed
+    name_left_out([*data.paths, *data.val_paths], ranks)
+    decides: dict[str, Any] = {"prompts": tokenizer.digest, "max_prefix": max_prefix, "prefix": data.prefix}
+    if data.prefix == "thought":
+        make: MakePrompts = partial(prompts.at_thoughts, tokenizer=tokenizer, max_prefix=max_prefix)
+    else:
+        decides |= {"length": data.length, "seed": seed}
+        cut = partial(prompts.in_raw_text, where=data.prefix, length=data.length, seed=seed)
+        make = partial(cut, tokenizer=tokenizer, max_prefix=max_prefix)
+    held_out = ranks.run_on_all(_read_held_out, data, make) if data.val_paths else []
+    what = f"prefix (data.prefix = {data.prefix!r})"
+    writing = _Writing(data.paths, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt)
+    stored = writing.store(decides)
+    return prompts.StoredPrompts(stored), stored.digest, held_out
+
+
+def _read_held_out(data: RLMTData, make: MakePrompts) -> list[Prompt]:
+    """val_prompts prefixes spread evenly over the held-out text."""
+    found = [prompt for block in store.blocks(read_documents(data.val_paths)) for prompt in make(block)]
+    if not found:
+        raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
+    return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
+
+
+def read_questions(data: RLPTData, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Prompt], list[str]]:
+    """One prompt per question that fits, and lines about the others. UserError if none does."""
+    loaded = questions.load(data.task, data.path)
+    found = []
+    for q in loaded.questions:
+        posed = questions.posed(q)
+        tokens = templates.tokens(tokenizer, templates.render(data.template, posed.text, choice=q.kind == "choice"))
+        if len(tokens) <= max_prompt:
+            found.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
+    if not found:
+        raise UserError(f"{data.path}: no question fits into {max_prompt} tokens")
+    notes = list(loaded.notes)
+    if left := len(loaded.questions) - len(found):
+        notes.append(f"{left} of {len(loaded.questions)} questions exceed {max_prompt} tokens and are left out")
+    return found, notes
 
 
 @dataclass

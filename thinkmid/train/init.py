@@ -9,8 +9,8 @@ import torch
 
 from thinkmid.data.source import read_documents
 from thinkmid.model import weights
-from thinkmid.model.init import FreshConfig, fresh_model_cfg
-from thinkmid.model.transformer import init_weights
+from thinkmid.model.init import FreshConfig
+from thinkmid.model.transformer import fresh_model_cfg, init_weights
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, hold
 from thinkmid.run.ranks import Ranks

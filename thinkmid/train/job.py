@@ -22,7 +22,7 @@ from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.run import checkpoint
+from thinkmid.run import checkpoint, curves
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
 from thinkmid.run.interrupt import EXIT, Interrupt
@@ -61,11 +61,11 @@ class Inputs:
     frozen: Mapping[str, Path] = field(default_factory=dict)  # folders of weights that every start reads, by their part
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Job:
     """A run in progress."""
 
-    run: RunConfig
+    cfg: TrainConfig
     source: Source
     model: Transformer
     optimizer: torch.optim.Optimizer
@@ -74,16 +74,14 @@ class Job:
     log: Log
     watch: Watch
     same: State  # what a checkpoint records about the run, for the one that resumes it
-    start: int = 0  # steps that were done when this process began
-    saved_step: int = -1  # of the newest checkpoint; -1 without one
-    saved_state: State = field(default_factory=dict)  # the loop's, in that checkpoint
-    ema: Transformer | None = None  # moving average of the weights, in fp32
-    ema_decay: float = 0.0
-    frozen: Transformer | None = None  # the starting weights, for a KL or as a scorer
+    saved_step: int  # of the newest checkpoint, where the loop begins; 0 without one
+    saved_state: State  # the loop's, in that checkpoint; {} without one
+    ema: Transformer | None  # moving average of the weights, in fp32
+    frozen: Transformer | None  # the starting weights, for a KL or as a scorer
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.folder)
+        return Path(self.cfg.run.folder)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -97,7 +95,7 @@ class Job:
         begin = time.perf_counter()
         self.refuse_broken(step)
         # where losses are not finite any more an older checkpoint may be the last that is worth anything
-        keep = sys.maxsize if state["skipped"] else self.run.keep
+        keep = sys.maxsize if state["skipped"] else self.cfg.run.keep
         try:
             tensors = _tensors(self.model, self.optimizer, self.ema)
             checkpoint.save(self.folder / "checkpoints", step, tensors, {**state, **self.same}, keep=keep)
@@ -116,11 +114,11 @@ class Job:
         largest = torch.nn.utils.get_total_norm([x for x in parts if x.numel()], math.inf)
         if self.ranks.any(not math.isfinite(largest.item())):
             self.log.event("not_finite", step=step)
-            cause, start = self.same["rate"], max(0, self.saved_step)
+            rate = self.cfg.optim
             raise UserError(
-                f"step {step}: weights or Adam's moments are not finite after this update (optim.lr {cause['lr']:g}, "
-                f"optim.weight_decay {cause['weight_decay']:g}); with lower values too, the same command resumes from "
-                f"step {start}"
+                f"step {step}: weights or Adam's moments are not finite after this update (optim.lr {rate.lr:g}, "
+                f"optim.weight_decay {rate.weight_decay:g}); with lower values too, the same command resumes from "
+                f"step {self.saved_step}"
             )
 
     @torch.no_grad()
@@ -130,29 +128,28 @@ class Job:
             return
         for model in (self.ema, self.model):
             weights.reshard(model)
-        pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True)
-        for ours, theirs in pairs:
-            _local(ours).lerp_(_local(theirs), 1 - self.ema_decay)
+        for ours, theirs in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            _local(ours).lerp_(_local(theirs), 1 - self.cfg.ema_decay)
 
-    def count_skips(self, step: int, broken: list[str], skipped: int, limit: int) -> int:
-        """Non-finite updates in a row, after this one. UserError past the limit: the run would only burn time."""
+    def count_skips(self, step: int, broken: list[str], skipped: int) -> int:
+        """Non-finite updates in a row, after this one. UserError past optim.max_skipped: more would burn time."""
         if not broken:
             return 0
         names = ", ".join(broken[:8]) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
         self.log.event("skipped_update", step=step, samples=broken)
         self.log.say(f"warning: step {step}: loss or gradient not finite, update skipped; in {names}")
-        if skipped + 1 > limit:
+        if skipped + 1 > self.cfg.optim.max_skipped:
             raise UserError(f"step {step}: {skipped + 1} updates in a row were not finite; the last in {names}")
         return skipped + 1
 
     def export(self) -> Path:
         """The model as an HF folder, fp32."""
-        folder, named, step = self.folder / "export", weights.stream(self.model), max(0, self.saved_step)
-        self.refuse_broken(step)
+        folder, named = self.folder / "export", weights.stream(self.model)
+        self.refuse_broken(self.saved_step)
         try:
             weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source.folder)
         except (OSError, SafetensorError) as error:
-            again = f"the same command resumes from step {step}"
+            again = f"the same command resumes from step {self.saved_step}"
             raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
@@ -160,8 +157,6 @@ class Job:
         """Draws curves.png and closes the log; exit code 0. Without matplotlib a line reports what is missing."""
         self.log.say(f"{exported} holds the model")
         if self.ranks.rank == 0:
-            from thinkmid.run import curves
-
             try:
                 curves.draw(self.folder, self.folder / "curves.png")
             except UserError as error:
@@ -176,51 +171,42 @@ class Job:
         return EXIT
 
 
-def open_job(
-    cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt: Interrupt, ema_decay: float = 0.0
-) -> Job:
+def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt: Interrupt) -> Job:
     """Model, optimiser and log, resumed if there is something to resume. Collective.
 
-    ema_decay: above 0 the job has a moving average of the weights. Called after config, data and model folder have been
-    validated: with run.fresh the run folder is cleared here.
+    Called after config, data and model folder have been validated: with run.fresh the run folder is cleared here.
     """
-    folder = Path(cfg.run.folder)
-    saved = _latest(cfg, ranks)
-    compared, moved = _compared_folders(cfg, source, inputs, ranks, saved)
-    parts = _parts(source, compared, ranks)
-    model = _start_model(source, cfg.model, ranks, saved)
+    folder, saved = Path(cfg.run.folder), _latest(cfg, ranks)
+    moved = saved is not None and ranks.any(ranks.rank == 0 and has_moved(cfg))
+    compared = dict(inputs.frozen)
+    # a run that reads no weights again compares them where model.folder is another; what it began with is known for
+    # nothing where an export's seal holds it
+    if cfg.keeps_frozen or moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
+        compared["weights"] = source.folder
+    parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
+    parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
+    parts["tokenizer"] = source.tokenizer.digest
+    # a checkpoint holds every weight: with one, nothing is read from the source
+    model = sharded_model(source, cfg.model, ranks, filled=not saved)
     optimizer = optim.adamw(model, cfg.optim)
-    ema = _start_model(source, cfg.model, ranks, saved) if ema_decay else None
+    ema = sharded_model(source, cfg.model, ranks, filled=not saved) if cfg.ema_decay else None
     state: State = {}
     if saved:
         state = checkpoint.load(saved, _tensors(model, optimizer, ema), verified=True)
         known = ({"weights": None} if moved else {}) | state.get("model", {})
         same_model(known, parts, {"config.json": source.folder, "tokenizer": source.folder, **compared})
-        _same_inputs(state, inputs, folder)
+        same_data(state["data"], inputs.data, folder)
+        same_data(state.get("held_out", inputs.held_out), inputs.held_out, folder, "held-out data")
         parts = known | parts
     start = checkpoint.step(saved) if saved else 0
     rate = {"steps": inputs.num_steps, "lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay}
     same: State = {"data": inputs.data, "held_out": inputs.held_out, "model": parts, "rate": rate}
     describe_run(cfg, ranks)
-    log = _open_log(cfg, same["rate"], ranks, start, state)
-    watch = Watch(folder, ranks.rank, cfg.run.timeout_s)
+    log, watch = _open_log(cfg, rate, ranks, start, state), Watch(folder, ranks.rank, cfg.run.timeout_s)
     watch.beat("start", start)
-    return Job(
-        run=cfg.run,
-        source=source,
-        model=model,
-        optimizer=optimizer,
-        ranks=ranks,
-        interrupt=interrupt,
-        log=log,
-        watch=watch,
-        same=same,
-        start=start,
-        saved_step=start if saved else -1,
-        saved_state={key: value for key, value in state.items() if key not in same},
-        ema=ema,
-        ema_decay=ema_decay,
-    )
+    state = {key: value for key, value in state.items() if key not in same}
+    frozen = sharded_model(source, cfg.model, ranks) if cfg.keeps_frozen else None
+    return Job(cfg, source, model, optimizer, ranks, interrupt, log, watch, same, start, state, ema=ema, frozen=frozen)
 
 
 def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
@@ -228,57 +214,16 @@ def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
     ones. Collective."""
     checkpoints = Path(cfg.run.folder, "checkpoints")
     clear_folder(cfg, ranks)
-    saved = checkpoint.latest(checkpoints, warn=_warn)
+    saved = checkpoint.latest(checkpoints)
     if not saved and begun(cfg.run):
         raise UserError(f"{checkpoints}: no checkpoint is whole; --run.fresh starts over")
     return saved
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {line}")
-
-
-def _start_model(source: Source, section: ModelSection, ranks: Ranks, saved: Path | None) -> Transformer:
-    """A checkpoint holds every weight: with one, nothing is read from the source."""
-    return empty_model(source.model_cfg, section, ranks) if saved else sharded_model(source, section, ranks)
-
-
-def _compared_folders(
-    cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, saved: Path | None
-) -> tuple[dict[str, Path], bool]:
-    """Folders whose weights a resumed run must find unchanged, by their part; whether model.folder is another now.
-
-    A run that reads no weights again compares them where model.folder is another; what it began with is known for
-    nothing where an export's seal holds it.
-    """
-    moved = saved is not None and ranks.any(ranks.rank == 0 and has_moved(cfg))
-    compared = dict(inputs.frozen)
-    if moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
-        compared["weights"] = source.folder
-    return compared, moved
-
-
-def _parts(source: Source, compared: Mapping[str, Path], ranks: Ranks) -> State:
-    """What a checkpoint records about the model, by part."""
-    parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
-    parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
-    return parts | {"tokenizer": source.tokenizer.digest}
-
-
-def _same_inputs(state: State, inputs: Inputs, folder: Path) -> None:
-    same_data(state["data"], inputs.data, folder)
-    same_data(state.get("held_out", inputs.held_out), inputs.held_out, folder, "held-out data")
-
-
 def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: State) -> Log:
-    log = Log(
-        Path(cfg.run.folder),
-        ranks.rank,
-        start - ("row" in state),  # a row that the state holds is written by this run
-        num_steps=rate["steps"],
-        trackers=cfg.run.trackers,
-        config=dataclasses.asdict(cfg),
-    )
+    # a row that the state holds is written by this run
+    begin, shown = start - ("row" in state), dataclasses.asdict(cfg)
+    log = Log(cfg.run.folder, ranks.rank, begin, num_steps=rate["steps"], trackers=cfg.run.trackers, config=shown)
     log.event("start", step=start, world=ranks.world)
     for line in changes(state.get("rate", {}), rate, cfg.optim.schedule):
         log.say(f"warning: {line}")
@@ -311,19 +256,18 @@ def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def sharded_model(source: Source, section: ModelSection, ranks: Ranks) -> Transformer:
-    """The model in an HF folder, of which each rank reads its own rows. Collective."""
-    model = empty_model(source.model_cfg, section, ranks)
-    ranks.run_on_all(weights.load_into, model, source.folder)
-    return model
+def sharded_model(source: Source, section: ModelSection, ranks: Ranks, *, filled: bool = True) -> Transformer:
+    """The source's model, master weights in fp32, of which each rank has its own rows. Collective.
 
-
-def empty_model(model_cfg: ModelConfig, section: ModelSection, ranks: Ranks) -> Transformer:
-    """Meta device first, sharded, then memory for each rank's rows; master weights in fp32."""
+    filled: with the weights in the folder. Meta device first, sharded, then memory for each rank's rows.
+    """
     with torch.device("meta"):
-        model = Transformer(model_cfg, checkpointing=section.checkpointing, deterministic=section.deterministic)
+        model = Transformer(source.model_cfg, checkpointing=section.checkpointing, deterministic=section.deterministic)
     fsdp.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
-    return weights.materialise(model, ranks.device)
+    weights.materialise(model, ranks.device)
+    if filled:
+        ranks.run_on_all(weights.load_into, model, source.folder)
+    return model
 
 
 def check_source(source: Source, run: RunConfig, ranks: Ranks) -> None:
@@ -331,9 +275,7 @@ def check_source(source: Source, run: RunConfig, ranks: Ranks) -> None:
     not need the weights. Collective."""
     ranks.run_on_all(_check_vocabulary, source)
     if not ranks.any(begun(run)):
-        with torch.device("meta"):
-            model = Transformer(source.model_cfg)
-        ranks.run_on_all(weights.matched, model, source.folder)
+        ranks.run_on_all(weights.matched, weights.build(source.model_cfg, device="meta"), source.folder)
 
 
 def _check_vocabulary(source: Source) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.model import weights
-from thinkmid.model.transformer import Transformer
-from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.config import RewardConfig
+from thinkmid.train.config import RLMTConfig
+from thinkmid.train.job import Job
 from thinkmid.train.loss import logprobs
 from thinkmid.train.packing import Packing
 from thinkmid.train.references import Reference, begins_true, references
@@ -23,29 +21,13 @@ Terms = dict[str, np.ndarray]  # name of a reward -> (samples of all groups,) fp
 COLUMNS = {"judge": "verdict", "prefix": "prefix_match"}  # what the metrics call them
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numbered(Reply):
-    """A reply whose tokens with loss are measured together."""
-
-    number: int
-
-
 class Scores:
     """Rewards of groups as weighted sums. Every rank brings the same groups and learns the same rewards."""
 
-    def __init__(
-        self,
-        cfg: RewardConfig,
-        models: Mapping[str, Transformer | None],
-        tokenizer: Tokenizer,
-        ranks: Ranks,
-        *,
-        max_suffix: int,
-        pack_tokens: int,
-    ):
-        """models: whose weights may score, by the names of RewardConfig.scorer."""
-        self._cfg, self._models, self._tokenizer, self._ranks = cfg, models, tokenizer, ranks
-        self._max_suffix, self._pack_tokens = max_suffix, pack_tokens
+    def __init__(self, job: Job, cfg: RLMTConfig):
+        self._cfg, self._tokenizer, self._ranks = cfg.reward, job.tokenizer, job.ranks
+        self._models = {"policy": job.model, "frozen": job.frozen, "ema": job.ema}  # whose weights may score
+        self._max_suffix, self._pack_tokens = cfg.sampling.max_suffix, cfg.batch.pack_tokens
 
     def __call__(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """Groups with the judge's verdicts as rewards -> groups with the sums, and the terms' means. Collective."""
@@ -93,15 +75,15 @@ class Scores:
 
     @torch.no_grad()
     def _mean_logp(self, name: str, units: list[Unit], num: int) -> np.ndarray:
-        """(num,) fp64: mean log-prob of the tokens with next-token weight, by their reply's number; NaN where there are
-        none or it is not finite. At temperature 1: the text was not drawn at ours."""
+        """(num,) fp64: mean log-prob of the tokens with next-token weight, by their reply's number, the weight less 1;
+        NaN where there are none or it is not finite. At temperature 1: the text was not drawn at ours."""
         model, ranks = self._models[name], self._ranks
         assert model is not None, f"no {name} weights"
         numbers, logps = [np.zeros(0, np.int64)], [np.zeros(0)]
         for batch in Packing(self._pack_tokens, model.cfg, ranks).mine(units):
             pack = make_pack(batch, ranks.device)
             logps.append(logprobs(model, pack).double().cpu().numpy())
-            numbers.append(_numbers(batch)[pack.reply.cpu().numpy()])
+            numbers.append(pack.ce_w.long().cpu().numpy() - 1)
         weights.reshard(model)  # a copy's head would stay gathered through the training phase
         number, logp = np.concatenate(numbers), np.concatenate(logps)
         # a reply lies on one rank whole, so adding up ranks rounds nothing
@@ -119,24 +101,25 @@ class Layout:
     def __init__(self, groups: list[Group], suffixes: list[Reference], tokenizer: Tokenizer):
         self._suffixes = suffixes
         self.num = 0  # numbers given: one for each distinct thought and one for each bare prompt
-        self._thoughts_P: list[dict[bytes, tuple[int, np.ndarray]]] = []
+        self._numbers_P: list[dict[bytes, int]] = []  # by the thought's tokens; b"": the bare prompt
         self._slots_P_G: list[list[int]] = []  # -1: never closed
-        self._bare_P: list[int] = []
         for group in groups:
-            thoughts: dict[bytes, tuple[int, np.ndarray]] = {}
-            slots = [self._slot(thoughts, closed(s, tokenizer)) for s in group.samples]
-            self._thoughts_P.append(thoughts)
+            numbers: dict[bytes, int] = {}
+            thoughts = [closed(s, tokenizer) for s in group.samples]
+            slots = [numbers.setdefault(t, self.num + len(numbers)) if t else -1 for t in thoughts]
+            numbers[b""] = self.num + len(numbers)
+            self.num += len(numbers)
+            self._numbers_P.append(numbers)
             self._slots_P_G.append(slots)
-            self._bare_P.append(self._next())
 
     def units(self, *, thoughts: bool, bare: bool) -> list[Unit]:
         """Units to score: each prompt's distinct thoughts, its reference without a thought, or both in one unit."""
         out: list[Unit] = []
-        for reference, known, number in zip(self._suffixes, self._thoughts_P, self._bare_P, strict=True):
-            replies: list[Reply] = [_reply(thought, reference, slot) for slot, thought in known.values() if thoughts]
+        for reference, numbers in zip(self._suffixes, self._numbers_P, strict=True):
+            replies = [_reply(thought, reference, n) for thought, n in numbers.items() if thought and thoughts]
             unit = reference.unit(replies) if replies and len(reference.targets) else None
             if bare:
-                out += reference.beside(unit, _numbered(Reply.text(reference.targets, 1.0), number))
+                out += reference.beside(unit, Reply.text(reference.targets, numbers[b""] + 1))
             elif unit:
                 out.append(unit)
         return out
@@ -157,8 +140,8 @@ class Layout:
     def of_prompts(self, values: np.ndarray) -> np.ndarray:
         """(samples,) of values (num,): what each sample's prompt has without a thought, 0 where of_samples is 0."""
         out = []
-        for reference, number, slots in zip(self._suffixes, self._bare_P, self._slots_P_G, strict=True):
-            out.append(np.full(len(slots), values[number] if len(reference.targets) and max(slots) >= 0 else 0.0))
+        for reference, numbers, slots in zip(self._suffixes, self._numbers_P, self._slots_P_G, strict=True):
+            out.append(np.full(len(slots), values[numbers[b""]] if len(reference.targets) and max(slots) >= 0 else 0.0))
         return np.concatenate(out)
 
     @property
@@ -167,24 +150,11 @@ class Layout:
         pairs = zip(self._suffixes, self._slots_P_G, strict=True)
         return np.array([slot >= 0 and len(reference.targets) > 0 for reference, slots in pairs for slot in slots])
 
-    def _slot(self, thoughts: dict[bytes, tuple[int, np.ndarray]], thought: np.ndarray | None) -> int:
-        if thought is None:
-            return -1
-        key = thought.tobytes()
-        if key not in thoughts:
-            thoughts[key] = (self._next(), thought)
-        return thoughts[key][0]
 
-    def _next(self) -> int:
-        self.num += 1
-        return self.num - 1
-
-
-def closed(sample: Sample, tokenizer: Tokenizer) -> np.ndarray | None:
-    """The tokens of a thought, its first closing tag included; None without one. What the last of them holds beyond
-    the tag stays: tokens as drawn."""
-    num = tokenizer.split_at_close(sample.tokens).num_think
-    return None if num is None else sample.tokens[:num].astype(np.int64)
+def closed(sample: Sample, tokenizer: Tokenizer) -> bytes:
+    """The tokens of a thought as int64, its first closing tag included; none without one. What the last of them holds
+    beyond the tag stays: tokens as drawn."""
+    return sample.tokens[: tokenizer.split_at_close(sample.tokens).num_think or 0].astype(np.int64).tobytes()
 
 
 def _mean(values: np.ndarray) -> float:
@@ -193,17 +163,7 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _reply(thought: np.ndarray, reference: Reference, number: int) -> Numbered:
-    tokens = np.concatenate([thought, reference.lead, reference.targets])
+def _reply(thought: bytes, reference: Reference, number: int) -> Reply:
+    tokens = np.concatenate([np.frombuffer(thought, np.int64), reference.lead, reference.targets])
     is_scored = np.arange(len(tokens)) >= len(tokens) - len(reference.targets)
-    return _numbered(Reply.text(tokens, is_scored.astype(np.float32)), number)
-
-
-def _numbered(reply: Reply, number: int) -> Numbered:
-    return Numbered(**vars(reply), number=number)
-
-
-def _numbers(batch: list[Unit]) -> np.ndarray:
-    """Numbers of the replies in a pack, as its stream `reply` counts them: those with loss."""
-    replies = [reply for unit in batch for reply in unit.replies if isinstance(reply, Numbered)]
-    return np.array([reply.number for reply in replies if reply.ce_w.any()], np.int64)
+    return Reply.text(tokens, is_scored * np.float32(number + 1))

@@ -25,8 +25,7 @@ class Update:
     stats: Stats
     num_rows: int  # tokens that went through the trunk, over all ranks
     num_rows_unshared: int  # had each prefix been stored once per reply
-    num_packs: int
-    capacity: int
+    capacity: int  # tokens that its packs had room for
 
 
 def describe(groups: list[Group]) -> dict[str, float]:
@@ -65,7 +64,7 @@ def measure(updates: list[Update]) -> dict[str, float]:
         "grad_norm": float(np.mean([u.stats.grad_norm for u in updates])),
         "trained_tokens": tokens,
         "trunk_tokens": num_rows,
-        "packing_efficiency": num_rows / max(1, sum(u.num_packs * u.capacity for u in updates)),
+        "packing_efficiency": num_rows / max(1, sum(u.capacity for u in updates)),
         "prefix_saving": sum(u.num_rows_unshared for u in updates) / max(1, num_rows),
     }
 
@@ -87,17 +86,15 @@ def advice(row: dict[str, float]) -> list[str]:
             f"{row['unclosed']:.0%} of the thoughts do not close: raise sampling.max_think, set sampling.force_close, "
             "or train longer on text with thoughts first"
         )
-    if row["dead_groups"] > MOST_DEAD and "likelihood" in row:  # a reward that is not right or wrong
-        out.append(
-            f"{row['dead_groups']:.0%} of the groups have equal rewards throughout: no sibling is better than another"
-        )
-    elif row["dead_groups"] > MOST_DEAD and row["reward"] < 0.5:
-        out.append(
-            f"{row['dead_groups']:.0%} of the groups have no right sample to learn from "
-            f"(mean reward {row['reward']:.3f}): more siblings, a milder judge, or a longer SFT first"
-        )
-    elif row["dead_groups"] > MOST_DEAD:
-        out.append(f"{row['dead_groups']:.0%} of the groups are right throughout: little is left to learn here")
+    if row["dead_groups"] > MOST_DEAD:
+        dead = f"{row['dead_groups']:.0%} of the groups"
+        if "likelihood" in row:  # a reward that is not right or wrong
+            out.append(f"{dead} have equal rewards throughout: no sibling is better than another")
+        elif row["reward"] < 0.5:
+            cure = "more siblings, a milder judge, or a longer SFT first"
+            out.append(f"{dead} have no right sample to learn from (mean reward {row['reward']:.3f}): {cure}")
+        else:
+            out.append(f"{dead} are right throughout: little is left to learn here")
     return out
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.data.prompts import split
-from thinkmid.data.source import Document, read_documents
+from thinkmid.data.source import read_documents
 from thinkmid.model.attention import attend_pack
 from thinkmid.model.transformer import Transformer
 from thinkmid.tokenizer import Tokenizer
@@ -20,13 +19,6 @@ from thinkmid.train.loss import logprobs
 from thinkmid.train.packing import Packing
 
 ENOUGH = 0.75  # accuracy of required parts; RLMT runs that began below it gained little
-
-
-@dataclass(frozen=True, kw_only=True)
-class Marked(Reply):
-    """A text in which some tokens are measured apart."""
-
-    marks: np.ndarray  # (n,), 0: measured with all others only
 
 
 @torch.no_grad()
@@ -39,7 +31,7 @@ def validation_loss(
     for batch in packing.mine(units):
         pack = make_pack(batch, packing.ranks.device)
         nll = -logprobs(model, pack).double()
-        is_thought = torch.from_numpy(_marks(batch)).to(nll.device)
+        is_thought = pack.ce_w - 1
         sums["all"] += nll.sum().cpu()
         sums["num"] += len(nll)
         sums["thought"] += (nll * is_thought).sum().cpu()
@@ -55,9 +47,25 @@ def validation_loss(
 def read_thoughts(
     paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]]
 ) -> list[Unit]:
-    """The first max_len tokens of each document; those of its thoughts that parts match are marked."""
-    patterns = list(parts.values())
-    return list(_marked(read_documents(paths), tokenizer, max_len, patterns))
+    """The first max_len tokens of each document of two or more; those of its thoughts that parts match are marked with
+    the part's place, counted from 1."""
+    units, lead = [], len(tokenizer.decode(tokenizer.open_ids).encode())
+    for doc in read_documents(paths):
+        tokens, marks = [], [np.zeros(0, np.float32)]
+        for is_thought, piece in split(doc):
+            [[ids]] = tokenizer.encode_pieces([[(is_thought, piece)]])
+            mark = np.zeros(len(ids), np.float32)
+            if is_thought:
+                ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
+                for k, pattern in enumerate(parts.values(), start=1):
+                    for m in pattern.finditer(piece):
+                        # the token that holds the last character of the match
+                        mark[np.searchsorted(ends, lead + len(piece[: m.end()].encode()))] = k
+            tokens += ids
+            marks.append(mark)
+        if len(tokens) > 1:
+            units.append(_unit(doc.id, np.array(tokens[:max_len]), np.concatenate(marks)[:max_len]))
+    return units
 
 
 @torch.no_grad()
@@ -73,7 +81,7 @@ def thought_accuracy(
         pack = make_pack(batch, packing.ranks.device)
         head = partial(_is_first, targets=pack.targets)
         hit = model(pack.tokens, pack.positions, attend_pack(pack), rows=pack.rows, head=head).cpu()
-        marks = torch.from_numpy(_marks(batch))
+        marks = pack.ce_w.cpu() - 1
         for k, part in enumerate(parts, start=1):
             sums[f"hits_{part}"] += hit[marks == k].sum()
             sums[f"num_{part}"] += (marks == k).sum()
@@ -93,37 +101,9 @@ def advice(accuracy: dict[str, float]) -> str:
     return f"{line}. RLMT is worth starting"
 
 
-def _marked(
-    documents: Iterator[Document], tokenizer: Tokenizer, max_len: int, patterns: list[re.Pattern[str]]
-) -> Iterator[Unit]:
-    """Documents of two tokens or more; marks are places of patterns, counted from 1."""
-    lead = len(tokenizer.decode(tokenizer.open_ids).encode())
-    for doc in documents:
-        tokens, marks = [], [np.zeros(0, np.float32)]
-        for is_thought, piece in split(doc):
-            ids, _ = tokenizer.encode_woven([(is_thought, piece)])
-            mark = np.zeros(len(ids), np.float32)
-            if is_thought:
-                ends = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
-                for k, pattern in enumerate(patterns, start=1):
-                    for m in pattern.finditer(piece):
-                        # the token that holds the last character of the match
-                        mark[np.searchsorted(ends, lead + len(piece[: m.end()].encode()))] = k
-            tokens += ids
-            marks.append(mark)
-        if len(tokens) > 1:
-            yield _unit(doc.id, np.array(tokens[:max_len]), np.concatenate(marks)[:max_len])
-
-
 def _unit(name: str, tokens: np.ndarray, marks: np.ndarray) -> Unit:
-    marked = Marked(**vars(Reply.text(tokens[1:], 1.0)), marks=marks[1:].astype(np.float32))
-    return Unit(name=name, prefix=tokens[:1], replies=[marked])
-
-
-def _marks(batch: list[Unit]) -> np.ndarray:
-    """(R,) in the order of the pack's rows: every token of these replies carries loss."""
-    marks = [reply.marks for unit in batch for reply in unit.replies if isinstance(reply, Marked)]
-    return np.concatenate([np.zeros(0, np.float32), *marks])
+    """The text, each token's mark in its weight: 1 and the mark."""
+    return Unit(name=name, prefix=tokens[:1], replies=[Reply.text(tokens[1:], 1 + marks[1:])])
 
 
 def _is_first(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from thinkmid.data.pack import duplicated
@@ -20,8 +20,7 @@ from thinkmid.run.log import finite
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.train import advantage, metrics
 from thinkmid.train.config import RLConfig
-from thinkmid.train.job import Inputs, Job, Source, State, check_source, open_job, sharded_model
-from thinkmid.train.likelihood import Scores
+from thinkmid.train.job import Job, Source, State, check_source
 from thinkmid.train.loss import policy_loss
 from thinkmid.train.metrics import Clock, Update
 from thinkmid.train.packing import Packing
@@ -40,10 +39,6 @@ class Validation:
 
     prompts: Sequence[Prompt]  # at least one
     every: int
-
-    @staticmethod
-    def of(prompts: Sequence[Prompt], every: int) -> Validation | None:
-        return Validation(prompts=prompts, every=every) if prompts else None
 
     def is_due(self, step: int, num_steps: int) -> bool:
         return self.every > 0 and (step % self.every == 0 or step == num_steps)
@@ -102,54 +97,28 @@ def _new_tokens(cfg: RLConfig) -> str:
     return f"sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix {cfg.sampling.max_suffix}"
 
 
-def begin(cfg: RLConfig, source: Source, inputs: Inputs, ranks: Ranks, interrupt: Interrupt) -> Job:
-    """open_job(), with a frozen copy of the starting weights where the configuration needs one. Collective."""
-    if not cfg.keeps_frozen:
-        return open_job(cfg, source, inputs, ranks, interrupt, cfg.ema_decay)
-    inputs = replace(inputs, frozen={"weights": source.folder, **inputs.frozen})
-    job = open_job(cfg, source, inputs, ranks, interrupt, cfg.ema_decay)
-    job.frozen = sharded_model(source, cfg.model, ranks)
-    return job
-
-
 def open_policy(job: Job, cfg: RLConfig, longest: int, question: int = 0) -> Policy:
     """The policy's engine, asleep. longest: tokens of the longest prompt; question: tokens of a judge's longest
     question to the same engine. Collective for vllm."""
-    model_cfg = job.source.model_cfg
-    max_len = min(max(longest + cfg.sampling.max_new, question), model_cfg.max_positions)
-    engine = make_engine(
-        cfg.engine,
-        job.source.folder,
-        model_cfg,
-        job.tokenizer,
-        device=job.ranks.device,
-        max_len=max_len,
-        rows=cfg.sampling.max_batch,
-    )
+    source, device, sampling = job.source, job.ranks.device, cfg.sampling
+    max_len = min(max(longest + sampling.max_new, question), source.model_cfg.max_positions)
+    shape, tokenizer, rows = source.model_cfg, source.tokenizer, sampling.max_batch
+    engine = make_engine(cfg.engine, source.folder, shape, tokenizer, device=device, max_len=max_len, rows=rows)
     engine.sleep()
+    room = cfg.engine.max_len or max_len
     return Policy(
-        engine=engine,
-        engine_cfg=cfg.engine,
-        tokenizer=job.tokenizer,
-        sampling=cfg.sampling,
-        max_len=cfg.engine.max_len or max_len,
-        device=job.ranks.device,
+        engine=engine, engine_cfg=cfg.engine, tokenizer=tokenizer, sampling=sampling, max_len=room, device=device
     )
 
 
 def train(
-    job: Job,
-    cfg: RLConfig,
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    scores: Scores | None = None,
-    validation: Validation | None = None,
+    job: Job, cfg: RLConfig, sampler: Sampler, prompts: Sequence[Prompt], validation: Validation | None = None
 ) -> None:
-    """Runs the steps from job.start to cfg.run.steps. Stopped when that was requested and the run is saved."""
-    order, at = Order(len(prompts), cfg.run.seed), Progress(step=job.start, **job.saved_state)
+    """Runs the steps that are left of cfg.run.steps. Stopped when that was requested and the run is saved."""
+    order, at = Order(len(prompts), cfg.run.seed), Progress(step=job.saved_step, **job.saved_state)
     if validation and at.step == 0:
-        preflight(job, cfg, sampler, scores, validation, at)
-    close_step(job, cfg, sampler, scores, validation, at)  # what a stopped run left to do
+        preflight(job, sampler, validation, at)
+    close_step(job, cfg, sampler, validation, at)  # what a stopped run left to do
     while at.step < cfg.run.steps:
         clock = Clock(job.watch, at.step)
         with saved_where_stopped(job, at):
@@ -159,13 +128,13 @@ def train(
                 groups, checks = sampler.rollout(prompts, taken, at.step, clock)
                 judged = finished(sampler.reward, at.step, job.ranks, cfg.engine.tensor_parallel)
                 refuse_stopped(job)
-            groups, terms = scores(groups) if scores else (groups, {})
+            groups, terms = sampler.scored(groups)
             refuse_unjudged(groups, cfg.run.max_failed)
             refuse_stale(groups, at.step)
             clock.begin("train")
             lr, num = cfg.optim.lr_at(at.step, cfg.run.steps), cfg.batch.updates
             updates = [update(job, cfg, groups[u::num], lr, is_first=u == 0) for u in range(num)]
-        at.skipped = count_skips(job, cfg, at, updates)
+        at.skipped = count_skips(job, at, updates)
         job.update_average()
         at.cursor, at.step = at.cursor + cfg.batch.prompts, at.step + 1
         job.refuse_broken(at.step)
@@ -174,56 +143,35 @@ def train(
         warn(job, at, is_preflighted=validation is not None)
         if cfg.run.rollouts_every and at.step % cfg.run.rollouts_every == 0:
             job.log.rollouts(at.step, metrics.rollout_rows(groups, job.tokenizer))
-        close_step(job, cfg, sampler, scores, validation, at)
+        close_step(job, cfg, sampler, validation, at)
 
 
 def update(job: Job, cfg: RLConfig, groups: list[Group], lr: float, *, is_first: bool) -> Update:
     """One optimiser step on these groups: the same groups on every rank, each rank forwards its part of the plan."""
-    units = advantage.units(
-        groups,
-        estimator=cfg.loss.estimator,
-        num_siblings=cfg.batch.siblings,
-        denom=cfg.loss.denom,
-        keep_dead=cfg.loss.keeps_dead,
-        scope=cfg.loss.scope,
-    )
+    units = advantage.units(groups, cfg.loss, cfg.batch.siblings)
     if cfg.loss.next_token:
         units = next_token_units(units, groups, job.tokenizer, cfg.sampling.max_suffix, cfg.loss.next_token)
     if not cfg.batch.share_prefix:
         units = [part for unit in units for part in duplicated(unit)]
     packs_of_ranks = Packing(cfg.batch.pack_tokens, job.model.cfg, job.ranks).of_ranks(units)
+    reference, heat = job.frozen if cfg.loss.kl else None, cfg.sampling.temperature
     loss_fn = partial(
-        policy_loss,
-        job.model,
-        cfg=cfg.loss,
-        temperature=cfg.sampling.temperature,
-        first_update=is_first,
-        reference=job.frozen if cfg.loss.kl else None,
+        policy_loss, job.model, cfg=cfg.loss, temperature=heat, first_update=is_first, reference=reference
     )
-    stats = train_step(
-        job.model,
-        job.optimizer,
-        packs_of_ranks[job.ranks.rank],
-        loss_fn,
-        job.ranks,
-        lr=lr,
-        clip=cfg.optim.clip,
-        # once an update is applied the step runs to its end
-        interrupt=job.interrupt if is_first else None,
-    )
+    mine, clip = packs_of_ranks[job.ranks.rank], cfg.optim.clip
+    # once an update is applied the step runs to its end
+    interrupt = job.interrupt if is_first else None
+    stats = train_step(job.model, job.optimizer, mine, loss_fn, job.ranks, lr=lr, clip=clip, interrupt=interrupt)
     packs = [pack for packs in packs_of_ranks for pack in packs]
     return Update(
         stats=stats,
         num_rows=sum(unit.length for pack in packs for unit in pack),
         num_rows_unshared=sum(len(unit.prefix) + len(r.tokens) - 1 for unit in units for r in unit.replies),
-        num_packs=len(packs),
-        capacity=cfg.batch.pack_tokens,
+        capacity=len(packs) * cfg.batch.pack_tokens,
     )
 
 
-def validate(
-    job: Job, cfg: RLConfig, sampler: Sampler, scores: Scores | None, validation: Validation, step: int
-) -> dict[str, float]:
+def validate(job: Job, sampler: Sampler, validation: Validation, step: int) -> dict[str, float]:
     """metrics.describe() of samples of the held-out prompts, drawn with the same seeds each time."""
     refuse_stopped(job)
     clock = Clock(job.watch, step, of="validation")
@@ -232,16 +180,14 @@ def validate(
         # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
         with suppress(UserError):
             sampler.reward.finish(step)
-    groups, terms = scores(groups) if scores else (groups, {})
+    groups, terms = sampler.scored(groups)
     return {**metrics.describe(groups), **terms}
 
 
-def preflight(
-    job: Job, cfg: RLConfig, sampler: Sampler, scores: Scores | None, validation: Validation, at: Progress
-) -> None:
+def preflight(job: Job, sampler: Sampler, validation: Validation, at: Progress) -> None:
     """Validates the start, and warns where nothing can be learnt from it."""
     try:
-        row = validate(job, cfg, sampler, scores, validation, at.step)
+        row = validate(job, sampler, validation, at.step)
     except Stopped:  # a mistake saves nothing: another configuration may be what corrects it
         job.save(at.step, at.state())
         raise
@@ -251,14 +197,12 @@ def preflight(
         job.log.say(f"warning: {line}")
 
 
-def close_step(
-    job: Job, cfg: RLConfig, sampler: Sampler, scores: Scores | None, validation: Validation | None, at: Progress
-) -> None:
+def close_step(job: Job, cfg: RLConfig, sampler: Sampler, validation: Validation | None, at: Progress) -> None:
     """Validates where that is due, writes the last step's row, saves where that is due or the run is done."""
     if at.row:
         if validation and validation.is_due(at.step, cfg.run.steps):
             with saved_where_stopped(job, at):
-                row = validate(job, cfg, sampler, scores, validation, at.step)
+                row = validate(job, sampler, validation, at.step)
             at.row = at.row | {f"val_{name}": value for name, value in row.items()}
         job.log.write(at.step, at.row)
         at.row = {}
@@ -279,12 +223,12 @@ def saved_where_stopped(job: Job, at: Progress) -> Iterator[None]:
         raise
 
 
-def count_skips(job: Job, cfg: RLConfig, at: Progress, updates: list[Update]) -> int:
+def count_skips(job: Job, at: Progress, updates: list[Update]) -> int:
     """Non-finite updates in a row, after these. UserError past optim.max_skipped."""
     skipped = at.skipped
     try:
         for u in updates:
-            skipped = job.count_skips(at.step, u.stats.broken, skipped, cfg.optim.max_skipped)
+            skipped = job.count_skips(at.step, u.stats.broken, skipped)
     except UserError:
         if all(u.stats.broken for u in updates):  # nothing of the step was applied
             job.save(at.step, at.state())

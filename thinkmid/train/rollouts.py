@@ -92,20 +92,18 @@ def refuse_unjudged(groups: list[Group], limit: float) -> None:
     total = sum(len(g.samples) for g in groups)
     if len(whys) > limit * total:
         [(most, _)] = Counter(whys).most_common(1)
-        raise UserError(
-            f"{len(whys)} of {total} samples have no verdict, most of them for: {most}; the same command resumes here"
-        )
+        why = f"most of them for: {most}; the same command resumes here"
+        raise UserError(f"{len(whys)} of {total} samples have no verdict, {why}")
 
 
-def refuse_stale(groups: list[Group], version: int, lag: int = 0) -> None:
-    """RuntimeError if a token was not drawn with the trainer's weights, at most `lag` versions old."""
+def refuse_stale(groups: list[Group], version: int) -> None:
+    """RuntimeError if a token was not drawn with the trainer's weights."""
     for group in groups:
         for sample in group.samples:
-            wrong = sample.versions[(sample.versions > version) | (sample.versions < version - lag)]
+            wrong = sample.versions[sample.versions != version]
             if len(wrong):
-                raise RuntimeError(
-                    f"{group.prompt.id}: drawn with weights of version {wrong[0]}, the trainer holds {version}"
-                )
+                drawn = f"drawn with weights of version {wrong[0]}"
+                raise RuntimeError(f"{group.prompt.id}: {drawn}, the trainer holds {version}")
 
 
 def all_groups(groups: list[Group], indices: list[int], ranks: Ranks) -> list[Group]:
@@ -143,7 +141,7 @@ def pack(groups: list[Group], indices: list[int]) -> bytes:
         {
             "index": i,
             "prompt": {"id": g.prompt.id, "tokens": list(map(int, g.prompt.tokens)), "meta": g.prompt.meta},
-            "rewards": [None if r != r else r for r in g.rewards],
+            "rewards": g.rewards,
             "whys": g.whys,
             "samples": [[len(s.tokens), s.finish, s.num_think] for s in g.samples],
         }
@@ -171,6 +169,6 @@ def unpack(payload: bytes) -> list[tuple[int, Group]]:
             cut = {name: x[start : start + length] for name, x in streams.items()}
             samples.append(Sample(**cut, finish=finish, num_think=num_think))
             start += length
-        rewards = [float("nan") if r is None else r for r in g["rewards"]]
-        out.append((g["index"], Group(prompt=Prompt(**g["prompt"]), samples=samples, rewards=rewards, whys=g["whys"])))
+        group = Group(prompt=Prompt(**g["prompt"]), samples=samples, rewards=g["rewards"], whys=g["whys"])
+        out.append((g["index"], group))
     return out

@@ -12,6 +12,7 @@ from thinkmid.run.interrupt import Stopped
 from thinkmid.train.agreement import Agreement
 from thinkmid.train.config import RLConfig
 from thinkmid.train.job import Job
+from thinkmid.train.likelihood import Scores
 from thinkmid.train.metrics import Clock
 from thinkmid.train.optim import Offload
 from thinkmid.train.rollouts import judged, rollouts
@@ -21,9 +22,10 @@ from thinkmid.types import Group, Prompt
 class Sampler:
     """Groups of samples with their rewards, the same on every rank. Every method is collective."""
 
-    def __init__(self, job: Job, cfg: RLConfig, engine: Engine, reward: Reward):
+    def __init__(self, job: Job, cfg: RLConfig, engine: Engine, reward: Reward, scores: Scores | None = None):
+        """scores: terms of the reward beside the verdict; None where the verdict is all."""
         self.reward = reward
-        self._job, self._cfg, self._engine = job, cfg, engine
+        self._job, self._cfg, self._engine, self._scores = job, cfg, engine, scores
         self._agreement, self._moments = Agreement(job, cfg, engine), Offload(job.optimizer)
 
     @contextmanager
@@ -60,6 +62,10 @@ class Sampler:
         checks = self._agreement.rescore(step, groups, mine)
         clock.begin("reward")
         return judged(job, self._cfg, groups, pending_P_G, mine), checks
+
+    def scored(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
+        """Groups with whole rewards, of those with verdicts, and the terms' means. Not while the engine is awake."""
+        return self._scores(groups) if self._scores else (groups, {})
 
 
 def refuse_stopped(job: Job, early: bool = False) -> None:
