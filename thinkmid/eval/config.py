@@ -17,13 +17,15 @@ class EvalRun:
     folder: str  # generations/*.jsonl, results.json, config.toml; samples that are there already are not drawn again
     seed: int = 0
     samples: int = 16  # n of each question; the paper's 16
-    ks: tuple[int, ...] = (1, 16)  # of pass@k and maj@k, at most samples
+    ks: tuple[int, ...] = ()  # of pass@k and maj@k, from 1 to samples; none named: 1 and samples
     regrade: bool = False  # grade the generations that are there, draw none
 
     def __post_init__(self) -> None:
         at_least(self, samples=1, seed=0)
         if odd := [k for k in self.ks if not 1 <= k <= self.samples]:
-            raise ValueError(f"ks: pass@{odd[0]} needs 1 to {self.samples} samples of a question (run.samples)")
+            raise ValueError(
+                f"ks holds {odd[0]}, samples is {self.samples}: pass@k needs k from 1 to samples; set run.ks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,10 @@ def results_of(
     cfg: EvalConfig, sets: Mapping[str, QuestionSet], graded: Mapping[str, Sequence[Graded]]
 ) -> dict[str, Any]:
     """What results.json holds: what was evaluated and how, the mean of the sets, the numbers of each."""
-    by_set = {name: summarise(rows, ks=cfg.run.ks, seed=cfg.run.seed) for name, rows in graded.items()}
+    by_set = {
+        name: summarise(rows, ks=cfg.run.ks or sorted({1, cfg.run.samples}), seed=cfg.run.seed)
+        for name, rows in graded.items()
+    }
     drawn_by = read_mark(Path(cfg.run.folder))
     about = {"model": cfg.model.folder, "template": cfg.data.template, "samples": cfg.run.samples}
     about |= {"temperature": cfg.sampling.temperature, "top_p": cfg.sampling.top_p, "max_new": cfg.sampling.max_new}

@@ -41,8 +41,10 @@ class Sampler:
             self._engine.wake_cache()
             yield
         finally:
-            self._engine.sleep()  # first: the moments went because they do not fit beside it
-            self._moments.restore()
+            try:
+                self._engine.sleep()  # first: the moments went because they do not fit beside it
+            finally:
+                self._moments.restore()
 
     def rollout(
         self, prompts: Sequence[Prompt], indices: Sequence[int], step: int, clock: Clock
