@@ -109,6 +109,7 @@ class Endpoint:
             raise UserError(f"the key in {key_env} holds white space or characters outside ASCII")
         self.failures: Counter[str] = Counter()  # tries that failed, by reason, whether repeated or not
         self._model, self._closed = model, False
+        self._started: set[asyncio.Task[Any]] = set()  # cancelled before it begins, a task would never await its work
         http = OneTry(timeout_s, self._key, self.failures)
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=self._key, timeout=None, max_retries=retries, http_client=http
@@ -143,15 +144,19 @@ class Endpoint:
         if self._closed:
             work.close()
             raise EndpointError("closed")
+        task = asyncio.current_task()
+        assert task is not None
+        self._started.add(task)
         try:
             return await work
         except asyncio.CancelledError:
             raise EndpointError("closed") from None
+        finally:
+            self._started.discard(task)
 
     async def _end(self) -> None:
         self._closed = True
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        for task in (tasks := list(self._started)):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
