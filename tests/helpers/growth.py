@@ -15,7 +15,7 @@ import torch._dynamo  # noqa: F401
 from thinkmid import config
 from thinkmid.rollout.engine import native  # noqa: F401
 from thinkmid.rollout.judge import reward  # noqa: F401
-from thinkmid.train import rl, rlmt, sft, supervised
+from thinkmid.train import job, rl, rlmt, sft, supervised
 
 found = {}
 
@@ -26,7 +26,7 @@ def resident(key):
 
 
 def measure(argv):
-    open_job, train_step = rl.open_job, rl.train_step
+    open_job, train_step = job.open_job, rl.train_step
 
     def opened(*given, **options):
         gc.collect()
@@ -39,7 +39,7 @@ def measure(argv):
         found["packs"] = [sum(unit.length for unit in units) for units in batches]
         return stats
 
-    supervised.open_job = rl.open_job = opened
+    supervised.open_job = job.open_job = opened
     supervised.train_step = rl.train_step = stepped
     atexit.register(lambda: print(json.dumps(found)))
     config.run({"sft": sft, "rlmt": rlmt}[argv[0]].main, argv[1:])
