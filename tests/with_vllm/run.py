@@ -113,6 +113,17 @@ SABOTAGE = {
 }
 
 
+def common(a, b):
+    """Tokens that two samples begin with alike."""
+    pairs = zip(a.tokens.tolist(), b.tokens.tolist(), strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.tokens), len(b.tokens)))
+
+
+def is_tie(a, b, n):
+    """Whether two greedy samples part where both tokens are as probable: the order of sums decides."""
+    return n < min(len(a.tokens), len(b.tokens)) and abs(float(a.logp[n] - b.logp[n])) < 1e-5
+
+
 def compared(train):
     """rl.train, then the engine against the native one, both with the weights of the end."""
 
@@ -131,8 +142,9 @@ def compared(train):
         asked = requests_of(some, [[0]] * len(some))
         drawn = [{r.key: s for step in e.generate(asked, greedy) for r, s in step} for e in (engine, native)]
         pairs = [(drawn[0][r.key], drawn[1][r.key]) for r in asked]
-        same = sum(a.tokens.tolist() == b.tokens.tolist() for a, b in pairs)
-        gap = max(float(abs(a.logp - b.logp).max()) for a, b in pairs if len(a.logp) == len(b.logp))
+        triples = [(a, b, common(a, b)) for a, b in pairs]
+        same = sum(n == len(a.tokens) == len(b.tokens) or is_tie(a, b, n) for a, b, n in triples)
+        gap = max(float(abs(a.logp[:n] - b.logp[:n]).max()) for a, b, n in triples if n)
         row = {"rank": job.ranks.rank, "same": same, "of": len(pairs), "gap": gap, "names": names}
         print(json.dumps(row), flush=True)
 

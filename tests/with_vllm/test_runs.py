@@ -57,7 +57,7 @@ def test_two_ranks_learn_with_an_engine_each_that_is_the_native_one_in_the_end(h
     assert code == 0, errors
     found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
     assert sorted(f["rank"] for f in found) == [0, 1]
-    assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found)
+    assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
     assert len(rows) == 3
     assert all(row["probe_gap_max"] < 1e-3 and row["probe_tokens"] > 20 for row in rows)
     assert all(row["grad_norm"] > 0 for row in rows) or what == "judged"
@@ -98,7 +98,7 @@ def test_ranks_that_share_one_engine_draw_what_one_rank_alone_draws(home):
     assert code == 0, errors
     found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
     assert sorted(f["rank"] for f in found) == [0, 1]
-    assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found)
+    assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
     # each rank compared its part of every tensor
     with safe_open(home / "sft/export/model.safetensors", "pt") as file:
         assert {f["names"] for f in found} == {len(file.keys())}
