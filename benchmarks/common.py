@@ -63,7 +63,7 @@ def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Of the timings of the same round: median, lowest and highest."""
+    """Ratios of the timings of the same round: median, lowest and highest."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 

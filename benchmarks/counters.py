@@ -116,7 +116,7 @@ def on_policy(model: Transformer, pack: Pack):
 
 
 def small_units(num_groups: int, num_live: int | None = None) -> list[Unit]:
-    """Of SMALL's groups of four siblings those that live, by default all."""
+    """SMALL's groups of four siblings that live, by default all."""
     sizes = SimpleNamespace(groups=num_groups, siblings=4, prefix=8, reply=8)
     groups = make_groups(SMALL.vocab, sizes, num_groups if num_live is None else num_live)
     return advantage.units(groups, LOSS, 4)
@@ -141,14 +141,14 @@ def host(loss_of: LossOf = on_policy) -> Host:
 
 
 def by_pack(counts_of: Callable[[int], Counter]) -> tuple[Counter, Counter]:
-    """Of one pack, and of a step besides its packs."""
+    """Counts of one pack, and of a step besides its packs."""
     two, three = counts_of(2), counts_of(3)
     pack = Counter({what: n - two[what] for what, n in three.items()})
     return pack, Counter({what: n - 2 * pack[what] for what, n in two.items()})
 
 
 def device_counts(loss_of: LossOf, layers: int, num_packs: int, beside: tuple[Unit, ...] = ()) -> Counter:
-    """Of a steady step whose packs hold a group each, and what is beside it."""
+    """Counts of a steady step whose packs hold a group each, and of what is beside it."""
     cfg = replace(SMALL, layers=layers)
     batches = [[unit, *beside] for unit in small_units(num_packs)]
     with fake_gpu() as count:
@@ -194,7 +194,7 @@ def blank_group(*, prefix: int, siblings: int, reply: int) -> Unit:
 
 
 def flops(cfg: ModelConfig, units: list[Unit], *, capacity: int = 8192, checkpointing: bool = False) -> Flops:
-    """Of a step on units, packed."""
+    """Counts of a step on units, packed."""
     executed = again = 0
     seen: dict[tuple[int, ...], int] = {}
     for batch in plan(units, capacity=capacity, ranks=1, pair_cost=0.0)[0]:

@@ -27,7 +27,7 @@ class Ours:
 
     @property
     def mean(self) -> Estimate | None:
-        """Of all five benchmarks; None if one is missing."""
+        """Mean of all five benchmarks; None if one is missing."""
         return average(self.scores)
 
 

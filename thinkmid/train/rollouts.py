@@ -115,7 +115,7 @@ def all_groups(groups: list[Group], indices: list[int], ranks: Ranks) -> list[Gr
 
 
 def finished(reward: Reward, step: int, ranks: Ranks, share: int) -> dict[str, float]:
-    """reward.finish() of all ranks as one row. Of the `share` ranks that hold one engine only the first contributes.
+    """reward.finish() of all ranks as one row. Only the first of the `share` ranks that hold one engine contributes.
 
     Names may differ between ranks. Collective; a UserError on one rank is raised on all.
     """

@@ -97,7 +97,7 @@ class Engine(Protocol):
         """
 
     def unfinished(self) -> list[Request]:
-        """Of the last generation, what was pulled and did not finish, with the tokens written so far."""
+        """Requests that the last generation pulled and did not finish, with the tokens written so far."""
 
     def ask(self, tokens: list[int], choices: tuple[int, int]) -> Answer:
         """Queue a question: which of two tokens comes next? Answered while others are generated, or by drain()."""

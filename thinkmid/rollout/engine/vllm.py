@@ -166,7 +166,7 @@ class VllmEngine:
             self._core.abort_requests(list(running))
 
     def _admit(self, rows: Rows, running: dict[str, int], sampling: Sampling) -> Finished:
-        """Start requests where rows are free. Those are returned that what they brought already ends."""
+        """Start requests where rows are free. Returns those that already end with the tokens they brought."""
         free = sampling.max_batch - rows.num
         rows.pull(free)
         for prompt in (request.prompt for request in rows.waiting):
@@ -299,7 +299,7 @@ class _Draws:
         self._requests: dict[str, Any] | None = getattr(runner, "requests", None)  # of the first runner
 
     def params(self, seed: int, position: int) -> dict[str, Any]:
-        """Of a sequence's SamplingParams; position: of the first token to draw."""
+        """Fields of a sequence's SamplingParams. position: of the first token to draw."""
         first = seed if self._requests is None else int(mixed(np.array([seed], np.uint64), np.array([position]))[0])
         return {"seed": first % 2**63, "extra_args": {"seed": seed}}
 
@@ -312,7 +312,7 @@ class _Draws:
 
 
 def _probability(choices: tuple[int, int], output: Any) -> float:
-    """Of the first choice, when nothing but the two may come."""
+    """Probability of the first choice, when nothing but the two may come."""
     ids, logps = output.new_logprobs.logprob_token_ids[0], output.new_logprobs.logprobs[0]
     found = dict(zip(ids.tolist(), logps.tolist(), strict=True))
     a, b = (found[choice] for choice in choices)
@@ -342,7 +342,7 @@ def _build(folder: str | Path, config: EngineConfig, *, max_len: int, rows: int,
 
 
 def _options(config: EngineConfig, max_len: int, cuda: bool, sleeps: bool) -> dict[str, Any]:
-    """Of vllm.LLM: how it is fed, what memory it takes beside a trainer, and what it computes."""
+    """Arguments of vllm.LLM: how it is fed, what memory it takes beside a trainer, and what it computes."""
     options = {
         "max_model_len": max_len,
         "enable_prefix_caching": True,
