@@ -1,5 +1,5 @@
 # make rlmt        the main job in miniature: corpus, base model, SFT, RL mid-training, curves; minutes on two CPU cores
-# make test        the test suite
+# make test        the test suite; PYTEST="-k name" gives pytest options
 # make mini        the paper's rows in miniature: every stage, before and after RLPT, a table, a picture; SEEDS=0,1,2
 # make rlmt-vllm   the main job with vLLM inside two ranks and a model as judge, 20 steps
 # make test-vllm   the tests that need vLLM; both in .venv-vllm, because vLLM pins its own versions
@@ -67,10 +67,10 @@ runs/mini-judge/export/thinkmid.json: runs/mini-base/export/thinkmid.json
 	$(PY) -m thinkmid.mini.judge
 
 test-vllm: $(VLLM_READY)
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/with_vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/with_vllm $(PYTEST)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
 
 # in the Python that has torch with CUDA, not in .venv; WHEELS: what it lacks; ONLY: first, second or sections
 WHEELS ?= build/wheels

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
 from contextlib import contextmanager
 
 # on tensors this small threads cost more than they bring; before torch is imported, here and in children
@@ -22,7 +20,6 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 import torch.distributed as dist
-from _pytest.runner import runtestprotocol
 
 from thinkmid import config
 from thinkmid.model.transformer import ModelConfig, Transformer
@@ -32,48 +29,6 @@ TINY = ModelConfig(
     kind="qwen3", vocab=37, width=24, layers=2, heads=4, kv_heads=2, head_dim=10, ffn=19, rope_theta=500.0,
     norm_eps=1e-6, tied=False, max_positions=128, eos_ids=(0,),
 )  # fmt: skip
-
-
-class Stalls(threading.Thread):
-    """Counts how often this process stood still: shared machines are paused, now and then for a minute."""
-
-    def __init__(self, least_s: float = 2.0):
-        super().__init__(daemon=True)
-        self.num, self._least_s = 0, least_s
-        self.start()
-
-    def run(self):
-        last = time.monotonic()
-        while True:
-            time.sleep(0.1)
-            now = time.monotonic()
-            self.num, last = self.num + (now - last > self._least_s), now
-
-
-STALLS = Stalls()
-RERUN: list[str] = []  # tests that were run again
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item, nextitem):
-    """A test that failed while the machine stood still is run again, twice at most: its clocks meant nothing."""
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for _ in range(3):
-        before = STALLS.num
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        if STALLS.num == before or not any(report.failed for report in reports):
-            break
-        RERUN.append(item.nodeid)
-        item._initrequest()
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
-
-
-def pytest_terminal_summary(terminalreporter):
-    for name in RERUN:
-        terminalreporter.write_line(f"run again, for this process stood still for seconds while it failed: {name}")
 
 
 @pytest.fixture(autouse=True)

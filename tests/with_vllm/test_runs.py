@@ -1,6 +1,7 @@
 """Whole runs with vLLM inside: two ranks with FSDP2 between them, and syncs that go wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,12 +51,17 @@ def run(home, what, *flags, ranks=1, steps=3):
     return done.returncode, done.stdout, errors or [done.stderr[-3000:]], read_rows(metrics) if metrics.exists() else []
 
 
+def rows_of_ranks(out):
+    """The JSON rows that ranks printed: two may share a line, for a rank's text and its line end are written apart."""
+    return [json.JSONDecoder().raw_decode(out, row.start())[0] for row in re.finditer('{"rank"', out)]
+
+
 @pytest.mark.parametrize("what", ["coin", "judged"])
 def test_two_ranks_learn_with_an_engine_each_that_is_the_native_one_in_the_end(home, what):
     judge = ["--judge.kind=policy", "--judge.template=short", "--judge.canary_every=0"] if what == "judged" else []
     code, out, errors, rows = run(home, what, *judge, ranks=2)
     assert code == 0, errors
-    found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    found = rows_of_ranks(out)
     assert sorted(f["rank"] for f in found) == [0, 1]
     assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
     assert len(rows) == 3
@@ -96,7 +102,7 @@ def test_ranks_that_share_one_engine_draw_what_one_rank_alone_draws(home):
     """tensor_parallel 2 against one rank: the same samples, but for the order of sums."""
     code, out, errors, shared = run(home, "shared", "--engine.tensor_parallel=2", ranks=2, steps=1)
     assert code == 0, errors
-    found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    found = rows_of_ranks(out)
     assert sorted(f["rank"] for f in found) == [0, 1]
     assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
     # each rank compared its part of every tensor
@@ -114,7 +120,7 @@ def test_ranks_that_share_an_engine_read_back_their_slices_of_every_tensor_of_ev
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    found = rows_of_ranks(done.stdout)
     assert sorted((f["rank"], f["family"]) for f in found) == [(r, k) for r in (0, 1) for k in KINDS]
     for f in found:
         with safe_open(tmp_path / f["family"] / "model.safetensors", "pt") as file:
