@@ -51,14 +51,15 @@ def read_config(folder: str | Path) -> ModelConfig:
 def config_dict(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a ModelConfig. RoPE is written twice: as transformers 5 spells it, and as older readers do."""
     plain: dict[str, Any] = {"rope_type": "default"}
-    rope, parameters = _rope_dict(cfg), {"rope_theta": cfg.rope_theta}
+    rope, parameters = _rope_dict(cfg), dict[str, Any](rope_theta=cfg.rope_theta)
     no_pad = {"pad_token_id": None}  # else transformers takes a token of the published vocabulary
     windows = {"use_sliding_window": bool(cfg.window), "sliding_window": cfg.window or None}
     types = {"layer_types": [SLIDING if i in cfg.windowed_layers else FULL for i in range(cfg.layers)]}
+    rotated = [int(i not in cfg.no_rope_layers) for i in range(cfg.layers)]
     own: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": False},
         "mistral": {"sliding_window": cfg.window or None},
-        "smollm3": no_pad | windows | types | {NO_ROPE[0]: [int(i not in cfg.no_rope_layers) for i in range(cfg.layers)]},
+        "smollm3": no_pad | windows | types | {"no_rope_layers": rotated},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False},
         "olmo2": no_pad,

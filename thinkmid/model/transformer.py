@@ -180,12 +180,13 @@ def inverse_frequencies(cfg: ModelConfig) -> Tensor:
 def _yarn_ramp(cfg: ModelConfig, yarn: Yarn) -> Tensor:
     """How far each pair is stretched, (C/2,) in [0, 1]: a ramp between the pairs that make beta_fast and beta_slow
     turns, rounded outwards to whole pairs."""
-    size, fast, slow = cfg.head_dim, *(
-        cfg.head_dim * math.log(yarn.original_max_positions / (2 * math.pi * turns)) / (2 * math.log(cfg.rope_theta))
+    per_pair = 2 * math.log(cfg.rope_theta) / cfg.head_dim  # natural logarithm of a frequency's fall
+    fast, slow = (
+        math.log(yarn.original_max_positions / (2 * math.pi * turns)) / per_pair
         for turns in (yarn.beta_fast, yarn.beta_slow)
     )
-    low, high = max(math.floor(fast), 0), min(math.ceil(slow), size - 1)
-    pairs = torch.arange(size // 2, dtype=torch.float32, device="cpu")
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), cfg.head_dim - 1)
+    pairs = torch.arange(cfg.head_dim // 2, dtype=torch.float32, device="cpu")
     return ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
 
 
