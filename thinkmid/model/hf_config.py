@@ -9,7 +9,7 @@ from typing import Any
 
 from thinkmid.errors import UserError
 from thinkmid.files import read_json
-from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling, Yarn
+from thinkmid.model.transformer import FORMS, MOST_LAYERS, ModelConfig, RopeScaling, Yarn
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
@@ -18,7 +18,7 @@ ARCHITECTURES = {
 # what transformers takes where a key is missing, beside what _parse takes for all
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": False},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096},
 }
@@ -66,7 +66,7 @@ def config_dict(cfg: ModelConfig) -> dict[str, Any]:
         # without sliding layers transformers wants a window all the same
         "olmo3": no_pad | types | {"sliding_window": cfg.window or DEFAULTS["olmo3"]["sliding_window"]},
     }
-    biased = {} if cfg.kind in ("mistral", "qwen2") else {"attention_bias": cfg.attention_bias}
+    biased = {"attention_bias": cfg.attention_bias} if cfg.form.has_bias_choice else {}
     if cfg.form.full_layers_scaled:
         parameters = {FULL: {**parameters, **(rope or plain)}, SLIDING: {**parameters, **plain}}
     else:
@@ -133,7 +133,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         max_positions=_number(raw, "max_position_embeddings"),
         eos_ids=_ids(raw, "eos_token_id"),
         bos_id=next(iter(_ids(raw, "bos_token_id")), None),
-        attention_bias=kind not in ("mistral", "qwen2") and _flag(raw, "attention_bias"),
+        attention_bias=FORMS[kind].has_bias_choice and _flag(raw, "attention_bias"),
         window=window,
         windowed_layers=windowed,
         no_rope_layers=no_rope,
@@ -147,7 +147,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     layers = _number(raw, "num_hidden_layers")
     # without the key transformers takes 4096
     sliding = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    foreign = [key for key in FOREIGN if kind != "smollm3" or key not in NO_ROPE]
+    foreign = [key for key in FOREIGN if not FORMS[kind].skips_rope or key not in NO_ROPE]
     refused = {
         **{key: raw.get(key) is True or raw.get(key) not in (None, 0, 1, [], {}) for key in foreign},
         "is_causal": not raw.get("is_causal", True),
@@ -155,8 +155,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "mlp_bias": raw.get("mlp_bias"),
         "attention_bias": kind == "mistral" and raw.get("attention_bias"),
-        "use_sliding_window": kind != "smollm3" and sliding and _number(raw, "max_window_layers", 28) < layers,
-        "layer_types": kind not in ("smollm3", "olmo3")
+        "use_sliding_window": not FORMS[kind].windows and sliding and _number(raw, "max_window_layers", 28) < layers,
+        "layer_types": FORMS[kind].windows != "some"
         and raw.get("layer_types") not in (None, [FULL] * min(layers, MOST_LAYERS)),
         "quantization_config": raw.get("quantization_config"),
     }
@@ -166,7 +166,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _no_rope_layers(raw: dict[str, Any]) -> tuple[int, ...]:
     """Layers without RoPE. SmolLM3's list says 1 for a layer with RoPE; without the list, every so many-th has none."""
-    if raw["model_type"] != "smollm3":
+    if not FORMS[raw["model_type"]].skips_rope:
         return ()
     layers, given = _number(raw, "num_hidden_layers"), raw.get("no_rope_layers")
     if given is None:
@@ -184,19 +184,18 @@ def _windows(raw: dict[str, Any], no_rope: tuple[int, ...]) -> tuple[int, tuple[
     kind, layers, types = raw["model_type"], _number(raw, "num_hidden_layers"), raw.get("layer_types")
     every = range(min(layers, MOST_LAYERS))
     if kind == "mistral":
-        windowed = tuple(every)
-    elif kind in ("smollm3", "olmo3") and types is not None:
+        windowed = tuple(every) if raw.get("sliding_window") is not None else ()
+    elif FORMS[kind].windows and types is not None:
         if not isinstance(types, list) or len(types) != layers or any(t not in (FULL, SLIDING) for t in types):
             raise ValueError(f"layer_types must be {layers} times {FULL!r} or {SLIDING!r}, got {_short(types)}")
         windowed = tuple(i for i, t in enumerate(types) if t == SLIDING)
     elif kind == "olmo3":
         windowed = tuple(i for i in every if (i + 1) % 4)
-    else:
+    else:  # SmolLM3's, where nothing says which
         windowed = no_rope if _flag(raw, "use_sliding_window") and raw.get("sliding_window") is not None else ()
-    if not windowed or (kind == "mistral" and raw.get("sliding_window") is None):
+    if not windowed:
         return 0, ()
-    # some readers slide where this says no, others do not
-    if not raw.get("use_sliding_window", True) or (kind == "smollm3" and not raw.get("use_sliding_window")):
+    if raw.get("use_sliding_window") is False:  # some readers slide, others do not
         raise ValueError(f"use_sliding_window is off, but {kind} has a sliding window; which one counts?")
     if (window := _number(raw, "sliding_window")) < 1:
         raise ValueError(f"sliding_window must be at least 1, got {window}")
@@ -208,7 +207,7 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | Yarn | None]:
 
     ValueError where both are given and differ: readers disagree on which one counts.
     """
-    if raw["model_type"] == "olmo3":
+    if FORMS[raw["model_type"]].full_layers_scaled:
         raw = _rope_of_full_layers(raw)
     found = {key: _rope_of(raw, key) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
     if len(set(found.values())) > 1:
@@ -235,7 +234,9 @@ def _rope_of_full_layers(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_of(raw: dict[str, Any], key: str) -> tuple[float, RopeScaling | Yarn | None]:
     rope = raw.get(key) or {}
-    types = {"default": (), "llama3": ROPE_KEYS} | ({"yarn": YARN_KEYS} if raw["model_type"] == "olmo3" else {})
+    types = {"default": (), "llama3": ROPE_KEYS} | (
+        {"yarn": YARN_KEYS} if FORMS[raw["model_type"]].full_layers_scaled else {}
+    )
     known = {"rope_type", "type", "rope_theta", PARTIAL, *ROPE_KEYS, *(key for keys in types.values() for key in keys)}
     if not isinstance(rope, dict) or not set(rope) <= known:
         raise ValueError(f"{key} {_short(rope)} is not supported")

@@ -38,17 +38,20 @@ class Form(NamedTuple):
     qkv_bias: bool = False  # biases on q, k and v, whatever attention_bias says
     qk_norm: Literal["", "head", "width"] = ""  # RMSNorm of q and k before RoPE: of each head, or of all heads at once
     norm_after: bool = False  # norms of what attention and MLP give, instead of what they are given
-    full_layers_scaled: bool = False  # rope_scaling is for layers without a window alone
+    full_layers_scaled: bool = False  # rope_scaling, which may be YaRN, is for layers without a window alone
+    windows: Literal["", "all", "some"] = ""  # which layers may have a window
+    skips_rope: bool = False  # layers may do without RoPE
+    has_bias_choice: bool = True  # attention_bias may be set
 
 
 FORMS: dict[Kind, Form] = {
     "llama": Form(),
-    "mistral": Form(),
-    "smollm3": Form(),
-    "qwen2": Form(qkv_bias=True),
+    "mistral": Form(windows="all", has_bias_choice=False),
+    "smollm3": Form(windows="some", skips_rope=True),
+    "qwen2": Form(qkv_bias=True, has_bias_choice=False),
     "qwen3": Form(qk_norm="head"),
     "olmo2": Form(qk_norm="width", norm_after=True),
-    "olmo3": Form(qk_norm="width", norm_after=True, full_layers_scaled=True),
+    "olmo3": Form(qk_norm="width", norm_after=True, full_layers_scaled=True, windows="some"),
 }
 
 
@@ -100,7 +103,7 @@ class ModelConfig:
     max_positions: int
     eos_ids: tuple[int, ...]
     bos_id: int | None = None
-    attention_bias: bool = False  # biases on q, k, v and o; not of mistral and qwen2
+    attention_bias: bool = False  # biases on q, k, v and o
     window: int = 0  # keys that a query of a windowed layer sees, its own included
     windowed_layers: tuple[int, ...] = ()  # rising; others see all keys
     no_rope_layers: tuple[int, ...] = ()  # rising; there q and k are not rotated
@@ -116,16 +119,27 @@ class ModelConfig:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}, 2 head_dim {self.head_dim}")
         if not (self.rope_theta > 0 and self.norm_eps >= 0):
             raise ValueError(f"rope_theta {self.rope_theta} must be positive, norm_eps {self.norm_eps} not negative")
-        if self.kind in ("mistral", "qwen2") and self.attention_bias:
+        if self.attention_bias and not self.form.has_bias_choice:
             raise ValueError(f"attention_bias is not a choice of kind {self.kind}")
+        if isinstance(self.rope_scaling, Yarn) and not self.form.full_layers_scaled:
+            raise ValueError(f"YaRN is not supported for kind {self.kind}")
+        self._check_layers()
+        if self.num_parameters > MOST_PARAMETERS:
+            limit = f"at most {MOST_PARAMETERS:.1e} are possible"
+            raise ValueError(f"a model of {self.num_parameters:.1e} parameters: {limit}")
+
+    def _check_layers(self) -> None:
+        """What single layers differ in must be what a config.json of the kind can say."""
         for name in ("windowed_layers", "no_rope_layers"):
             if list(layers := getattr(self, name)) != sorted(set(layers) & set(range(self.layers))):
                 raise ValueError(f"{name} must rise within [0, {self.layers}), got {layers}")
         if not 0 <= self.window <= MOST or bool(self.window) != bool(self.windowed_layers):
             raise ValueError(f"window must lie in [1, {MOST}] if layers are windowed, else be 0, got {self.window}")
-        if self.num_parameters > MOST_PARAMETERS:
-            limit = f"at most {MOST_PARAMETERS:.1e} are possible"
-            raise ValueError(f"a model of {self.num_parameters:.1e} parameters: {limit}")
+        most = {"": 0, "all": self.layers, "some": len(self.windowed_layers)}[self.form.windows]
+        if len(self.windowed_layers) not in (0, most):
+            raise ValueError(f"windowed_layers of kind {self.kind} must be none or {most}, got {self.windowed_layers}")
+        if self.no_rope_layers and not self.form.skips_rope:
+            raise ValueError(f"no_rope_layers are not supported for kind {self.kind}, got {self.no_rope_layers}")
 
     @property
     def form(self) -> Form:
