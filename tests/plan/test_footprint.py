@@ -126,7 +126,7 @@ def saved_bytes(shape, dtype, attend, tokens, monkeypatch):
 
 
 SHAPES = pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "olmo2", "smollm3"])
 REPLIES = [40, 61, 33, 57]
 
 

@@ -127,7 +127,7 @@ def test_ranks_that_share_an_engine_read_back_their_slices_of_every_tensor_of_ev
             assert (f["wrong"], f["names"]) == ("", sorted(file.keys()))
 
 
-KINDS = ("llama", "qwen2", "qwen3")
+KINDS = ("llama", "mistral", "olmo2", "olmo3", "qwen2", "qwen3", "smollm3")
 SHARED = {
     "element": "bucket model.layers.1 is damaged: model.layers.1.self_attn.o_proj.weight",
     "exchanged": "bucket model.layers.0 is damaged: model.layers.0.mlp.down_proj.weight",

@@ -25,14 +25,14 @@ def kept_bytes(model_cfg: ModelConfig, dtype: str, span: int = 0, grouped: bool 
     repeated.
     """
     q, kv = model_cfg.heads * model_cfg.head_dim, model_cfg.kv_heads * model_cfg.head_dim
-    # inputs of two norms and of what comes after each; rotated q, k, v and the attention's output, which is the output
-    # projection's input; gate, up and their product
+    # inputs of two norms and of what comes after (or before) each; rotated q, k, v and the attention's output, which is
+    # the output projection's input; gate, up and their product
     numbers = 4 * model_cfg.width + 2 * q + 2 * (kv if grouped else q) + 3 * model_cfg.ffn
     # fp32 whatever the dtype: 1/rms of both norms, the attention's log-sum-exp
     statistics = 2 + model_cfg.heads
-    if model_cfg.kind == "qwen3":  # norms of the heads of q and k
+    if model_cfg.form.qk_norm:  # inputs of the norms of q and k
         numbers += q + kv
-        statistics += model_cfg.heads + model_cfg.kv_heads
+        statistics += model_cfg.heads + model_cfg.kv_heads if model_cfg.form.qk_norm == "head" else 2
     if dtype == "float32":
         # sdpa keeps its output bucket by bucket, and a copy in the pack's order follows; masks of replies become fp32
         numbers += q

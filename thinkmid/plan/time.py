@@ -23,9 +23,11 @@ def block_parameters(model_cfg: ModelConfig) -> int:
     return model_cfg.num_parameters - model_cfg.vocab * model_cfg.width * (1 if model_cfg.tied else 2) - model_cfg.width
 
 
-def pair_flops(model_cfg: ModelConfig) -> float:
-    """FLOPs of one query-key pair over all layers, forward."""
-    return model_cfg.layers * 4 * model_cfg.heads * model_cfg.head_dim
+def pair_flops(model_cfg: ModelConfig, span: float = 0) -> float:
+    """FLOPs of one query-key pair over all layers, forward; of span keys a windowed layer sees no more than its
+    window."""
+    unseen = max(0.0, 1 - model_cfg.window / span) if model_cfg.window and span else 0
+    return (model_cfg.layers - unseen * len(model_cfg.windowed_layers)) * 4 * model_cfg.heads * model_cfg.head_dim
 
 
 def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
@@ -35,7 +37,7 @@ def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
 
 def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
     """FLOPs of tokens that each attend to `span` keys; `rows` of them pass the head. 2 per parameter, and attention."""
-    blocks = tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
+    blocks = tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg, span))
     return blocks + rows * 2 * model_cfg.vocab * model_cfg.width
 
 
