@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import exit_code, random_model
 
@@ -252,6 +253,23 @@ def test_digits_of_smollm_stand_alone(tmp_path, bpe):
     assert pieces == [["1", "2"], ["  ", "3", "4", "5"], ["x", " ", "1", "2"]]
 
 
+def test_a_word_that_is_a_token_needs_no_merges_in_llama_3(tmp_path, bpe):
+    tokens, _, merges = bpe
+    word = max((token for token in tokens if token.isascii() and token.isalpha()), key=len)
+    fewer = [pair for pair in merges if pair.replace(" ", "") != word]
+    for pre, alone in {"llama-bpe": True, "qwen2": False}.items():
+        meta = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": fewer}
+        path, _ = small(tmp_path / pre, bpe, meta=meta)
+        tokenizer = Tokenizer.load(convert(path, tmp_path / pre / "out"))
+        assert (tokenizer.encode(word) == [tokens.index(word)]) == alone
+
+
+def test_control_tokens_are_special_and_kept_ones_are_not(tmp_path, bpe):
+    path, _ = small(tmp_path, bpe)
+    added = json.loads((convert(path, tmp_path / "out") / "tokenizer.json").read_text())["added_tokens"]
+    assert {token["content"]: token["special"] for token in added} == {**dict.fromkeys(CONTROL, True), KEPT: False}
+
+
 def test_texts_survive_and_special_tokens_are_named(tmp_path, bpe):
     meta = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 1}
     path, _ = small(tmp_path, bpe, meta=meta)
@@ -265,7 +283,7 @@ def test_texts_survive_and_special_tokens_are_named(tmp_path, bpe):
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [0, 1]
 
 
-def test_transformers_puts_the_begin_token_in_front_iff_the_file_says_so(tmp_path, bpe):
+def test_every_reader_puts_the_begin_token_in_front_iff_the_file_says_so(tmp_path, bpe):
     transformers = pytest.importorskip("transformers")
     said = {"gpt-2": {None: False, True: True, False: False}, "llama-bpe": {None: True, True: True, False: False}}
     for pre, cases in said.items():
@@ -275,6 +293,11 @@ def test_transformers_puts_the_begin_token_in_front_iff_the_file_says_so(tmp_pat
             folder = convert(path, tmp_path / f"{pre}{flag}" / "out")
             assert (transformers.AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == 3) == begins
             assert bool(Tokenizer.load(folder).begin_ids) == begins
+            bare = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            assert [bare.encode("a", add_special_tokens=added).ids[0] == 3 for added in (True, False)] == [
+                begins,
+                False,
+            ]
 
 
 def test_sentencepiece_vocabularies_come_through_transformers(tmp_path):
