@@ -23,6 +23,7 @@ PROGRAMS = {
     "thoughts": ("thinkmid.eval.thoughts", "test whether thoughts cause the answers"),
     "compare": ("thinkmid.eval.compare", "compare evaluations, paired by question"),
     "report": ("thinkmid.report.__main__", "run folders -> one HTML page"),
+    "gguf": ("thinkmid.model.gguf", "a GGUF file -> a model folder"),
     "sample": ("thinkmid.sample", "print thoughts and continuations of a text"),
     "init": ("", "list the configs that come with thinkmid, or copy one"),
     "plan": ("", "resolved config, memory and time of a run; starts nothing"),

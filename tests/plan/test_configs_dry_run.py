@@ -20,7 +20,7 @@ from thinkmid.tokenizer import train_tokenizer
 from thinkmid.train import rlmt, rlpt, sft
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))}
-REAL = {name: path for name, path in CONFIGS.items() if not name.startswith("mini-")}
+REAL = {name: path for name, path in CONFIGS.items() if not name.startswith(("mini-", "smol-"))}
 DOCS = (Path(__file__).parents[2] / "docs" / "h100.md").read_text()
 PROGRAMS = {"sft": sft, "rlmt": rlmt, "rlpt": rlpt, "eval": eval_run, "annotate": annotate}
 # as their makers publish them: layers, width, heads, key/value heads, feed-forward, vocabulary, head, tied, positions
