@@ -1,6 +1,5 @@
 """One job of an annotation run: its chunks go to an annotator, their outcomes into journals, whole parts to files."""
 
-import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -18,7 +17,7 @@ from thinkmid.augment.progress import Progress
 from thinkmid.augment.shards import Piece
 from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
-from thinkmid.files import write_whole
+from thinkmid.files import write_json
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.tokenizer import Tokenizer
 
@@ -150,7 +149,7 @@ class Job:
         total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
         total["left_out"] = self._split.left_out
         total["last_run"] = self.progress.row() | {"endpoint_failures": dict(self._annotator.failures)}
-        write_whole(self.folder / "report.json", json.dumps(total, indent=1) + "\n")
+        write_json(self.folder / "report.json", total)
         for line in [self.progress.line(), *summary(self.cfg, total)]:
             self.progress.say(line)
         return total

@@ -15,6 +15,7 @@ from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.generations import KEYS, MARK, key, read_mark, settings, stored
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.files import Kinds, Row, locked, reopen, write_whole
+from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
@@ -75,6 +76,8 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
     known = identity.verified(source, ranks)
     model = identity.of_model(source, text, known)
     check_model(folder.parent, cfg, model)
+    for line in launch.slow_dtypes(ranks.device, {"engine.dtype": cfg.engine.dtype}) if ranks.rank == 0 else ():
+        print(f"warning: {line}", flush=True)
     longest = max(len(p.tokens) for prompts in asked.values() for p in prompts) + sampling.max_new
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=longest, rows=rows)
     engine.load_weights(weights.stream_folder(source, cfg.engine.dtype, known), 0)
