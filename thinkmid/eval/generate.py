@@ -24,6 +24,7 @@ from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.run import identity
+from thinkmid.run.progress import Progress
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
@@ -93,12 +94,12 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
         left = [p for p in prompts if key(p.meta, keys) not in have]
         mine = [left[i] for i in places(len(left), ranks, share)]
         samples = chain.from_iterable(engine.generate(requests_of(mine, cfg.run.seed), sampling))
-        with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
+        bar = Progress(name, len(mine), "samples", rank=ranks.rank)
+        with bar, reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
             for done, (request, sample) in enumerate(samples, start=1):
                 if leads(ranks, share):
                     file.write(json.dumps(row_of(mine[request.key[0]], sample, text), ensure_ascii=False) + "\n")
-                if ranks.rank == 0 and done % 500 == 0:
-                    print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
+                bar.at(done)
 
 
 def requests_of(prompts: list[Prompt], run_seed: int) -> Iterator[Request]:

@@ -223,7 +223,7 @@ class _Live:
             table.add_column(Text(name), justify="right")
         table.add_row(*(Text(value, "bold") for _, value in cells))
         count = f" {self.done}/{self.total}" if self.total else ""
-        now = f"{self.now}{count}, {_duration(time.monotonic() - self.since)}"
+        now = f"{self.now}{count}, {duration(time.monotonic() - self.since)}"
         head = Text.assemble((self.title, "bold"), "   ", (step + total, "cyan"), "   ", self.left)
         tail = Text.assemble(("now ", "dim"), (now, "green"), "   ", (_phase_seconds(self.row), "dim"))
         return Group(Text(), head, *([table] if cells else []), tail)
@@ -239,7 +239,7 @@ class _Pace:
         self.times.append(time.monotonic())
         mean_s = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
         left = self.num_steps - step
-        return f"{_duration(mean_s * left)} left" if left > 0 else ""
+        return f"{duration(mean_s * left)} left" if left > 0 else ""
 
 
 def _cells(row: Row) -> list[tuple[str, str]]:
@@ -251,7 +251,7 @@ def _phase_seconds(row: Row) -> str:
     return ", ".join(f"{name} {s:.1f} s" for name, s in spent if isinstance(s, (int, float)) and s >= 0.05)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
