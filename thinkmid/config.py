@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origi
 
 from thinkmid import __version__
 from thinkmid.errors import UserError, plain
-from thinkmid.files import Row, write_whole
+from thinkmid.files import Row, write_json, write_whole
 
 PACKAGES = (
     "torch", "numpy", "tokenizers", "safetensors", "triton", "vllm", "flash-attn", "flash-attn-3", "math-verify",
@@ -65,7 +65,7 @@ def to_toml(config: Any) -> str:
 def save_run(folder: str | Path, config: Any, env: Row) -> None:
     """Write config.toml and env.json: what is needed to repeat a run."""
     write_whole(Path(folder) / "config.toml", to_toml(config))
-    write_whole(Path(folder) / "env.json", json.dumps(env, indent=2) + "\n")
+    write_json(Path(folder) / "env.json", env)
 
 
 def environment() -> Row:

@@ -33,6 +33,19 @@ def positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 rank", "2 ranks", "2,000 steps"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def short(number: float) -> str:
+    """About how many: 640, 0.5 M, 135 M, 8.0 B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= 0.095 * size:
+            return f"{number / size:.{1 if number < 10 * size else 0}f} {unit}"
+    return f"{number:,.0f}"
+
+
 def plain(text: str) -> str:
     """Text that cannot steer a terminal: without control characters other than newline and tab."""
     return UNPRINTABLE.sub("", text)

@@ -272,6 +272,13 @@ def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added
     assert call("--run.regrade=true", "--model.folder=moved") == 2
 
 
+def test_what_one_sample_cannot_tell_is_null_in_strict_json(world):
+    assert call("--run.samples=1", "--run.ks=1") == 0
+    found = json.loads(Path("out/results.json").read_text(), parse_constant=pytest.fail)
+    assert found["sets"]["own"]["se_rerun"] is None
+    assert found["sets"]["own"]["mean"] == 0.0  # the first samples are wrong
+
+
 def test_the_table_explains_a_zero(world, capsys):
     world.text = replace(world.text, close_ids=[])
     assert call() == 0

@@ -51,6 +51,7 @@ class Sequences:
     def __init__(self, store: Store, max_len: int):
         num_tokens = store.sizes // 4
         pieces = num_pieces(num_tokens, max_len)
+        self.num_documents = len(num_tokens)
         self._store, self._max_len, self._ends = store, max_len, np.cumsum(pieces)
         self.lengths = np.full(len(self), max_len, np.int64)  # (N,) tokens of each
         last = (num_tokens - (pieces - 1) * (max_len - 1))[pieces > 0]

@@ -15,6 +15,7 @@ from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.generations import KEYS, MARK, key, read_mark, settings, stored
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.files import Kinds, Row, locked, reopen, write_whole
+from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig
@@ -23,6 +24,7 @@ from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.run import identity
+from thinkmid.run.progress import Progress
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
@@ -75,6 +77,8 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
     known = identity.verified(source, ranks)
     model = identity.of_model(source, text, known)
     check_model(folder.parent, cfg, model)
+    for line in launch.slow_dtypes(ranks.device, {"engine.dtype": cfg.engine.dtype}) if ranks.rank == 0 else ():
+        print(f"warning: {line}", flush=True)
     longest = max(len(p.tokens) for prompts in asked.values() for p in prompts) + sampling.max_new
     engine = make_engine(cfg.engine, source, shape, text, device=ranks.device, max_len=longest, rows=rows)
     engine.load_weights(weights.stream_folder(source, cfg.engine.dtype, known), 0)
@@ -90,12 +94,12 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
         left = [p for p in prompts if key(p.meta, keys) not in have]
         mine = [left[i] for i in places(len(left), ranks, share)]
         samples = chain.from_iterable(engine.generate(requests_of(mine, cfg.run.seed), sampling))
-        with reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
+        bar = Progress(name, len(mine), "samples", rank=ranks.rank)
+        with bar, reopen(folder / f"{name}-{ranks.rank:03d}.jsonl") as file:
             for done, (request, sample) in enumerate(samples, start=1):
                 if leads(ranks, share):
                     file.write(json.dumps(row_of(mine[request.key[0]], sample, text), ensure_ascii=False) + "\n")
-                if ranks.rank == 0 and done % 500 == 0:
-                    print(f"{name}: {done} of {len(mine)} samples of this rank", flush=True)
+                bar.at(done)
 
 
 def requests_of(prompts: list[Prompt], run_seed: int) -> Iterator[Request]:

@@ -6,6 +6,7 @@ from thinkmid.data.questions import Question, base_answer, posed
 from thinkmid.eval.summary import Graded
 from thinkmid.files import Row
 from thinkmid.rollout.grade.grader import Grader
+from thinkmid.run.progress import Progress
 from thinkmid.thoughts import CLOSE, OPEN
 
 
@@ -13,8 +14,13 @@ def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], gra
     """Graded samples in the order of the rows, whose ids are those of questions."""
     known, found = {q.id: q for q in questions}, []
     asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
-    for r, future in zip(rows, asked, strict=True):
-        verdict, answer = future.result(), grader.answer(r["text"])
+    with Progress("grading", len(rows), "samples") as bar:
+        verdicts = []
+        for done, future in enumerate(asked, start=1):
+            verdicts.append(future.result())
+            bar.at(done)
+    for r, verdict in zip(rows, verdicts, strict=True):
+        answer = grader.answer(r["text"])
         unclosed = CLOSE not in r["text"] and (template.endswith("-think") or OPEN in r["text"])
         score = None if verdict.value is None else float(verdict.value)
         graded = Graded(

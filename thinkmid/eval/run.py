@@ -3,10 +3,10 @@
 torchrun --nproc-per-node 2 -m thinkmid.eval.run configs/mini-eval.toml
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from thinkmid.eval.generations import PATH_ALONE, check_folder, read_mark, whole
 from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.eval.summary import Graded, summarise
-from thinkmid.files import write_rows, write_whole
+from thinkmid.files import write_json, write_rows
 from thinkmid.rollout.grade.grader import make_grader
 
 SHARES = ("unparsed", "truncated", "unclosed")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
                 graded[name] = grade(cfg.data.template, rows, found.questions, grader)
                 write_rows(folder / "graded" / f"{name}.jsonl", map(asdict, graded[name]))
             results = results_of(cfg, sets, graded)
-            write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+            write_json(folder / "results.json", results)
             config.save_run(folder, cfg, config.environment())
             show(results, folder)
         if ranks:
@@ -76,7 +76,7 @@ def show(results: Mapping[str, Any], folder: Path) -> None:
     """The table on the console."""
     print(f"{'set':<20} {'mean':>6}  {'95 % interval':<14} {' '.join(f'{s:>9}' for s in SHARES)} {'thinking':>8}")
     for name, r in results["sets"].items():
-        interval = f"{r['low']:.3f} to {r['high']:.3f}"
+        interval = f"{r['low']:.3f} to {r['high']:.3f}" if isfinite(r["low"]) else "-"
         cells = " ".join(f"{r[s]:9.1%}" for s in SHARES)
         print(f"{name:<20} {r['mean']:6.3f}  {interval:<14} {cells} {r['mean_think']:8.0f}")
     print(f"{'mean of the sets':<20} {results['mean']:6.3f}   ({folder}/results.json)")

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m thinkmid.eval.thoughts configs/mini-eval.toml
 CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are probed.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, tabulate
 from thinkmid.eval.swap import swap
-from thinkmid.files import write_rows, write_whole
+from thinkmid.files import write_json, write_rows
 from thinkmid.rollout.grade.answers import squeezed
 from thinkmid.rollout.grade.grader import Grader, make_grader
 from thinkmid.thoughts import CLOSE
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
             content = read_mark(folder).get("model")
             about = {"model": cfg.model.folder, "content": content, "template": cfg.data.template}
             results = about | summarise(probes, graded, cfg.run.seed)
-            write_whole(folder / "thoughts.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+            write_json(folder / "thoughts.json", results)
             show(results)
             print(f"({folder}/thoughts.json)")
         if ranks:

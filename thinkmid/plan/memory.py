@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from thinkmid import config
+from thinkmid.errors import counted
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig, fresh_model_cfg
 from thinkmid.plan import time
@@ -95,7 +96,7 @@ def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
     shared = b.prompts * max_prefix + samples * s.max_new
     return [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
-        f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
+        f"{-(-b.prompts // world)} prompts a rank ({counted(world, 'rank')})",
         f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
         f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
         + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
@@ -111,8 +112,8 @@ def dry_run_sft(cfg: Any) -> int:
     folder, fresh = cfg.model.folder, cfg.fresh
     model_cfg = read_config(folder) if folder else fresh_model_cfg(fresh, fresh.vocab, ())
     arithmetic = [
-        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
-        f"packs of {cfg.data.pack_tokens:,}",
+        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank "
+        f"({counted(world, 'rank')}), packs of {cfg.data.pack_tokens:,}",
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
     device = device_of(cfg.model.dtype)

@@ -16,7 +16,8 @@ class RunConfig:
     folder: str  # everything the run writes; the same command resumes what is there
     steps: int  # optimiser steps for SFT, rollout batches for RL
     seed: int = 0
-    save_every: int = 0  # steps between checkpoints; 0: only on SIGTERM or SIGINT
+    save_every: int = 0  # steps between checkpoints; 0: save_minutes decides
+    save_minutes: float = 15.0  # minutes between checkpoints where save_every is 0; 0: only on SIGTERM or SIGINT
     keep: int = 2  # checkpoints kept
     fresh: bool = False  # start over: forget what the folder holds
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # other sinks of the metrics
@@ -27,7 +28,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.folder:
             raise ValueError("folder is empty; --run.folder FOLDER")
-        at_least(self, steps=0, seed=0, save_every=0, keep=1, rollouts_every=0, max_failed=0, timeout_s=0)
+        at_least(self, steps=0, seed=0, save_every=0, save_minutes=0, keep=1, rollouts_every=0, max_failed=0)
+        at_least(self, timeout_s=0)
 
 
 class ProgramConfig(Protocol):

@@ -20,8 +20,8 @@ from thinkmid.run.ranks import ALLOCATOR_VARIABLES, Ranks
 # a run may be resumed with other values of these; changes of its learning rate and length are reported, and what paths
 # lead to is compared by content
 FREE_KEYS = (
-    *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
-    *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
+    *("run.folder", "run.steps", "run.save_every", "run.save_minutes", "run.keep", "run.fresh", "run.trackers"),
+    *("run.rollouts_every", "run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
     *("data.probe_parts", "model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, counted, short
+from thinkmid.kernels import launch
 from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
@@ -31,7 +32,7 @@ from thinkmid.run.ranks import Ranks
 from thinkmid.run.watch import Watch
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import fsdp, optim
-from thinkmid.train.config import TrainConfig
+from thinkmid.train.config import RLConfig, TrainConfig
 from thinkmid.types import Prompt
 
 State = dict[str, Any]  # what a checkpoint holds beside its tensors
@@ -78,6 +79,7 @@ class Job:
     saved_state: State  # the loop's, in that checkpoint; {} without one
     ema: Transformer | None  # moving average of the weights, in fp32
     frozen: Transformer | None  # the starting weights, for a KL or as a scorer
+    saved_at: float = field(default_factory=time.monotonic)  # when the newest checkpoint was written, or the run began
 
     @property
     def folder(self) -> Path:
@@ -87,12 +89,35 @@ class Job:
     def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer
 
+    def headline(self, stage: str, data: str, epochs: float) -> None:
+        """The first line of a run: what is trained, on what, for how long. stage: what it is called; data: in words."""
+        num, steps, ranks = sum(p.numel() for p in self.model.parameters()), self.same["rate"]["steps"], self.ranks
+        where = f"{self.cfg.model.dtype} on {ranks.device}, {counted(ranks.world, 'rank')}"
+        self.log.say(
+            f"{stage} of {self.source.folder}: {short(num)} parameters, {where}; {data}; "
+            f"{counted(steps, 'step')} = {epochs:.3g} epochs, from step {self.saved_step}"
+        )
+
+    def begin(self, phase: str, step: int) -> None:
+        """Another phase of the run begins: console and watch file name it."""
+        self.log.phase(phase)
+        self.watch.beat(phase, step)
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps. Collective."""
+        run = self.cfg.run
+        if run.save_every:
+            return step > 0 and step % run.save_every == 0
+        late = time.monotonic() - self.saved_at > 60 * run.save_minutes
+        return run.save_minutes > 0 and self.ranks.any(self.ranks.rank == 0 and late)
+
     def save(self, step: int, state: State) -> None:
         """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run. UserError: what would
         be saved is not finite."""
         if step == self.saved_step and state == self.saved_state:
             return
         begin = time.perf_counter()
+        self.saved_at = time.monotonic()
         self.refuse_broken(step)
         # where losses are not finite any more an older checkpoint may be the last that is worth anything
         keep = sys.maxsize if state["skipped"] else self.cfg.run.keep
@@ -166,7 +191,9 @@ class Job:
 
     def stop(self) -> int:
         """Closes the log of a run that was asked to stop, and saved; its exit code."""
-        self.log.say("stopped; the same command resumes")
+        # without a state no save has succeeded
+        done = f"saved step {self.saved_step}" if self.saved_state else "nothing is saved"
+        self.log.say(f"stopped: {done}; the same command resumes")
         self.log.close()
         return EXIT
 
@@ -225,7 +252,11 @@ def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: St
     begin, shown = start - ("row" in state), dataclasses.asdict(cfg)
     log = Log(cfg.run.folder, ranks.rank, begin, num_steps=rate["steps"], trackers=cfg.run.trackers, config=shown)
     log.event("start", step=start, world=ranks.world)
-    for line in changes(state.get("rate", {}), rate, cfg.optim.schedule):
+    dtypes = {"model.dtype": cfg.model.dtype} | (
+        {"engine.dtype": cfg.engine.dtype} if isinstance(cfg, RLConfig) else {}
+    )
+    warnings = [*changes(state.get("rate", {}), rate, cfg.optim.schedule), *launch.slow_dtypes(ranks.device, dtypes)]
+    for line in warnings:
         log.say(f"warning: {line}")
     if state and start >= rate["steps"]:
         log.say(f"nothing is left to do: {start} steps are done, the run has {rate['steps']}")

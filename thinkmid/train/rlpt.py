@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
     rl.check_room(cfg, longest)
     inputs = Inputs(data=fingerprint_of(prompts), num_steps=cfg.run.steps)
     job = open_job(cfg, source, inputs, ranks, interrupt)
+    rl.headline(job, cfg, "RLPT", len(prompts), longest)
     for note in notes:
         job.log.say(f"note: {note}")
-    job.log.say(f"{len(prompts)} prompts, at most {longest} tokens; starts at step {job.saved_step}")
     try:
         engine = rl.open_policy(job, cfg, longest).engine
         with closing(AnswerReward(source.tokenizer, grader, thinks=cfg.data.template.endswith("-think"))) as reward:

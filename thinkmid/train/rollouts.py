@@ -53,7 +53,7 @@ def draw(
             samples[request.key] = sample
             if reward:
                 pending[request.key] = reward(request.prompt, sample)
-            run.log.progress("rollout", len(samples), len(requests))
+            run.log.progress(len(samples), len(requests))
         if stopped(run, number):
             break
     return samples, pending

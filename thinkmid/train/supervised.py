@@ -11,7 +11,7 @@ import numpy as np
 from thinkmid.data.pack import Reply, Unit
 from thinkmid.data.sequences import Sequences, read_sequences
 from thinkmid.data.source import Order
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, counted, short
 from thinkmid.plan import memory
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import Interrupt, Stopped
@@ -52,11 +52,15 @@ def run(cfg: SFTConfig) -> int:
     steps = num_steps(cfg, sequences.lengths)
     inputs = Inputs(data=data, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps)
     job = open_job(cfg, source, inputs, ranks, interrupt)
+    total, documents = int(sequences.lengths.sum()), counted(sequences.num_documents, "document")
+    data = f"{documents}, {short(total)} tokens, at most {cfg.data.batch_tokens:,} a step"
+    job.headline("SFT", data, steps * cfg.data.batch_tokens / total)
     packing = Packing(cfg.data.pack_tokens, job.model.cfg, ranks)
     try:
         learn(job, of_length(cfg, steps), packing, sequences, held_out)
         exported = job.export()
         if probed:
+            job.begin("probe", job.saved_step)
             accuracy = probe.thought_accuracy(job.model, probed, packing, parts)
             job.log.event("probe", **{name.removesuffix("?"): share for name, share in accuracy.items()})
             job.log.say(probe.advice(accuracy))
@@ -74,7 +78,7 @@ def learn(
     order, step = Order(len(sequences), cfg.run.seed), job.saved_step
     state = {"cursor": 0, "skipped": 0} | job.saved_state
     while step < cfg.run.steps:
-        job.watch.beat("train", step)
+        job.begin("train", step)
         began = time.perf_counter()
         num, _ = batch_size(order, state["cursor"], sequences.lengths, cfg.data.batch_tokens)
         # what one rank alone reads wrong ends all
@@ -94,11 +98,13 @@ def learn(
         row = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "tokens": num_targets}
         row |= {"step_s": step_s, "tokens_per_s": num_targets / step_s}
         if held_out and (step % cfg.data.val_every == 0 or step == cfg.run.steps):
+            job.begin("validation", step)
             row |= probe.validation_loss(job.model, held_out, packing)
         job.log.write(step, row)
-        if cfg.run.save_every and step % cfg.run.save_every == 0:
+        if job.is_save_due(step):
+            job.begin("save", step)
             job.save(step, state)
-    job.watch.beat("export", step)
+    job.begin("export", step)
     job.save(step, state)
 
 
