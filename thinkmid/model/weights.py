@@ -267,7 +267,7 @@ def _keep(source: Path, tmp: Path) -> None:
 
 
 def _write_configs(tmp: Path, cfg: ModelConfig, dtype: str, source: Path) -> None:
-    """config.json, and generation_config.json where the source has none. Padding, no matter of ours, is the source's."""
+    """config.json, and generation_config.json where the source has none. Padding is as in the source."""
     was = source / "config.json"
     pad = {"pad_token_id": read_json(was).get("pad_token_id")} if was.is_file() else {}
     ids = {key: value for key, value in (token_ids(cfg) | pad).items() if value is not None}
