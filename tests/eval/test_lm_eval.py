@@ -51,8 +51,8 @@ def our_figure(world):
     return json.loads((world / "eval/results.json").read_text())["sets"]["set"]["mean"]
 
 
-# its command line, `lm_eval run --model hf --model_args pretrained=EXPORT --tasks thinkmid_plain --include_path FOLDER`,
-# indexes thousands of tasks first
+# its command line, `lm_eval run --model hf --model_args pretrained=EXPORT --tasks TASK --include_path FOLDER`, indexes
+# thousands of tasks first
 HARNESS = """
 import json, sys
 import lm_eval
