@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from thinkmid.errors import UserError
-from thinkmid.model import weight_files
+from thinkmid.model import weight_files, weights
 from thinkmid.model.transformer import ModelConfig, RopeScaling, Transformer, Yarn
 from thinkmid.model.weights import (
     build,
@@ -64,8 +64,10 @@ def randomise(model):
     return model
 
 
-def export(folder, cfg=ODD, model=None, dtype="float32", **kwargs):
-    save(folder, cfg, stream(model or randomise(Transformer(cfg))), dtype=dtype, **kwargs)
+def export(folder, cfg=ODD, model=None, dtype="float32", shard_bytes=5e9, **kwargs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "MAX_SHARD_BYTES", shard_bytes)
+        save(folder, cfg, stream(model or randomise(Transformer(cfg))), dtype=dtype, **kwargs)
     return folder
 
 
@@ -395,11 +397,11 @@ def test_sliding_window_that_is_switched_off_is_fine(tmp_path):
 # out and in again
 
 
-@pytest.mark.parametrize("max_shard_bytes", [5e9, 3000, 1])
+@pytest.mark.parametrize("shard_bytes", [5e9, 3000, 1])
 @pytest.mark.parametrize("cfg", FAMILY.values(), ids=FAMILY.keys())
-def test_reimport_is_bitwise(tmp_path, cfg, max_shard_bytes):
+def test_reimport_is_bitwise(tmp_path, cfg, shard_bytes):
     model = randomise(Transformer(cfg))
-    export(tmp_path / "m", cfg, model, max_shard_bytes=max_shard_bytes)
+    export(tmp_path / "m", cfg, model, shard_bytes=shard_bytes)
     again = load_model(tmp_path / "m")
     assert again.cfg == cfg
     assert not again.training
@@ -408,7 +410,7 @@ def test_reimport_is_bitwise(tmp_path, cfg, max_shard_bytes):
 
 
 def test_shards_stay_under_the_limit_and_the_index_says_where_everything_is(tmp_path):
-    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    folder = export(tmp_path / "m", shard_bytes=3000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(f.name for f in folder.glob("*.safetensors"))
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -434,20 +436,78 @@ def test_an_unknown_dtype_is_refused(tmp_path):
         load_model(export(tmp_path / "m"), dtype="float8")
 
 
-def test_tokenizer_files_come_along(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    (tmp_path / "base" / "chat_template.jinja").write_text("hi")
-    (tmp_path / "base" / "notes.txt").write_text("private")
-    folder = export(tmp_path / "m", extra_files=tmp_path / "base")
-    assert sorted(f.name for f in folder.iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "thinkmid.json",
-        "tokenizer.json",
-    ]  # fmt: skip
-    assert (folder / "chat_template.jinja").read_text() == "hi"
+KEPT = {
+    "tokenizer.json": "{}",
+    "tokenizer.model": "pieces",
+    "added_tokens.json": '{"<think>": 40}',
+    "special_tokens_map.json": '{"pad_token": "<pad>"}',
+    "chat_template.jinja": "hi",
+    "additional_chat_templates/tool_use.jinja": "ho",
+    "generation_config.json": '{"eos_token_id": [0, 5, 7],\n "pad_token_id": 7, "temperature": 0.6, "top_p": 0.95}',
+    "LICENSE": "do as you like",
+    "NOTICE.txt": "made by somebody",
+}
 
 
-def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path):
+def test_what_does_not_depend_on_the_weights_survives_two_stages_byte_by_byte(tmp_path):
+    base = export(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    for name, text in KEPT.items():
+        (base / name).write_text(text)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"pad_token_id": 7, "auto_map": {"AutoModel": "evil.Model"}}))
+    for name in ("notes.txt", "README.md", "evil.py", "optimizer.pt"):
+        (base / name).write_text("private")
+    one = export(tmp_path / "one", extra_files=base)
+    two = export(tmp_path / "two", extra_files=one, texts={"README.md": "a card"})
+    assert {name: (two / name).read_text() for name in KEPT} == KEPT
+    files = {path.relative_to(two).as_posix() for path in two.rglob("*") if path.is_file()}
+    assert files == KEPT.keys() | {"README.md", "config.json", "model.safetensors", "thinkmid.json"}
+    assert (two / "README.md").read_text() == "a card"
+    assert json.loads((two / "config.json").read_text()) == raw | {"pad_token_id": 7}
+
+
+def test_without_a_generation_config_transformers_finds_ends_and_padding_as_in_the_source(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    base = export(tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"pad_token_id": 7}))
+    (base / "generation_config.json").unlink()
+    folder = export(tmp_path / "m", extra_files=base)
+    for path in (base, folder):
+        read = transformers.AutoModelForCausalLM.from_pretrained(path).generation_config
+        assert (read.eos_token_id, read.pad_token_id) == ([0, 5], 7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_a_folder_is_read_from_its_tensors(tmp_path, dtype):
+    folder = export(tmp_path / "m", dtype=dtype, shard_bytes=3000)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": "float8", "torch_dtype": "float64"}))
+    assert weights.dtype_of(folder) == dtype
+
+
+@pytest.mark.parametrize(("one", "other", "both"), [("F16", "BF16", "F32"), ("F32", "BF16", "F32")])
+def test_of_several_dtypes_the_narrowest_that_holds_all_counts(tmp_path, one, other, both):
+    folder = export(tmp_path / "m")
+    tensors = {name: t.to(weights.FILE_DTYPES[other]) for name, t in load_file(folder / "model.safetensors").items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(weights.FILE_DTYPES[one])
+    save_file(tensors, folder / "model.safetensors")
+    assert weights.DTYPES[weights.dtype_of(folder)] == weights.FILE_DTYPES[both]
+
+
+def test_a_value_beyond_the_range_of_the_dtype_is_refused_by_name(tmp_path):
+    model = randomise(Transformer(ODD))
+    with torch.no_grad():
+        model.norm.weight[2] = 70_000.0
+    export(tmp_path / "m", model=model, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds values that are not finite, as torch\.float16"):
+        export(tmp_path / "m", model=model, dtype="float16")
+    assert weights.dtype_of(tmp_path / "m") == "bfloat16"  # the older one stays
+
+
+def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 1)
     folder, model = export(tmp_path / "m"), randomise(Transformer(ODD))
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
 
@@ -456,7 +516,7 @@ def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save(folder, ODD, breaks_off(), dtype="float32", max_shard_bytes=1)
+        save(folder, ODD, breaks_off(), dtype="float32")
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     with torch.no_grad():
         model.norm.weight.add_(1)
@@ -490,6 +550,54 @@ def test_a_snapshot_of_the_hub_cache_with_its_links_loads(tmp_path):
         shutil.copyfile(file, blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     assert same(load_model(snapshot).state_dict(), load_model(folder).state_dict())
+
+
+# what stands beside the weights
+
+
+def inv_freq(cfg):
+    return cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+
+
+@pytest.mark.parametrize("shard_bytes", [5e9, 3000])
+@pytest.mark.parametrize("names", [["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached"]])
+def test_buffers_of_rope_are_ignored_as_in_transformers(tmp_path, names, shard_bytes):
+    transformers = pytest.importorskip("transformers")
+    folder, cfg = tmp_path / "m", FAMILY["llama3"]
+    model = randomise(Transformer(cfg))
+    export(folder, cfg, model, shard_bytes=shard_bytes)
+    file = sorted(folder.glob("*.safetensors"))[0].name
+    edit(folder, lambda tensors: tensors.update({name: inv_freq(cfg) for name in names}), file)
+    if (index := folder / "model.safetensors.index.json").exists():
+        listed = json.loads(index.read_text())
+        index.write_text(json.dumps(listed | {"weight_map": listed["weight_map"] | dict.fromkeys(names, file)}))
+    assert same(dict(load_model(folder).named_parameters()), dict(model.named_parameters()))
+    assert same(dict(stream_folder(folder, "float32")), dict(stream(model)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert_same_logits(load_model(folder), theirs)
+    assert weights.dtype_of(folder) == "float32"
+    again = export(tmp_path / "again", cfg, load_model(folder), extra_files=folder)
+    assert not any("rotary" in name for name in load_file(again / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.weight",  # nobody's buffer
+        "model.layers.0.rotary_emb.inv_freq",
+        "rotary_emb.inv_freq.scale",
+        "model.layers.0.self_attn.masked_bias",  # of GPT-2 and its like, which are not read at all
+        "model.layers.0.self_attn.q_norm.bias",
+        "model.layers.0.self_attn.rotary_emb.inv_freq.model.norm.weight",
+        "embed_tokens.weight",  # of a model saved without its head
+    ],
+)
+def test_nothing_else_beside_the_weights_is_ignored(tmp_path, name):
+    folder = export(tmp_path / "m", FAMILY["llama3"])
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+    for read in (load_model, weights.dtype_of, lambda folder: list(stream_folder(folder, "float32"))):
+        with pytest.raises(UserError, match=f"1 unexpected: {name}$"):
+            read(folder)
 
 
 # damage
@@ -564,7 +672,7 @@ def test_a_truncated_file_is_named(tmp_path, keep, sealed):
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.99])
 def test_a_flipped_bit_is_caught_by_the_hash(tmp_path, place):
-    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    folder = export(tmp_path / "m", shard_bytes=3000)
     file = sorted(folder.glob("model-*.safetensors"))[1]
     raw = bytearray(file.read_bytes())
     header = 8 + int.from_bytes(raw[:8], "little")
@@ -594,7 +702,7 @@ def test_a_half_precision_folder_that_is_not_finite_is_named_too(tmp_path):
 
 
 def test_an_engine_gets_the_bytes_of_the_export_or_nothing(tmp_path):
-    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    folder = export(tmp_path / "m", shard_bytes=3000)
     expected = {name: tensor.clone() for name, tensor in stream(load_model(folder))}
     assert same(dict(stream_folder(folder, "float32")), expected)
     flip_bit(file := sorted(folder.glob("model-*.safetensors"))[1])
@@ -611,7 +719,7 @@ def test_an_engine_is_not_filled_from_a_tied_folder_with_another_head(tmp_path):
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_folder_that_is_read_again_is_hashed_once_and_must_stay_as_it_was(tmp_path, monkeypatch, sealed):
-    folder, hashed = export(tmp_path / "m", max_shard_bytes=3000), []
+    folder, hashed = export(tmp_path / "m", shard_bytes=3000), []
     if not sealed:
         (folder / "thinkmid.json").unlink()
     digest = weight_files.digest
@@ -630,7 +738,7 @@ def test_a_folder_that_is_read_again_is_hashed_once_and_must_stay_as_it_was(tmp_
 
 
 def test_ranks_hash_each_file_once_and_know_all(tmp_path):
-    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    folder = export(tmp_path / "m", shard_bytes=3000)
     shares = [weight_files.stamps(folder, rank, 3) for rank in range(3)]
     assert all(shares)
     assert sum(map(len, shares)) == len(list(folder.glob("*.safetensors")))
@@ -651,7 +759,7 @@ def test_a_file_without_a_hash_does_not_pass_as_sealed(tmp_path):
 @pytest.fixture
 def shards(tmp_path):
     """An export in several files, without hashes."""
-    folder = export(tmp_path / "m", max_shard_bytes=3000)
+    folder = export(tmp_path / "m", shard_bytes=3000)
     (folder / "thinkmid.json").unlink()
     return folder
 
@@ -771,6 +879,7 @@ def shard(cfg, mesh, **kwargs):
 
 def two_ranks_worker(rank, folder):
     torch.set_num_threads(1)
+    weights.MAX_SHARD_BYTES = 3000
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     keep = {}
@@ -779,7 +888,7 @@ def two_ranks_worker(rank, folder):
         load_into(model, folder / name)
         keep |= {f"{name}/local/{n}": p.to_local().clone() for n, p in model.named_parameters()}
         keep |= {f"{name}/whole/{n}": t.clone() for n, t in stream(model, tied_twice=True)}
-        save(folder / f"{name}-again", cfg, stream(model), dtype="float32", max_shard_bytes=3000)
+        save(folder / f"{name}-again", cfg, stream(model), dtype="float32")
         loss_of(model).backward()
         keep |= {f"{name}/grad/{n}": p.grad.full_tensor() for n, p in model.named_parameters()}
         # a forward leaves this one unsharded, in bf16: neither reading nor filling may notice
@@ -806,7 +915,7 @@ def two_ranks(tmp_path_factory):
     """Folder of what two ranks saw: rank-0 and rank-1, exports <name> and <name>-again."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, cfg in SHARDED.items():
-        export(folder / name, cfg, max_shard_bytes=3000)
+        export(folder / name, cfg, shard_bytes=3000)
     shutil.copytree(folder / "untied", folder / "damaged")
     with sorted((folder / "damaged").glob("*.safetensors"))[1].open("r+b") as f:
         f.seek(-3, os.SEEK_END)

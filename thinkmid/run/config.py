@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from thinkmid.errors import at_least
 from thinkmid.model.init import ModelSection
+
+# what the Hub takes as a name
+REPOSITORY = re.compile(r"(?!.*(--|\.\.))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,21 @@ class RunConfig:
         at_least(self, timeout_s=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The model that a run leaves, in run.folder/export."""
+
+    # of its weights, rounded to nearest from the fp32 masters; "source": the dtype that the run began with, float32 for
+    # a fresh model
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    push: str = ""  # ORG/NAME on the Hugging Face Hub, which gets the export once it is whole; empty: none does
+    private: bool = True  # whether a repository that export.push has to make is private
+
+    def __post_init__(self) -> None:
+        if self.push and not REPOSITORY.fullmatch(self.push):
+            raise ValueError(f"push must be ORG/NAME, letters, digits, '-', '_' and '.', got {self.push!r}")
+
+
 class ProgramConfig(Protocol):
     """The config of a training program, as far as its folder is concerned; a dataclass."""
 
@@ -42,3 +61,6 @@ class ProgramConfig(Protocol):
 
     @property
     def model(self) -> ModelSection: ...
+
+    @property
+    def export(self) -> ExportConfig: ...

@@ -15,6 +15,7 @@ from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.run.config import ProgramConfig, RunConfig
+from thinkmid.run.push import check_push
 from thinkmid.run.ranks import ALLOCATOR_VARIABLES, Ranks
 
 # a run may be resumed with other values of these; changes of its learning rate and length are reported, and what paths
@@ -25,6 +26,7 @@ FREE_KEYS = (
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
     *("data.probe_parts", "model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
+    *("export.dtype", "export.push", "export.private"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
 # what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew
@@ -64,6 +66,7 @@ def _describe(folder: Path, cfg: ProgramConfig, ranks: Ranks) -> None:
 
 
 def _claim(folder: Path, cfg: ProgramConfig) -> None:
+    check_push(cfg.export.push)
     values = _flat(tomllib.loads(config.to_toml(cfg)))
     _refuse_own_files(folder, values)
     if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):

@@ -12,7 +12,7 @@ from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.rollout.judge.config import JudgeConfig
-from thinkmid.run.config import RunConfig
+from thinkmid.run.config import ExportConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ class SFTConfig:
     fresh: FreshConfig = field(default_factory=FreshConfig)
     data: SFTData
     optim: OptimConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
     keeps_frozen: ClassVar[bool] = False
     ema_decay: ClassVar[float] = 0.0
 
@@ -196,6 +197,7 @@ class RLConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig
     optim: OptimConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         if not self.model.folder:

@@ -23,7 +23,7 @@ from thinkmid.model import weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.run import checkpoint, curves
+from thinkmid.run import checkpoint, curves, push
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
 from thinkmid.run.interrupt import EXIT, Interrupt
@@ -31,7 +31,7 @@ from thinkmid.run.log import Log
 from thinkmid.run.ranks import Ranks
 from thinkmid.run.watch import Watch
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train import fsdp, optim
+from thinkmid.train import card, fsdp, optim
 from thinkmid.train.config import RLConfig, TrainConfig
 from thinkmid.types import Prompt
 
@@ -167,27 +167,50 @@ class Job:
             raise UserError(f"step {step}: {skipped + 1} updates in a row were not finite; the last in {names}")
         return skipped + 1
 
+    @property
+    def export_dtype(self) -> str:
+        """Name of the dtype that the export's weights get. A run that began when exports were fp32 ends so."""
+        asked = self.cfg.export.dtype
+        return str(self.same["model"].get("dtype", "float32")) if asked == "source" else asked
+
     def export(self) -> Path:
-        """The model as an HF folder, fp32."""
-        folder, named = self.folder / "export", weights.stream(self.model)
+        """The model as an HF folder."""
+        folder, dtype = self.folder / "export", self.export_dtype
         self.refuse_broken(self.saved_step)
+        named, source = weights.stream(self.model, dtype), self.source.folder
         try:
-            weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source.folder)
+            texts = card.files(self.cfg, source, self.same, self.saved_step, dtype) if self.ranks.rank == 0 else None
+            weights.save(folder, self.model.cfg, named, dtype=dtype, extra_files=source, texts=texts)
         except (OSError, SafetensorError) as error:
             again = f"the same command resumes from step {self.saved_step}"
             raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
     def finish(self, exported: Path) -> int:
-        """Draws curves.png and closes the log; exit code 0. Without matplotlib a line reports what is missing."""
-        self.log.say(f"{exported} holds the model")
+        """Draws curves.png, pushes the export and closes the log; exit code 0. Without matplotlib, or where the push
+        fails, a line reports it."""
+        self.log.say(f"{exported} holds the model in {self.export_dtype} (export.dtype = {self.cfg.export.dtype!r})")
         if self.ranks.rank == 0:
             try:
                 curves.draw(self.folder, self.folder / "curves.png")
             except UserError as error:
                 self.log.say(f"no picture: {error}")
+            if self.cfg.export.push:
+                self._push(exported)
         self.log.close()
         return 0
+
+    def _push(self, exported: Path) -> None:
+        repository = self.cfg.export.push
+        try:
+            address = push.push(exported, repository, private=self.cfg.export.private)
+        except UserError as error:
+            self.log.event("push_failed", repository=repository, why=str(error))
+            later = f"the same command, or hf upload {repository} {exported} ., pushes it"
+            self.log.say(f"warning: {exported} is whole, but not on the Hub: {error}; {later}")
+        else:
+            self.log.event("push", repository=repository, address=address)
+            self.log.say(f"{address} holds it too")
 
     def stop(self) -> int:
         """Closes the log of a run that was asked to stop, and saved; its exit code."""
@@ -213,6 +236,8 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
     parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
     parts["tokenizer"] = source.tokenizer.digest
+    if not saved:
+        parts["dtype"] = ranks.run_on_all(weights.dtype_of, source.folder)
     # a checkpoint holds every weight: with one, nothing is read from the source
     model = sharded_model(source, cfg.model, ranks, filled=not saved)
     optimizer = optim.adamw(model, cfg.optim)
