@@ -24,7 +24,7 @@ FREE_KEYS = (
     *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
     *("data.probe_parts", "model.folder", "judge.folder"),
-    *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
+    *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap", "export.lora"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
 # what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew
