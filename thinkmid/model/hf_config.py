@@ -9,6 +9,7 @@ from typing import Any
 from thinkmid.errors import UserError
 from thinkmid.files import read_json
 from thinkmid.model.transformer import MOST_LAYERS, ModelConfig, RopeScaling
+from thinkmid.model.weight_files import ADAPTER_CONFIG
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -25,6 +26,8 @@ FOREIGN = (
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
     path = Path(folder) / "config.json"
+    if not path.exists() and path.with_name(ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder}: holds adapters and no model; export.lora 'merged' writes one that can be read")
     raw = read_json(path)
     try:
         _refuse_unsupported(raw)
