@@ -210,6 +210,27 @@ def damaged_model(rlmt) -> dict:
     }
 
 
+def adapters_run(rlmt, seed: int) -> dict:
+    """Two ranks that train adapters, killed once; then the same command with another base."""
+    argv = ["rlmt.toml", "--model.lora_rank=3", "--loss.kl=0.01", "--engine.check_every=1", "--run.folder"]
+    assert finish(launch(rlmt, [*argv, "adapters"], 2)) == {0}
+    killed = kill(launch(rlmt, [*argv, "adapters-killed"], 2), "adapters-killed", random.Random(seed + 1), STEPS)
+    row = {"killed": killed, "codes": [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]}
+    row["differences"] = differences("adapters-killed", "adapters")
+    manifest = json.loads(Path("adapters/checkpoints/step-000008/manifest.json").read_text())
+    row["saved"] = sorted(manifest["tensors"])
+    row["moved"] = same_elsewhere(rlmt, argv)
+    row["other"] = [*finish(launch(rlmt, [*argv, "adapters", "--model.folder=whole/export"], 2))]
+    row["said"] = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")][-2:]
+    return row
+
+
+def same_elsewhere(rlmt, argv: list[str]) -> list[int]:
+    """The base at another place is the same base."""
+    shutil.copytree("base/export", "moved")
+    return [*finish(launch(rlmt, [*argv, "adapters", "--model.folder=moved"], 2))]
+
+
 def _rollouts(folder: str, step: int) -> list[dict]:
     return [json.loads(line) for line in Path(folder, f"rollouts/step-{step:06d}.jsonl").read_text().splitlines()]
 
@@ -238,6 +259,7 @@ def main() -> None:
     results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], supervised, "text_loss")
     results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], supervised, "base-mid-step-alone")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
+    results["adapters"] = adapters_run(rlmt.main, args.seed)
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):
         print(f"kill {number:2d} {row['after_s']:5.2f} s, {row['steps']:2d} steps logged, {' '.join(row['saved'])}")

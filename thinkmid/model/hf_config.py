@@ -10,6 +10,7 @@ from typing import Any
 from thinkmid.errors import UserError
 from thinkmid.files import read_json
 from thinkmid.model.transformer import FORMS, MOST_LAYERS, ModelConfig, RopeScaling, Yarn
+from thinkmid.model.weight_files import ADAPTER_CONFIG
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
@@ -40,6 +41,8 @@ FOREIGN = (
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
     path = Path(folder) / "config.json"
+    if not path.exists() and path.with_name(ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder}: holds adapters and no model; export.lora 'merged' writes one that can be read")
     raw = read_json(path)
     try:
         _refuse_unsupported(raw)

@@ -14,6 +14,7 @@ from thinkmid.errors import UserError
 from thinkmid.files import digest, read_json, regular
 
 SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a PEFT folder
 Sources = dict[str, tuple[Path, Any]]  # tensor name -> file that holds it, open handle
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import thinkmid
 from thinkmid.errors import UserError
 from thinkmid.files import digest, fsync, read_json, swap_in
-from thinkmid.model import weight_files
+from thinkmid.model import lora, weight_files
 from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.model.weight_files import INDEX, SEAL, SINGLE, Sources, Stamp
@@ -85,7 +85,7 @@ def matched(model: Transformer, folder: str | Path) -> tuple[dict[str, Tensor], 
     RoPE's buffers are left out, as transformers and vLLM do. UserError unless the other tensors are the model's. A meta
     model will do: a wrong config.json asks for no memory.
     """
-    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
+    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in lora.base_parameters(model)}
     sources = {name: at for name, at in weight_files.open_all(Path(folder)).items() if not BUFFER.fullmatch(name)}
     twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
     _compare(Path(folder), parameters | twin, sources)
@@ -192,7 +192,12 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
     return p.to_local(), offset[0] if offset else 0
 
 
-def reshard(model: Transformer) -> None:
+def whole_tensor(x: Tensor) -> Tensor:
+    """All rows of a tensor, gathered where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def reshard(model: nn.Module) -> None:
     """Back to shards in the master dtype: a unit that a forward left whole shows copies, no optimiser knows them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -205,12 +210,17 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
 
     One tensor at a time is gathered, already in dtype, from the master weights. Collective for a sharded model: every
     rank must exhaust it. Tensors of a plain model may be the parameters themselves: copy what should outlive a step.
-    tied_twice yields a tied head under its own name too, as engines want it.
+    tied_twice yields a tied head under its own name too, as engines want it. Adapters are merged into their
+    projections, in fp32 before dtype.
     """
     reshard(model)
-    for name, p in model.named_parameters():
-        whole = p.detach() if dtype is None else p.detach().to(_dtype(dtype))
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    adapted = {f"{path}.weight": module for path, module in lora.adapted(model).items()}
+    for name, p in lora.base_parameters(model):
+        if module := adapted.get(name):
+            whole = module.merged(*(whole_tensor(x.detach()) for x in (p, module.lora_a, module.lora_b)))
+            whole = whole if dtype is None else whole.to(_dtype(dtype))
+        else:
+            whole = whole_tensor(p.detach() if dtype is None else p.detach().to(_dtype(dtype)))
         yield hf_name(name), whole
         if tied_twice and model.cfg.tied and hf_name(name) == EMBEDDING:
             yield HEAD, whole
@@ -244,17 +254,17 @@ def save(
         for _ in named:
             pass
     else:
-        tmp = _fresh(folder)
+        tmp = fresh_folder(folder)
         files = _write_shards(tmp, named, _dtype(dtype))
         hashes = {file: digest(tmp / file) for file in files}
-        _write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
+        write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
         source = Path(extra_files or tmp)
         if extra_files is not None:
             _keep(source, tmp)
         _write_configs(tmp, cfg, name_of(dtype), source)
         for name, text in (texts or {}).items():
             (tmp / name).write_text(text, encoding="utf-8")
-        _promote(tmp, folder)
+        promote(tmp, folder)
     if many:
         dist.barrier()
 
@@ -271,9 +281,9 @@ def _write_configs(tmp: Path, cfg: ModelConfig, dtype: str, source: Path) -> Non
     was = source / "config.json"
     pad = {"pad_token_id": read_json(was).get("pad_token_id")} if was.is_file() else {}
     ids = {key: value for key, value in (token_ids(cfg) | pad).items() if value is not None}
-    _write_json(tmp / "config.json", config_dict(cfg) | ids | {"dtype": dtype, "torch_dtype": dtype})
+    write_json(tmp / "config.json", config_dict(cfg) | ids | {"dtype": dtype, "torch_dtype": dtype})
     if not (tmp / "generation_config.json").exists():
-        _write_json(tmp / "generation_config.json", ids)
+        write_json(tmp / "generation_config.json", ids)
 
 
 def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[str]:
@@ -290,7 +300,7 @@ def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.d
         (tmp / f"{i}").rename(tmp / file)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
 
@@ -307,7 +317,7 @@ def _shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) 
     yield shard
 
 
-def _fresh(folder: Path) -> Path:
+def fresh_folder(folder: Path) -> Path:
     """An empty folder.tmp. Puts back an older export that a crash left half renamed."""
     tmp, old = folder.with_name(folder.name + ".tmp"), _aside(folder)
     if old.exists() and not folder.exists():
@@ -318,7 +328,7 @@ def _fresh(folder: Path) -> Path:
     return tmp
 
 
-def _promote(tmp: Path, folder: Path) -> None:
+def promote(tmp: Path, folder: Path) -> None:
     """Make tmp durable, then put it in folder's place."""
     for path in (*tmp.rglob("*"), tmp):
         fsync(path)
@@ -331,7 +341,7 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -60,6 +60,7 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
+    copies *= not cfg.model.lora_rank  # the base without its adapters is no copy
     # the tokens of a group's prefix need no mask
     replies = b.siblings * s.max_new
     span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
@@ -69,13 +70,16 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
         train["head: gradients of the policy loss beside those of the next-token loss"] = second
     rows = min(s.max_batch, -(-samples // world))
     rollout = rollout_phase(model_cfg, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
-    resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
+    resident = {k: v for k, v in train.items() if "master" in k or "frozen" in k or ("moments" in k and not cfg.optim.offload)}
     resident |= outside(device, world)
     check = {}
     if cfg.engine.check_every:
         scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
         check["samples scored again (engine.check_every)"] = scoring(model_cfg, cfg.model, scored, world, device)
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
+    if cfg.model.lora_rank:  # as it came, merged in fp32, and in the engine's dtype
+        merged = (BYTES[cfg.model.dtype] + 4 + BYTES[cfg.engine.dtype]) * model_cfg.ffn * model_cfg.width
+        gathered["one gathered tensor"] = max(merged, gathered["one gathered tensor"])
     always = ("weights", "graphs", "KV")
     judge_kept = _kept(judge, always)
     resident |= judge_kept

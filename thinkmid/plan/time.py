@@ -44,10 +44,12 @@ def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: floa
 def training_seconds(
     model_cfg: ModelConfig, section: ModelSection, world: int, *, tokens: float, span: float, rows: float
 ) -> float:
-    """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
+    """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed; 2 less where it is frozen,
+    the adapters themselves not counted."""
     head = forward_flops(model_cfg, 0, 0, rows)
     blocks = forward_flops(model_cfg, tokens, span, 0)
-    return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
+    frozen = head + forward_flops(model_cfg, tokens, 0, 0) if section.lora_rank else 0
+    return (3 * head + (4 if section.checkpointing else 3) * blocks - frozen) / (world * TRAIN * PEAK)
 
 
 def of_sft(cfg: Any, model_cfg: ModelConfig, world: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ FREE_KEYS = (
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
     *("data.probe_parts", "model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
-    *("export.dtype", "export.push", "export.private"),
+    *("export.dtype", "export.lora", "export.push", "export.private"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
 # what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew

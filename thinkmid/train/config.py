@@ -89,6 +89,19 @@ class SFTData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The folder that a run leaves."""
+
+    # LoRA: whole weights with the adapters merged in, or the adapters alone as a PEFT folder
+    lora: Literal["merged", "adapter"] = "merged"
+
+
+def _check_adapters(export: ExportConfig, model: ModelSection) -> None:
+    if export.lora == "adapter" and not model.lora_rank:
+        raise ValueError("export.lora 'adapter' needs model.lora_rank above 0: no adapter is trained without")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """SFT mid-training."""
 
@@ -102,6 +115,9 @@ class SFTConfig:
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        _check_adapters(self.export, self.model)
+        if self.model.lora_rank and not self.model.folder:
+            raise ValueError("model.lora_rank needs model.folder: adapters of weights that are drawn learn nothing")
         given = {"run.steps": self.run.steps, "data.epochs": self.data.epochs, "data.tokens": self.data.tokens}
         if sum(map(bool, given.values())) > 1:
             both = ", ".join(f"{name} {value}" for name, value in given.items() if value)
@@ -200,6 +216,7 @@ class RLConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        _check_adapters(self.export, self.model)
         if not self.model.folder:
             raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
         if not self.sampling.temperature:
@@ -258,6 +275,8 @@ class RLMTConfig(RLConfig):
         if self.reward.prefix and self.reward.prefix_tokens > self.sampling.max_suffix:
             sizes = f"{self.reward.prefix_tokens} exceed sampling.max_suffix {self.sampling.max_suffix}"
             raise ValueError(f"reward.prefix_tokens {sizes}")
+        if self.ema_decay and self.model.lora_rank:
+            raise ValueError("model.lora_rank with reward.scorer or baseline 'ema': averages are kept of whole weights")
 
     @property
     def keeps_frozen(self) -> bool:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from thinkmid.errors import UserError, counted, short
 from thinkmid.kernels import launch
-from thinkmid.model import weight_files, weights
+from thinkmid.model import adapters, lora, weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
@@ -78,7 +78,7 @@ class Job:
     saved_step: int  # of the newest checkpoint, where the loop begins; 0 without one
     saved_state: State  # the loop's, in that checkpoint; {} without one
     ema: Transformer | None  # moving average of the weights, in fp32
-    frozen: Transformer | None  # the starting weights, for a KL or as a scorer
+    frozen: Transformer | lora.Base | None  # the starting weights, for a KL or as a scorer
     saved_at: float = field(default_factory=time.monotonic)  # when the newest checkpoint was written, or the run began
 
     @property
@@ -174,12 +174,15 @@ class Job:
         return str(self.same["model"].get("dtype", "float32")) if asked == "source" else asked
 
     def export(self) -> Path:
-        """The model as an HF folder."""
-        folder, dtype = self.folder / "export", self.export_dtype
+        """The model as an HF folder, adapters merged in; or those alone as a PEFT folder, by export.lora."""
+        folder, dtype, source = self.folder / "export", self.export_dtype, self.source.folder
         self.refuse_broken(self.saved_step)
-        named, source = weights.stream(self.model, dtype), self.source.folder
         try:
+            if self.cfg.export.lora == "adapter":
+                adapters.save(folder, self.model, self.cfg.model, source)
+                return folder
             texts = card.files(self.cfg, source, self.same, self.saved_step, dtype) if self.ranks.rank == 0 else None
+            named = weights.stream(self.model, dtype)
             weights.save(folder, self.model.cfg, named, dtype=dtype, extra_files=source, texts=texts)
         except (OSError, SafetensorError) as error:
             again = f"the same command resumes from step {self.saved_step}"
@@ -189,7 +192,10 @@ class Job:
     def finish(self, exported: Path) -> int:
         """Draws curves.png, pushes the export and closes the log; exit code 0. Without matplotlib, or where the push
         fails, a line reports it."""
-        self.log.say(f"{exported} holds the model in {self.export_dtype} (export.dtype = {self.cfg.export.dtype!r})")
+        if self.cfg.export.lora == "adapter":
+            self.log.say(f"{exported} holds the adapters, a PEFT folder (export.lora = 'adapter')")
+        else:
+            self.log.say(f"{exported} holds the model in {self.export_dtype} (export.dtype = {self.cfg.export.dtype!r})")
         if self.ranks.rank == 0:
             try:
                 curves.draw(self.folder, self.folder / "curves.png")
@@ -231,15 +237,17 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     compared = dict(inputs.frozen)
     # a run that reads no weights again compares them where model.folder is another; what it began with is known for
     # nothing where an export's seal holds it
-    if cfg.keeps_frozen or moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
+    is_read = bool(cfg.keeps_frozen or cfg.model.lora_rank)
+    if is_read or moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
         compared["weights"] = source.folder
     parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
     parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
     parts["tokenizer"] = source.tokenizer.digest
     if not saved:
         parts["dtype"] = ranks.run_on_all(weights.dtype_of, source.folder)
-    # a checkpoint holds every weight: with one, nothing is read from the source
+    # a checkpoint holds every weight that is not frozen: with one, nothing else is read from the source
     model = sharded_model(source, cfg.model, ranks, filled=not saved)
+    adapters.initialise(model, cfg.run.seed)
     optimizer = optim.adamw(model, cfg.optim)
     ema = sharded_model(source, cfg.model, ranks, filled=not saved) if cfg.ema_decay else None
     state: State = {}
@@ -257,8 +265,14 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     log, watch = _open_log(cfg, rate, ranks, start, state), Watch(folder, ranks.rank, cfg.run.timeout_s)
     watch.beat("start", start)
     state = {key: value for key, value in state.items() if key not in same}
-    frozen = sharded_model(source, cfg.model, ranks) if cfg.keeps_frozen else None
+    frozen = _starting_weights(source, cfg.model, model, ranks) if cfg.keeps_frozen else None
     return Job(cfg, source, model, optimizer, ranks, interrupt, log, watch, same, start, state, ema=ema, frozen=frozen)
+
+
+def _starting_weights(
+    source: Source, section: ModelSection, model: Transformer, ranks: Ranks
+) -> Transformer | lora.Base:
+    return lora.Base(model) if section.lora_rank else sharded_model(source, section, ranks)
 
 
 def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
@@ -315,13 +329,17 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 def sharded_model(source: Source, section: ModelSection, ranks: Ranks, *, filled: bool = True) -> Transformer:
     """The source's model, master weights in fp32, of which each rank has its own rows. Collective.
 
+    With adapters, which are not drawn yet, its weights are frozen, in section.dtype, and filled in any case.
     filled: with the weights in the folder. Meta device first, sharded, then memory for each rank's rows.
     """
+    dtype: torch.dtype = getattr(torch, section.dtype)
     with torch.device("meta"):
         model = Transformer(source.model_cfg, checkpointing=section.checkpointing, deterministic=section.deterministic)
-    fsdp.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
+        if section.lora_rank:
+            lora.attach(model.to(dtype), section)
+    fsdp.shard(model, ranks, compute_dtype=dtype)
     weights.materialise(model, ranks.device)
-    if filled:
+    if filled or section.lora_rank:
         ranks.run_on_all(weights.load_into, model, source.folder)
     return model
 
