@@ -15,7 +15,7 @@ def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], gra
     asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
     for r, future in zip(rows, asked, strict=True):
         verdict, answer = future.result(), grader.answer(r["text"])
-        unclosed = CLOSE not in r["text"] and (template.endswith("-think") or OPEN in r["text"])
+        unclosed = CLOSE not in r["text"] and (r.get("opened", template.endswith("-think")) or OPEN in r["text"])
         score = None if verdict.value is None else float(verdict.value)
         graded = Graded(
             question=r["id"], sample=r["sample"], score=0.0 if unclosed else score,
