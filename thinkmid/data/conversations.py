@@ -48,6 +48,8 @@ class Conversations:
                 raise UserError(f"{doc.where}: {error}") from None
             tokens = np.array(found.ids, np.int32)
             if self.loss == "assistant":
+                if not any(found.generated):
+                    raise UserError(f"{doc.where}: no message of an assistant; data.loss 'assistant' needs one")
                 tokens = np.where(found.generated, tokens, ~tokens)
             yield tokens, np.array(found.thought, bool)
 

@@ -113,7 +113,8 @@ class Wording:
         """Lines about questions that are among the examples, and such as spell special tokens in letters."""
         known, lines = {squeeze(shot.question) for shot in self.shots}, []
         if num := sum(squeeze(question.question) in known for question in questions):
-            lines.append(f"{num} questions are examples of {self.cfg.shots} too; each is asked without its own example")
+            both = f"{num} of {len(questions)} questions are examples of {self.cfg.shots} too"
+            lines.append(f"{both}; each is asked without its own example")
         if self.cfg.template.startswith("as-is"):
             spelled = ((q, self.tokenizer.spelled(q.question)) for q in questions)
             if found := next(((q, name) for q, name in spelled if name), None):
