@@ -9,10 +9,9 @@ import argparse
 from pathlib import Path
 
 from thinkmid import config
-from thinkmid.data import templates
+from thinkmid.data.wording import Wording, WordingConfig
 from thinkmid.errors import UserError, plain
 from thinkmid.rollout.engine.protocol import Sampling, seed
-from thinkmid.thoughts import OPEN
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
 
@@ -27,8 +26,9 @@ def main(argv: list[str]) -> int:
     from thinkmid.model import hf_config, weights
     from thinkmid.rollout.engine.native import NativeEngine
 
-    model_cfg, tokenizer = hf_config.read_config(args.model), Tokenizer.load(args.model)
-    prompt = Prompt(id="sample", tokens=templates.tokens(tokenizer, args.text + OPEN))
+    model_cfg = hf_config.read_config(args.model)
+    wording = Wording.read(wording_of(args), args.model, Tokenizer.load(args.model))
+    tokenizer, prompt = wording.tokenizer, Prompt(id="sample", tokens=wording.around(args.text))
     sampling = sampling_of(args)
     longest = len(prompt.tokens) + sampling.max_new
     if longest > model_cfg.max_positions:
@@ -41,8 +41,16 @@ def main(argv: list[str]) -> int:
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1} of {args.n}")
-        show(drawn[i], tokenizer)
+        show(drawn[i], tokenizer, opened=tokenizer.opens(prompt.tokens))
     return 0
+
+
+def wording_of(args: argparse.Namespace) -> WordingConfig:
+    """UserError names the flag that is out of range."""
+    try:
+        return WordingConfig(template=args.template, system=args.system)
+    except ValueError as error:
+        raise UserError(f"--template, --system: {error}") from None
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -55,9 +63,15 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def show(sample: Sample, tokenizer: Tokenizer) -> None:
-    """Print a sample: thought and continuation, each under a line with its number of tokens."""
+def show(sample: Sample, tokenizer: Tokenizer, *, opened: bool = True) -> None:
+    """Print a sample: thought and continuation, each under a line with its number of tokens.
+
+    opened: its prompt opens the thought; otherwise what has no closing tag is a continuation.
+    """
     split = tokenizer.split_at_close(sample.tokens)
+    if not opened and not split.num_tags:
+        print(f"continuation ({len(sample.tokens)} tokens, {sample.finish})\n{plain(split.thought).strip()}")
+        return
     closed = split.num_tags > 0
     print(f"thought ({sample.num_think} tokens{'' if closed else ', not closed'})")
     print(plain(split.thought).strip())
@@ -73,6 +87,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face folder of the model")
     parser.add_argument("text", metavar="TEXT", help="the text before the thought")
+    words = "around the text: chat or chat-think is the model's own chat template (default: %(default)s, the bare text)"
+    parser.add_argument("--template", default="as-is-think", help=words)
+    parser.add_argument(
+        "--system", default="", help="system message, for --template chat (default: the template's own)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--max-think", type=int, default=256, help="tokens of the thought (default: %(default)s)")
     parser.add_argument("--max-suffix", type=int, default=64, help="tokens after the thought (default: %(default)s)")

@@ -130,6 +130,11 @@ def exact(spec: dict[str, Any], names: set[str | None]) -> dict[str, Any]:
     return spec | steps | {"added_tokens": added, "truncation": None, "padding": None}
 
 
+def longest(patterns: Iterable[str]) -> re.Pattern[str]:
+    """One of these, in a group; of two that begin alike the longer one. Without any it matches nothing."""
+    return re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
+
+
 def last_break(text: str, start: int, limit: int) -> int:
     """The best place at or before limit, and after start, to end a chunk."""
     # one character past the limit, for the patterns that look ahead
@@ -262,6 +267,16 @@ class Tokenizer:
         return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
 
     @cached_property
+    def special(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+
+    @cached_property
+    def names(self) -> re.Pattern[str]:
+        """The name of a special token."""
+        return longest([re.escape(name) for name in self.special])
+
+    @cached_property
     def matcher(self) -> TagMatcher:
         """Finds closing tags."""
         return TagMatcher(self.pieces, CLOSE.encode())
@@ -274,6 +289,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos. Lone surrogates become "?"."""
         return self.tokenizer.encode(clean(text), add_special_tokens=False).ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """encode(text), and the characters from start to end of each token."""
+        encoding = self.tokenizer.encode(clean(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
         """[encode(text) for text in texts], on all cores."""
@@ -306,6 +326,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; special tokens and ids past the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes(ids)).decode("utf-8", errors="replace")
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends in a thought that has just been opened: white space at most follows the tag."""
+        return self.decode(ids[-len(self.open_ids) - 8 :]).rstrip().endswith(OPEN)
+
+    def spelled(self, text: str) -> str | None:
+        """A special token whose name stands in a text, where it is ordinary characters."""
+        found = self.names.search(text)
+        return found[0] if found else None
 
     def split_at_close(self, ids: Sequence[int] | np.ndarray) -> Split:
         """Thought and suffix of generated ids, cut at the first closing tag."""
@@ -353,7 +382,7 @@ class Tokenizer:
 
     def token_ends(self, text: str) -> list[int]:
         """Characters up to the end of each token of encode(text)."""
-        return [end for _, end in self.tokenizer.encode(clean(text), add_special_tokens=False).offsets]
+        return [end for _, end in self.encode_spans(text)[1]]
 
     def _bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         return [self.pieces[i] if 0 <= i < len(self.pieces) else b"" for i in ids]

@@ -330,6 +330,75 @@ def test_a_second_process_is_refused_and_the_first_goes_on(world, capsys, monkey
     assert len(world.drawn) == 4 * len(QUESTIONS)
 
 
+CHAT = "{% for m in messages %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}assistant:"
+
+
+def write_shots(answer):
+    Path("shots.jsonl").write_text(json.dumps({"question": "How many are 90 and 91?", "answer": answer}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "other", "line"),
+    [
+        (["--data.template=chat", "--data.system=Count."], "--data.system=Think.", "drawn with data.system = Count."),
+        (["--data.shots=shots.jsonl"], "--data.shots=", "drawn with data.shots = "),
+        (["--data.shots=shots.jsonl"], "", "drawn with data.shots = "),
+        (["--data.template=chat"], "--data.template=chat-think", "drawn with data.template = chat"),
+    ],
+)
+def test_samples_asked_in_other_words_are_not_mixed(world, capsys, flags, other, line):
+    Path("model/chat_template.jinja").write_text(CHAT)
+    write_shots("181")
+    assert call(*HALF, *flags) == 0
+    num = len(world.drawn)
+    if not other:  # the file is another one under its name
+        write_shots("They are 181.")
+    for more in ([], [*HALF, "--run.regrade=true"]):
+        capsys.readouterr()
+        assert call(*flags, *([other] if other else []), *more) == 2
+        assert f"out: {line}" in capsys.readouterr().err
+    assert len(world.drawn) == num
+    write_shots("181")
+    assert call(*flags) == 0
+    assert len(world.drawn) == 2 * num
+
+
+def test_a_mark_of_before_there_were_examples_still_fits(world):
+    assert call(*HALF) == 0
+    mark = json.loads(Path("out/drawn-by.json").read_text())
+    assert mark.pop("data.shots") == mark.pop("data.system") == ""
+    Path("out/drawn-by.json").write_text(json.dumps(mark))
+    assert call() == 0
+
+
+def test_a_chat_is_asked_through_the_models_template_and_graded(world, capsys):
+    Path("model/chat_template.jinja").write_text(CHAT)
+    Path("shots.jsonl").write_text(json.dumps({"question": QUESTIONS[3]["question"], "answer": "7"}))
+    assert call("--data.template=chat-think", "--data.system=Count.", "--data.shots=shots.jsonl") == 0
+    assert results()["sets"]["own"]["mean"] == pytest.approx(RIGHT * 3 / (len(QUESTIONS) * 4))
+    assert results()["system"] == "Count."
+    assert len(results()["shots"]) == 16
+    assert "own: 1 of 12 questions are examples of shots.jsonl too" in capsys.readouterr().out
+    text, end = world.text, [world.text.eos_ids[0]]
+    asked = {row["id"]: row["asked"] for row in generations.stored(Path("out/generations"), "own")}
+    for q in QUESTIONS:
+        shot = [*text.encode(f"user:{QUESTIONS[3]['question']}"), *end, *text.encode("assistant:7"), *end]
+        shot *= q is not QUESTIONS[3]
+        words = [*text.encode("system:Count."), *end, *shot, *text.encode(f"user:{q['question']}"), *end]
+        ids = [*words, *text.encode("assistant:"), *text.open_ids]
+        assert asked[q["id"]] == generate.asked_of(generate.Prompt(id="", tokens=ids))
+
+
+def test_a_thought_that_the_models_template_opens_counts_as_opened(world):
+    Path("model/chat_template.jinja").write_text(CHAT + "<think>\n")
+    world.text = replace(world.text, close_ids=[])  # it never closes a thought: all are wrong
+    assert call("--data.template=chat") == 0
+    assert results()["sets"]["own"]["unclosed"] == 1
+    assert results()["sets"]["own"]["mean"] == 0
+    assert call("--data.template=chat", "--run.regrade=true") == 0
+    assert results()["sets"]["own"]["unclosed"] == 1
+
+
 def tree():
     return {path: path.is_file() and path.read_bytes() for path in Path("..").rglob("*")}
 
@@ -340,6 +409,8 @@ def tree():
         ("--data.sets=set.jsonl", "sets: 'set.jsonl' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
         ("--data.sets=own:gsm9k=set.jsonl", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
         ("--data.template=boxt", "unknown template 'boxt'"),
+        ("--data.template=chat", "model: no chat template in chat_template.jinja or tokenizer_config.json; expected"),
+        ("--data.shots=none.jsonl", "none.jsonl: no such file or folder"),
         ("--run.samples=0", "run: samples must be at least 1, got 0"),
         ("--run.ks=1,5", "run: ks holds 5, samples is 4: pass@k needs k from 1 to samples; set run.ks"),
         ("--run.ks=0,4", "run: ks holds 0, samples is 4: pass@k needs k from 1 to samples; set run.ks"),

@@ -12,7 +12,7 @@ import torch
 from conftest import join_ranks, spawn
 
 from thinkmid.data import store
-from thinkmid.data.sequences import read_sequences
+from thinkmid.data.sequences import Sequences, read_sequences
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.run.config import RunConfig
@@ -39,7 +39,8 @@ def sequences(home, ranks=ALONE, folder="run", fresh=False, interrupt=None):
     paths, text = [str(home / "corpus.jsonl")], Tokenizer.load(home / "tokenizer")
     run = RunConfig(folder=str(home / folder), steps=1, fresh=fresh)
     interrupt = interrupt or SimpleNamespace(requested=False)
-    found, digest = corpus.stored_sequences(paths, text, 16, run, ranks, interrupt)
+    stored = corpus.stored_documents(paths, text, run, ranks, interrupt)
+    found, digest = Sequences(stored, 16), stored.digest
     return [found[i].tolist() for i in range(len(found))], digest
 
 

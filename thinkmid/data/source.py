@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -37,6 +37,7 @@ class Document:
     id: str  # the row's own, else `where`
     text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
     where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
+    messages: Sequence[Mapping[str, str]] = ()  # of a conversation, whose text is only counted; see conversations.py
 
 
 def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from thinkmid.data import questions
-from thinkmid.data.templates import find
+from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.grade.config import VerifyConfig
@@ -36,15 +36,15 @@ class EvalModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalData:
+class EvalData(WordingConfig):
     """The sets of questions and the words around them."""
 
     # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
     sets: tuple[str, ...]
-    template: str = "boxed-think"  # with "-think" the model starts inside its thought
     strict: bool = False  # a set that differs from its public copy is an error, not a note
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for entry in self.sets:
             if not entry.partition("=")[2]:
                 raise ValueError(f"sets: {entry!r} must be LAYOUT=PATH or NAME:LAYOUT=PATH")
@@ -85,8 +85,7 @@ def name_of(entry: str) -> str:
 
 
 def load_sets(cfg: EvalData) -> dict[str, questions.QuestionSet]:
-    """Sets by name, with a line on the console for each. UserError: the template or a set cannot be used."""
-    find(cfg.template)
+    """Sets by name, with a line on the console for each. UserError: a set cannot be used."""
     sets = {}
     for entry in cfg.sets:
         head, _, path = entry.partition("=")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from thinkmid.data.questions import QuestionSet
+from thinkmid.data.wording import Wording
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.generations import KEYS, MARK, key, read_mark, settings, stored
@@ -39,9 +40,9 @@ def check_model(folder: Path, cfg: EvalConfig, model: dict[str, str]) -> None:
 
 def plan(cfg: EvalConfig, sets: Mapping[str, QuestionSet]) -> int:
     """Prints what --dry-run reports: the configuration, memory and an estimate of time."""
-    model_cfg, tokenizer = model_of(cfg)
+    model_cfg, wording = model_of(cfg)
     questions = [question for found in sets.values() for question in found.questions]
-    prompts = prompts_of(cfg, questions, tokenizer, model_cfg.max_positions)
+    prompts = prompts_of(cfg, questions, wording, model_cfg.max_positions)
     print(f"# {len(prompts):,} samples of {len(questions):,} questions")
     return memory.dry_run_engine(cfg, model_cfg, cfg.sampling, max(len(p.tokens) for p in prompts))
 
@@ -51,9 +52,10 @@ def start(cfg: EvalConfig) -> Ranks | None:
     return None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
 
 
-def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of the model's folder."""
-    return read_config(Path(cfg.model.folder)), Tokenizer.load(cfg.model.folder)
+def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Wording]:
+    """Config of the model's folder, and what makes its prompts."""
+    folder = cfg.model.folder
+    return read_config(Path(folder)), Wording.read(cfg.data, folder, Tokenizer.load(folder))
 
 
 Asked = Mapping[str, list[Prompt]]  # by set
@@ -72,7 +74,8 @@ def draw(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, ranks:
 
 
 def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, ranks: Ranks, keys: Kinds) -> None:
-    shape, text = model_of(cfg)
+    shape, wording = model_of(cfg)
+    text = wording.tokenizer
     source, rows = Path(cfg.model.folder), sampling.max_batch
     known = identity.verified(source, ranks)
     model = identity.of_model(source, text, known)
@@ -131,6 +134,7 @@ def row_of(prompt: Prompt, sample: Sample, tokenizer: Tokenizer) -> Row:
     """The row that is stored for a sample."""
     return prompt.meta | {
         "asked": asked_of(prompt),
+        "opened": tokenizer.opens(prompt.tokens),
         "text": tokenizer.decode(sample.tokens),
         "finish": sample.finish,
         "tokens": len(sample.tokens),

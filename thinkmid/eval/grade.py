@@ -21,7 +21,7 @@ def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], gra
             bar.at(done)
     for r, verdict in zip(rows, verdicts, strict=True):
         answer = grader.answer(r["text"])
-        unclosed = CLOSE not in r["text"] and (template.endswith("-think") or OPEN in r["text"])
+        unclosed = CLOSE not in r["text"] and (r.get("opened", template.endswith("-think")) or OPEN in r["text"])
         score = None if verdict.value is None else float(verdict.value)
         graded = Graded(
             question=r["id"], sample=r["sample"], score=0.0 if unclosed else score,

@@ -35,9 +35,13 @@ def main(argv: list[str]) -> int:
     check_folder(folder, cfg)
     with closing(make_grader(cfg.verify)) as grader:
         if ranks := generate.start(cfg):
-            model_cfg, tokenizer = generate.model_of(cfg)
+            model_cfg, wording = generate.model_of(cfg)
             room = model_cfg.max_positions
-            prompts = {name: prompts_of(cfg, found.questions, tokenizer, room) for name, found in sets.items()}
+            prompts = {name: prompts_of(cfg, found.questions, wording, room) for name, found in sets.items()}
+            if ranks.rank == 0:
+                for name, found in sets.items():
+                    for note in wording.notes(found.questions):
+                        print(f"{name}: {note}")
             generate.draw(cfg, prompts, cfg.sampling, folder / "generations", ranks)
         if not ranks or ranks.rank == 0:
             graded = {}
@@ -68,6 +72,7 @@ def results_of(
     about["content"] = drawn_by.get("model")
     if not cfg.data.template.endswith("-think"):
         about["max_direct"] = cfg.sampling.max_think if PATH_ALONE in drawn_by else cfg.sampling.max_direct
+    about |= {name: drawn_by[f"data.{name}"] for name in ("system", "shots") if drawn_by.get(f"data.{name}")}
     about["questions"] = {name: found.sha256 for name, found in sets.items()}
     return about | {"mean": sum(r["mean"] for r in by_set.values()) / len(by_set), "sets": by_set}
 

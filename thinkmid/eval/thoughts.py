@@ -14,6 +14,7 @@ from typing import Any
 
 from thinkmid import config
 from thinkmid.data.questions import Question, posed
+from thinkmid.data.wording import Wording
 from thinkmid.errors import UserError
 from thinkmid.eval import conditions, stats
 from thinkmid.eval.conditions import CONDITIONS, KEYS
@@ -27,7 +28,6 @@ from thinkmid.files import write_json, write_rows
 from thinkmid.rollout.grade.answers import squeezed
 from thinkmid.rollout.grade.grader import Grader, make_grader
 from thinkmid.thoughts import CLOSE
-from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
         print(config.to_toml(cfg))
         return 0
     check_folder(folder, cfg)
-    model_cfg, tokenizer = generate.model_of(cfg)
+    model_cfg, wording = generate.model_of(cfg)
     room = model_cfg.max_positions
-    probes = {name: probe_of(cfg, name, found.questions, tokenizer, room) for name, found in sets.items()}
+    probes = {name: probe_of(cfg, name, found.questions, wording, room) for name, found in sets.items()}
     with closing(make_grader(cfg.verify)) as grader:
         if ranks := generate.start(cfg):
             # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
@@ -77,18 +77,16 @@ class Probe:
     about: dict[str, Any]  # numbers of samples and thoughts; notes
 
 
-def probe_of(
-    cfg: EvalConfig, name: str, questions: Sequence[Question], tokenizer: Tokenizer, max_positions: int
-) -> Probe:
+def probe_of(cfg: EvalConfig, name: str, questions: Sequence[Question], wording: Wording, max_positions: int) -> Probe:
     """The probe of a set whose generations are there. UserError: samples are missing, the context is too short."""
-    opened = cfg.data.template.endswith("-think")
+    tokenizer, prompts = wording.tokenizer, prompts_of(cfg, questions, wording, max_positions)
+    opened = tokenizer.opens(prompts[0].tokens)
     rows = whole(Path(cfg.run.folder, "generations"), name, questions, cfg.run.samples)
     found = {(r["id"], r["sample"]): conditions.thought_of(r, tokenizer, opened) for r in rows}
     thoughts = {sample: thought for sample, thought in found.items() if thought}
     known = {q.id: q for q in questions}
     golds = {(id, k): squeezed(posed(known[id], k).gold) for id, k in thoughts}
     donors = swap(golds, cfg.run.seed)
-    prompts = prompts_of(cfg, questions, tokenizer, max_positions)
     asked = {(p.meta["id"], p.meta["sample"]): p for p in prompts}
     room = max_positions - cfg.sampling.max_suffix
     about = {

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least, positive
 from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
@@ -72,6 +73,10 @@ class SFTData:
     batch_tokens: int = 4096  # tokens of an optimiser step, over all ranks
     pack_tokens: int = 4096  # tokens of one forward on one rank
     max_len: int = 512  # longer documents are cut into sequences of this many tokens
+    # rows: as-is, a "text" as it stands; chat, "messages" through the model's chat template
+    template: Literal["as-is", "chat"] = "as-is"
+    system: str = ""  # chat: system message of conversations without one; empty: the template's own, if it has one
+    loss: Literal["all", "assistant"] = "all"  # chat: tokens that carry loss; assistant: its messages, end of turn too
     # with run.steps 0, how long the run is: passes over the data, or tokens
     epochs: float = 0.0
     tokens: int = 0
@@ -83,6 +88,8 @@ class SFTData:
         if self.max_len > min(self.batch_tokens, self.pack_tokens):
             rooms = f"batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
             raise ValueError(f"max_len {self.max_len} exceeds {rooms}")
+        if self.template != "chat" and (self.system or self.loss != "all"):
+            raise ValueError(f"system and loss {self.loss!r} need template 'chat', got {self.template!r}")
         read_parts(self.probe_parts)
         if self.epochs > 1e4 or self.tokens > 1e15:
             raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
@@ -118,6 +125,8 @@ class SFTConfig:
         _check_adapters(self.export, self.model)
         if self.model.lora_rank and not self.model.folder:
             raise ValueError("model.lora_rank needs model.folder: adapters of weights that are drawn learn nothing")
+        if self.data.template == "chat" and not self.model.folder:
+            raise ValueError("data.template 'chat' needs model.folder: the folder with the chat template")
         given = {"run.steps": self.run.steps, "data.epochs": self.data.epochs, "data.tokens": self.data.tokens}
         if sum(map(bool, given.values())) > 1:
             both = ", ".join(f"{name} {value}" for name, value in given.items() if value)
@@ -288,15 +297,15 @@ class RLMTConfig(RLConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLPTData:
+class RLPTData(WordingConfig):
     """Where questions come from and how they are put."""
 
     path: str  # jsonl or parquet, a file or a folder of shards
     task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
-    template: str = "boxed-think"  # words around a question; with "-think" the model starts inside its thought
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, max_prompt=0)
 
 

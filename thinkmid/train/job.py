@@ -195,7 +195,8 @@ class Job:
         if self.cfg.export.lora == "adapter":
             self.log.say(f"{exported} holds the adapters, a PEFT folder (export.lora = 'adapter')")
         else:
-            self.log.say(f"{exported} holds the model in {self.export_dtype} (export.dtype = {self.cfg.export.dtype!r})")
+            asked = f"export.dtype = {self.cfg.export.dtype!r}"
+            self.log.say(f"{exported} holds the model in {self.export_dtype} ({asked})")
         if self.ranks.rank == 0:
             try:
                 curves.draw(self.folder, self.folder / "curves.png")

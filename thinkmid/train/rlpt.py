@@ -6,8 +6,10 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlpt configs/mini-rlpt.toml
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 from thinkmid import config
+from thinkmid.data.wording import Wording
 from thinkmid.run.interrupt import Stopped
 from thinkmid.train.config import RLPTConfig
 
@@ -23,10 +25,12 @@ def main(argv: list[str]) -> int:
     from thinkmid.train.sampler import Sampler
 
     source = Source.read(cfg.model.folder)
+    wording = Wording.read(cfg.data, source.folder, source.tokenizer)
+    source = replace(source, tokenizer=wording.tokenizer)
     max_prompt = rl.longest_prompt(cfg, source.model_cfg, cfg.data.max_prompt, len(source.tokenizer.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, source.model_cfg, max_prompt, {})
-    prompts, notes = corpus.read_questions(cfg.data, source.tokenizer, max_prompt)
+    prompts, notes = corpus.read_questions(cfg.data, wording, max_prompt)
     longest = max(len(p.tokens) for p in prompts)
     grader = make_grader(cfg.verify)
 
@@ -39,7 +43,8 @@ def main(argv: list[str]) -> int:
         job.log.say(f"note: {note}")
     try:
         engine = rl.open_policy(job, cfg, longest).engine
-        with closing(AnswerReward(source.tokenizer, grader, thinks=cfg.data.template.endswith("-think"))) as reward:
+        thinks = source.tokenizer.opens(prompts[0].tokens)
+        with closing(AnswerReward(source.tokenizer, grader, thinks=thinks)) as reward:
             rl.train(job, cfg, Sampler(job, cfg, engine, reward), prompts)
     except Stopped:
         return job.stop()

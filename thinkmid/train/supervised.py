@@ -8,8 +8,10 @@ from functools import partial
 
 import numpy as np
 
+from thinkmid.data.chat import Chat
+from thinkmid.data.conversations import Conversations
 from thinkmid.data.pack import Reply, Unit
-from thinkmid.data.sequences import Sequences, read_sequences
+from thinkmid.data.sequences import Sequences, read_sequences, with_loss
 from thinkmid.data.source import Order
 from thinkmid.errors import UserError, counted, short
 from thinkmid.plan import memory
@@ -44,13 +46,17 @@ def run(cfg: SFTConfig) -> int:
     check_source(source, cfg.run, ranks)
 
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
-    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len) if cfg.data.val_paths else []
+    chats = conversations(cfg, source)
+    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, chats) if cfg.data.val_paths else []
     parts = read_parts(cfg.data.probe_parts)
     probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts) if cfg.data.probe_paths else []
-    sequences, data = corpus.stored_sequences(cfg.data.paths, tokenizer, max_len, cfg.run, ranks, interrupt)
+    stored = corpus.stored_documents(cfg.data.paths, tokenizer, cfg.run, ranks, interrupt, chats)
+    sequences = Sequences(stored, max_len)
 
     steps = num_steps(cfg, sequences.lengths)
-    inputs = Inputs(data=data, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps)
+    inputs = Inputs(
+        data=stored.digest, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps
+    )
     job = open_job(cfg, source, inputs, ranks, interrupt)
     total, documents = int(sequences.lengths.sum()), counted(sequences.num_documents, "document")
     data = f"{documents}, {short(total)} tokens, at most {cfg.data.batch_tokens:,} a step"
@@ -71,6 +77,14 @@ def run(cfg: SFTConfig) -> int:
     return job.finish(exported)
 
 
+def conversations(cfg: SFTConfig, source: Source) -> Conversations | None:
+    """How the rows of messages are read; None where documents are texts. UserError: no chat template, a broken one."""
+    if cfg.data.template != "chat":
+        return None
+    chat = Chat(source.folder, source.tokenizer)
+    return Conversations(chat=chat, system=cfg.data.system, loss=cfg.data.loss)
+
+
 def learn(
     job: Job, cfg: SFTConfig, packing: Packing, sequences: Sequences, held_out: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
@@ -83,10 +97,10 @@ def learn(
         num, _ = batch_size(order, state["cursor"], sequences.lengths, cfg.data.batch_tokens)
         # what one rank alone reads wrong ends all
         batch = job.ranks.run_on_all(read_batch, sequences, order.take(state["cursor"], num))
-        num_targets = sum(len(tokens) - 1 for tokens in batch)
+        num_targets = sum(int(np.count_nonzero(tokens[1:] >= 0)) for tokens in batch)
         lr = cfg.optim.lr_at(step, cfg.run.steps)
         try:
-            stats = update(job, packing, batch, 1 / num_targets, lr)
+            stats = update(job, packing, batch, 1 / max(1, num_targets), lr)
         except Stopped:
             job.save(step, state)
             raise
@@ -110,9 +124,10 @@ def learn(
 
 def update(job: Job, packing: Packing, batch: list[np.ndarray], weight: float, lr: float) -> Stats:
     """One optimiser step on the targets of these sequences, which every rank brings; weight: of each target's loss."""
-    texts = [Reply.text(tokens[1:], weight) for tokens in batch]
-    pairs = enumerate(zip(batch, texts, strict=True))
-    units = [Unit(name=f"sequence {i}", prefix=tokens[:1], replies=[text]) for i, (tokens, text) in pairs]
+    pairs = [with_loss(tokens) for tokens in batch]
+    texts = [Reply.text(ids[1:], weight * has_loss[1:]) for ids, has_loss in pairs]
+    both = enumerate(zip(pairs, texts, strict=True))
+    units = [Unit(name=f"sequence {i}", prefix=ids[:1], replies=[text]) for i, ((ids, _), text) in both]
     packs, loss_fn = packing.mine(units), partial(text_loss, job.model)
     clip, interrupt = job.cfg.optim.clip, job.interrupt
     return train_step(job.model, job.optimizer, packs, loss_fn, job.ranks, lr=lr, clip=clip, interrupt=interrupt)

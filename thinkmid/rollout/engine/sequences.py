@@ -46,7 +46,7 @@ class Rows:
         self.waiting: deque[Request] = deque()
         self._source = iter(requests)
         self._sampling, self._matcher, self._opener = sampling, tokenizer.matcher, tokenizer.open_matcher
-        self._open = list(tokenizer.open_ids)
+        self._tokenizer = tokenizer
         self._eos = np.array(sorted(tokenizer.eos_ids), np.int64)
         self._close = np.array(tokenizer.close_ids, np.int64)
         self.max_new = sampling.max_new + len(self._close)  # tokens that a row has room for
@@ -91,7 +91,7 @@ class Rows:
         table[row] = np.zeros((), table.dtype)
         # where direct answers have no budget of their own, every row is held to that of thoughts
         direct = self._sampling.max_direct > self._sampling.max_think
-        table["opened"][row] = not direct or list(prompt[-len(self._open) :]) == self._open
+        table["opened"][row] = not direct or self._tokenizer.opens(prompt)
         table["seed"][row], table["newest"][row], table["position"][row] = request.seed, prompt[-1], len(prompt) - 1
         if request.written:
             n = table["written"][row] = min(len(request.written.tokens), self.max_new)

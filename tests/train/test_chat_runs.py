@@ -1,0 +1,125 @@
+"""Programs through a chat template: what a run is asked, what it learns, when it is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import exit_code
+from test_rlpt import CONFIG, QUESTIONS
+from world import sft_flags
+
+from thinkmid.files import read_rows
+from thinkmid.kernels.attention import SegmentAttention
+from thinkmid.model import weights
+from thinkmid.tokenizer import Tokenizer
+from thinkmid.train import rlpt, sft
+
+TEMPLATE = """{% for m in messages %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+ROWS = [
+    (f"Ana has {n} coins. Ben finds 1 more.", f"<think> {n} + 1 = {n + 1}.</think> So {n + 1}.") for n in range(2, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model with a chat template, and conversations."""
+    folder = tmp_path_factory.mktemp("home")
+    assert exit_code(sft, sft_flags(folder)) == 0
+    (folder / "sft/export/chat_template.jinja").write_text(TEMPLATE)
+    (folder / "rlpt.toml").write_text(CONFIG)
+    write(folder / "questions.jsonl", QUESTIONS)
+    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ROWS]
+    write(folder / "chats.jsonl", [{"messages": talk} for talk in talks])
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def learn(home, name, *more):
+    data = [f"--data.paths={home}/chats.jsonl", f"--data.val_paths={home}/chats.jsonl", "--data.template=chat"]
+    where = [f"--model.folder={home}/sft/export", f"--run.folder={home}/{name}", "--data.max_len=100"]
+    return exit_code(sft, [*sft_flags(home), *data, *where, "--run.steps=0", "--data.epochs=1", *more])
+
+
+def by_hand(text):
+    """Ids of each conversation, how many of the last are the assistant's, and how many of those are its thought."""
+    for question, answer in ROWS:
+        thought, _, said = answer.removeprefix("<think>").partition("</think>")
+        thought = [*text.open_ids, *text.encode(thought), *text.close_ids]
+        end = [text.eos_ids[0]]
+        words = [*text.encode(f"user:{question}"), *end, *text.encode("assistant:")]
+        answer = [*thought, *text.encode(said), *end]
+        yield [*words, *answer], len(answer), len(thought)
+
+
+@pytest.mark.parametrize("loss", ["all", "assistant"])
+def test_the_loss_is_over_the_tokens_that_are_asked_for(home, loss):
+    assert learn(home, loss, f"--data.loss={loss}") == 0
+    rows = read_rows(home / loss / "metrics.jsonl")
+    text, model = Tokenizer.load(home / "sft/export"), weights.load_model(home / loss / "export")
+    talks = list(by_hand(text))
+    once = sum(num if loss == "assistant" else len(ids) - 1 for ids, num, _ in talks)
+    assert once <= sum(row["tokens"] for row in rows) < once + 256
+    sums = {"all": [], "thought": []}
+    for ids, num, num_thought in talks:
+        cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+        logits = model(torch.tensor(ids), torch.arange(len(ids)), SegmentAttention(cu, cu), rows=torch.arange(len(ids)))
+        nll = -logits.double().log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        sums["all"] += nll[-num:].tolist() if loss == "assistant" else nll.tolist()
+        sums["thought"] += nll[-num:][:num_thought].tolist()
+    for name, key in (("all", "val_loss"), ("thought", "val_loss_thought")):
+        assert rows[-1][key] == pytest.approx(sum(sums[name]) / len(sums[name]), rel=1e-5)
+
+
+def test_another_loss_is_another_run(home, capsys):
+    assert learn(home, "one", "--data.loss=assistant") == 0
+    assert learn(home, "one", "--data.loss=assistant") == 0
+    capsys.readouterr()
+    assert learn(home, "one", "--data.loss=all") == 2
+    assert "data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["chat", "chat-think"])
+def test_questions_are_asked_through_the_template_with_examples(home, template, capsys):
+    write(home / "shots.jsonl", [{"question": QUESTIONS[0]["question"], "answer": "1"}])
+    more = [f"--data.template={template}", "--data.system=Count.", f"--data.shots={home}/shots.jsonl"]
+    where = [f"--model.folder={home}/sft/export", f"--data.path={home}/questions.jsonl", "--verify.kind=first-sentence"]
+    argv = [f"{home}/rlpt.toml", *where, f"--run.folder={home}/{template}", *more, "--sampling.force_close=false"]
+    assert exit_code(rlpt, argv) == 0
+    assert "note: 1 of 9 questions are examples of" in capsys.readouterr().out
+    asked = {q["id"]: q["question"] for q in QUESTIONS}
+    samples = read_rows(home / template / "rollouts" / "step-000001.jsonl")
+    for row in samples:
+        shot = "" if row["prompt_id"] == "q0" else f"user:{asked['q0']}assistant:1"
+        words = f"system:Count.{shot}user:{asked[row['prompt_id']]}assistant:"
+        assert row["prompt"] == words + "<think>" * (template == "chat-think")
+    # without a thought that its prompt opens, the whole text is the answer
+    assert any(row["verdict"]["why"] == "unclosed" for row in samples) == (template == "chat-think")
+    write(home / "shots.jsonl", [{"question": QUESTIONS[0]["question"], "answer": "2"}])
+    assert exit_code(rlpt, argv) == 2  # the examples changed under a run that has begun
+
+
+def test_a_mistake_is_one_line(home, capsys):
+    for argv, line in (
+        ([f"--data.paths={home}/corpus.jsonl"], '"messages" is missing'),
+        (["--model.folder="], "data.template 'chat' needs model.folder"),
+        (["--data.template=as-is", "--data.loss=assistant"], "need template 'chat'"),
+    ):
+        capsys.readouterr()
+        assert learn(home, "wrong", *argv) == 2
+        err = capsys.readouterr().err
+        assert line in err
+        assert err.count("\n") == 1
+        assert not (home / "wrong").exists()
+
+
+def test_a_document_that_spells_special_tokens_is_named_once(home, capsys):
+    write(home / "letters.jsonl", [{"text": text} for text in ("a", "b <|end|> c", "<|end|>")])
+    argv = [*sft_flags(home), f"--model.folder={home}/sft/export", f"--data.paths={home}/letters.jsonl"]
+    assert exit_code(sft, [*argv, f"--run.folder={home}/letters"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("<|end|>") == 1
+    assert f"warning: {home}/letters.jsonl:2: <|end|> in a text is ordinary characters" in out
