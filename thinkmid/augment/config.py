@@ -26,7 +26,9 @@ class AnnotateRun:
 class AnnotateData:
     """What is annotated."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
 
     def __post_init__(self) -> None:
         if not self.paths:

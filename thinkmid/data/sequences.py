@@ -29,10 +29,13 @@ def num_pieces(num_tokens: NDArray[np.int64], max_len: int) -> NDArray[np.int64]
     return np.maximum(num_tokens + max_len - 3, 0) // (max_len - 1)
 
 
-def read_sequences(paths: Sequence[str], tokenizer: Tokenizer, max_len: int) -> list[tuple[Tokens, Mask]]:
+def read_sequences(
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, column: str = "text"
+) -> list[tuple[Tokens, Mask]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len as Sequences cuts them."""
     out = []
-    for tokens, thought in chain.from_iterable(tokens_of(block, tokenizer) for block in blocks(read_documents(paths))):
+    documents = blocks(read_documents(paths, column))
+    for tokens, thought in chain.from_iterable(tokens_of(block, tokenizer) for block in documents):
         for at in range(0, len(tokens) - 1, max_len - 1):
             out.append((tokens[at : at + max_len], thought[at : at + max_len]))
     if not out:

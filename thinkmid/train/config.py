@@ -62,7 +62,10 @@ def read_parts(texts: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
 class SFTData:
     """What is learnt."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]; thoughts stand between
+    # <think> and </think>
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     val_paths: tuple[str, ...] = ()  # held-out documents
     val_every: int = 200  # steps between validations; there is one at the end too
     probe_paths: tuple[str, ...] = ()  # documents with full thoughts: is RLMT worth starting?
@@ -222,7 +225,9 @@ class RLConfig:
 class RLMTData:
     """Where prefixes come from."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     # where a prefix ends: at an annotated thought; in raw text at a sentence end, after a fixed or a drawn length
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
@@ -270,7 +275,7 @@ class RLMTConfig(RLConfig):
 class RLPTData:
     """Where questions come from and how they are put."""
 
-    path: str  # jsonl or parquet, a file or a folder of shards
+    path: str  # jsonl, parquet or arrow, a file or a folder of shards, or hf://datasets/ORG/NAME[@REVISION][/PATH]
     task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
     template: str = "boxed-think"  # words around a question; with "-think" the model starts inside its thought
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves

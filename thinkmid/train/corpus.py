@@ -23,7 +23,7 @@ from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData
+from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData, SFTData
 from thinkmid.types import Prompt
 
 REPORT_S = 10  # between lines of progress
@@ -38,13 +38,13 @@ def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
 
 
 def stored_sequences(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
+    data: SFTData, tokenizer: Tokenizer, run: RunConfig, ranks: Ranks, interrupt: Interrupt
 ) -> tuple[sequences.Sequences, str]:
     """Token sequences of all documents, and a digest of them. Collective."""
     encode = partial(sequences.records, tokenizer=tokenizer)
-    stored = _Writing(paths, encode, "document of two tokens or more", run, ranks, interrupt)
+    stored = _Writing(data, encode, "document of two tokens or more", run, ranks, interrupt)
     documents = stored.store({"tokens": tokenizer.digest})
-    return sequences.Sequences(documents, max_len), documents.digest
+    return sequences.Sequences(documents, data.max_len), documents.digest
 
 
 def _prompt_records(documents: Iterable[Document], make: MakePrompts) -> Iterable[tuple[bytes, tuple[int, int]]]:
@@ -66,14 +66,14 @@ def read_prompts(
         make = partial(cut, tokenizer=tokenizer, max_prefix=max_prefix)
     held_out = ranks.run_on_all(_read_held_out, data, make) if data.val_paths else []
     what = f"prefix (data.prefix = {data.prefix!r})"
-    writing = _Writing(data.paths, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt)
+    writing = _Writing(data, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt)
     stored = writing.store(decides)
     return prompts.StoredPrompts(stored), stored.digest, held_out
 
 
 def _read_held_out(data: RLMTData, make: MakePrompts) -> list[Prompt]:
     """val_prompts prefixes spread evenly over the held-out text."""
-    found = [prompt for block in store.blocks(read_documents(data.val_paths)) for prompt in make(block)]
+    found = [prompt for block in store.blocks(read_documents(data.val_paths, data.column)) for prompt in make(block)]
     if not found:
         raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
     return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
@@ -100,7 +100,7 @@ def read_questions(data: RLPTData, tokenizer: Tokenizer, max_prompt: int) -> tup
 class _Writing:
     """A store in a run's folder, written if it is not there yet."""
 
-    paths: Sequence[str]
+    data: SFTData | RLMTData
     encode: store.Encode
     what: str  # the data must have, for people
     run: RunConfig
@@ -115,6 +115,8 @@ class _Writing:
     def store(self, decides: dict[str, Any]) -> Store:
         """Collective. UserError: what is wrong with the data; then nothing is left behind."""
         ranks = self.ranks
+        if self.data.column != "text":
+            decides = decides | {"column": self.data.column}
         made_of = decides | {"files": ranks.run_on_all(self._files)}
         manifest = store.find(self.folder, made_of)
         if ranks.any(manifest is None):
@@ -166,7 +168,7 @@ class _Writing:
 
     def _files(self) -> list[list[Any]]:
         """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
-        stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
+        stats = [(str(file), os.stat(file)) for path in self.data.paths for file in data_files(Path(path))]
         return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
@@ -182,7 +184,7 @@ class _Writing:
             # on every rank: another node may not see yet what the first one made
             self.folder.mkdir(parents=True, exist_ok=True)
             where = (self.folder, name, self.ranks.rank, self.ranks.world)
-            for counts in store.write(*where, read_documents(self.paths), self.encode):
+            for counts in store.write(*where, read_documents(self.data.paths, self.data.column), self.encode):
                 if not self._continues(fault, *counts):
                     break
         except UserError:
@@ -205,7 +207,7 @@ class _Writing:
     def _publish(self, written: Store, manifest: dict[str, Any]) -> None:
         """Unless there is nothing in it, or a run began with something else."""
         if not len(written):
-            raise UserError(f"{', '.join(self.paths)}: no {self.what}")
+            raise UserError(f"{', '.join(self.data.paths)}: no {self.what}")
         if begun(self.run) and (before := store.published(self.folder).get("digest")):
             same_data(before, written.digest, Path(self.run.folder))
         store.publish(self.folder, manifest)

@@ -37,17 +37,18 @@ def run(cfg: SFTConfig) -> int:
     read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
     corpus.name_left_out(read if cfg.model.folder else [*read, *cfg.fresh.tokenizer_data], ranks)
 
-    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data.paths, cfg.run, ranks))
+    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data, cfg.run, ranks))
     context = source.model_cfg.max_positions
     if context < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {context} tokens")
     check_source(source, cfg.run, ranks)
 
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
-    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len) if cfg.data.val_paths else []
-    parts = read_parts(cfg.data.probe_parts)
-    probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts) if cfg.data.probe_paths else []
-    sequences, data = corpus.stored_sequences(cfg.data.paths, tokenizer, max_len, cfg.run, ranks, interrupt)
+    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, cfg.data.column) if cfg.data.val_paths else []
+    parts, probed = read_parts(cfg.data.probe_parts), []
+    if cfg.data.probe_paths:
+        probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts, cfg.data.column)
+    sequences, data = corpus.stored_sequences(cfg.data, tokenizer, cfg.run, ranks, interrupt)
 
     steps = num_steps(cfg, sequences.lengths)
     inputs = Inputs(data=data, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps)
