@@ -24,6 +24,8 @@ FOREIGN = (
 
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
     path = Path(folder) / "config.json"
     raw = read_json(path)
     try:
