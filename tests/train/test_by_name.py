@@ -9,6 +9,7 @@ from world import rlmt_flags, sft_flags
 
 from thinkmid import hub, sample
 from thinkmid.errors import UserError
+from thinkmid.eval import run
 from thinkmid.files import read_json, read_rows
 from thinkmid.run.folder import check_commits
 from thinkmid.run.ranks import Ranks
@@ -80,6 +81,28 @@ def test_a_sample_is_drawn_from_a_model_by_name(world, capsys):
     assert named == capsys.readouterr().out != ""
     assert exit_code(sample, ["hf://org/nmae", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: hf://org/nmae: no such repository")
+
+
+def test_an_evaluation_by_name_keeps_its_model_and_is_graded_again_without_network(world, tmp_path, capsys):
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]
+    sets = world.repo("org/sums", "datasets")
+    sets.push({"test.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    flags = [f"--run.folder={tmp_path}/eval", "--run.samples=2", "--model.folder=org/tiny", "--sampling.max_think=5"]
+    flags += [
+        "--sampling.max_suffix=5",
+        "--data.sets=sums:questions=hf://datasets/org/sums",
+        "--data.template=plain-think",
+    ]
+    assert exit_code(run, flags) == 0
+    results = read_json(tmp_path / "eval" / "results.json")
+    assert results["model"] == "org/tiny"
+    assert read_json(tmp_path / "eval" / "drawn-by.json")["model.folder"] == "org/tiny"
+    sets.push({"test.jsonl": json.dumps(rows[0]) + "\n"})
+    world.close()
+    assert exit_code(run, [*flags, "--run.regrade=true"]) == 0
+    assert read_json(tmp_path / "eval" / "results.json") == results
+    assert exit_code(run, [*flags, "--run.samples=3"]) == 0  # more samples of the same model and questions
+    assert read_json(tmp_path / "eval" / "results.json")["samples"] == 3
 
 
 class Two(Ranks):

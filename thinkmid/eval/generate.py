@@ -88,6 +88,7 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
     if ranks.rank == 0:
         drawn_by = settings(cfg) | {"model.folder": hub.asked(cfg.model.folder), "model": model}
         write_whole(folder.parent / MARK, json.dumps(drawn_by, indent=1) + "\n")
+        hub.write_record(folder.parent, cfg)
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys): row for row in stored(folder, name, keys)}
