@@ -183,11 +183,26 @@ def test_half_a_snapshot_and_no_network_is_one_line(web, monkeypatch):
     assert refused(hub.model, "hf://org/name").startswith("hf://org/name: not in the cache, and ")
 
 
-def test_a_server_that_fails_is_one_line_at_once(web):
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (500, "the Hub answers 500"),
+        (429, "the Hub answers 429"),
+        ("slow", "not in the cache, and the Hub cannot be reached (timed out)"),
+    ],
+)
+def test_a_server_that_fails_or_is_silent_is_one_line_soon_and_the_cache_serves(web, monkeypatch, fault, why):
     web.repo("org/name").push(MODEL)
-    web.faults["/api/"] = 500
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.5)
+    web.faults["/api/"] = fault
     began = time.monotonic()
-    assert refused(hub.model, "hf://org/name") == "hf://org/name: the Hub answers 500"
+    assert refused(hub.model, "hf://org/name") == f"hf://org/name: {why}"
+    web.faults.clear()
+    first = hub.model("org/name")
+    web.faults["/api/"] = fault
+    if fault != 429:
+        assert hub.model("org/name") == first
+    assert hub.model(first.pinned) == first
     assert time.monotonic() - began < 5
 
 
@@ -323,6 +338,8 @@ def test_data_that_are_in_the_cache_need_no_network(corpus, monkeypatch, how):
     began = time.monotonic()
     other = "hf://datasets/org/set/main/test-0.jsonl"
     assert refused(hub.data, other).startswith(f"{other}: not in the cache, and ")
+    split = "hf://datasets/org/set?config=main&split=train"
+    assert refused(hub.data, split).startswith(f"{split}: not in the cache, and ")
     assert time.monotonic() - began < 5
 
 

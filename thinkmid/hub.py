@@ -36,6 +36,8 @@ DATA = (
 BESIDE = (".json", ".jinja", "merges.txt", "tokenizer.model")
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv", ".json", ".txt", ".md")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMMIT = re.compile("[0-9a-f]{40}")
+TIMEOUT_S = 10  # for an answer of the Hub's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -182,6 +184,7 @@ def _split(text: str, repo: _Repo, wanted: dict[str, str]) -> list[str]:
     """Files of the split, as the data set's card or the names of its files define it."""
     if unknown := wanted.keys() - {"config", "split"}:
         raise UserError(f"{text}: unknown option {min(unknown)!r}; there are config and split")
+    repo.about(repo.commit)
     builder = _library("datasets").load_dataset_builder(repo.id, wanted.get("config"), revision=repo.commit)
     splits = builder.config.data_files or {}
     split = wanted.get("split") or (next(iter(splits)) if len(splits) == 1 else "")
@@ -211,12 +214,29 @@ class _Repo:
         self._where, self._revision = {"repo_id": found.id, "repo_type": kind}, found.revision
 
     def pin(self, known: Row | None) -> list[str]:
-        """Settle on a commit: what is known of the name, else what its revision is now. The known parts, or none."""
-        if known and re.fullmatch("[0-9a-f]{40}", str(known.get("commit"))):
-            self.commit = known["commit"]
-            return [str(part) for part in known.get("parts") or () if part]
-        self.commit = self._hub.HfApi().resolve_revision(**self._where, revision=self._revision).resolved
+        """Settle on a commit: what is known of the name, else what its revision is now, or was when it was last asked
+        for if there is no network. The known parts, or none."""
+        commit = str(known.get("commit") if known else self._revision)
+        if COMMIT.fullmatch(commit):
+            self.commit = commit
+            return [str(part) for part in known.get("parts") or () if part] if known else []
+        api, where = self._hub.HfApi(), self._where | {"revision": self._revision}
+        try:
+            self.about(self._revision)
+            self.commit = api.resolve_revision(**where).resolved
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if status < 500:  # the Hub has answered: nothing else counts
+                raise
+            with suppress(self._errors.RevisionResolutionError):
+                self.commit = api.resolve_revision(**where, local_files_only=True).resolved
+            if not self.commit:
+                raise
         return []
+
+    def about(self, revision: str | None) -> Any:
+        """What the Hub says of the repository. It fails soon where there is no network; downloads, after minutes."""
+        return self._hub.HfApi().repo_info(**self._where, revision=revision, timeout=TIMEOUT_S)
 
     def files(self) -> list[str]:
         """Paths of all files; without network, of those in the cache."""
@@ -224,7 +244,7 @@ class _Repo:
         with suppress(self._errors.CachedRepoTreeNotFoundError):
             return [file.path for file in self._hub.get_cached_repo_tree(**where)]
         try:
-            return [file.rfilename for file in self._hub.HfApi().repo_info(**where).siblings or ()]
+            return [file.rfilename for file in self.about(self.commit).siblings or ()]
         except Exception:  # of the network, if the cache does not help
             with suppress(self._errors.LocalEntryNotFoundError):
                 folder = Path(self._hub.snapshot_download(**where, local_files_only=True))
@@ -239,7 +259,7 @@ class _Repo:
             folder = Path(self._hub.snapshot_download(**where, allow_patterns=patterns, local_files_only=True))
             if all((folder / file).is_file() for file in files):
                 return folder
-        self._hub.HfApi().repo_info(**where)  # without network it fails at once, what follows after half a minute
+        self.about(self.commit)
         folder = Path(self._hub.snapshot_download(**where, allow_patterns=patterns))
         if lost := [file for file in files if not (folder / file).is_file()]:
             raise UserError(f"{self.name}: {lost[0]} is not in the cache, and the Hub cannot be reached")
