@@ -21,7 +21,7 @@ PACKAGE = HERE / "thinkmid"
 LONG, MANY = 40, 6  # code lines of a function; its parameters
 # from the lowest: a module imports its own level and those below; a folder's level holds for what is in it
 LEVELS = (
-    {"types", "errors", "files", "config", "kernels"},
+    {"types", "errors", "files", "hub", "config", "kernels"},
     {"tokenizer", "thoughts", "sentences", "model", "data", "run"},
     {"rollout", "plan"},
     {"train", "augment", "eval"},

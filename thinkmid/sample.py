@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.data.wording import Wording, WordingConfig
 from thinkmid.errors import UserError, plain
 from thinkmid.rollout.engine.protocol import Sampling, seed
@@ -18,16 +18,17 @@ from thinkmid.types import Prompt, Request, Sample
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    if not args.model.is_dir():
-        raise UserError(f"{args.model}: no such folder; expected a Hugging Face model folder")
+    folder = Path(hub.model(args.model))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a Hugging Face model folder")
 
     import torch
 
     from thinkmid.model import hf_config, weights
     from thinkmid.rollout.engine.native import NativeEngine
 
-    model_cfg = hf_config.read_config(args.model)
-    wording = Wording.read(wording_of(args), args.model, Tokenizer.load(args.model))
+    model_cfg = hf_config.read_config(folder)
+    wording = Wording.read(wording_of(args), folder, Tokenizer.load(folder))
     tokenizer, prompt = wording.tokenizer, Prompt(id="sample", tokens=wording.around(args.text))
     sampling = sampling_of(args)
     longest = len(prompt.tokens) + sampling.max_new
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         sizes = f"{len(prompt.tokens)} prompt tokens and {sampling.max_new} new ones"
         raise UserError(f"{sizes} exceed the model's context of {model_cfg.max_positions}; lower --max-think")
     engine = NativeEngine(model_cfg, tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
-    engine.load_weights(weights.stream_folder(args.model, "float32"), 0)
+    engine.load_weights(weights.stream_folder(folder, "float32"), 0)
     requests = [Request(prompt=prompt, seed=seed(args.seed, 0, prompt.id, i), key=(i,)) for i in range(args.n)]
     drawn = {request.key[0]: sample for step in engine.generate(requests, sampling) for request, sample in step}
     for i in range(args.n):
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="thinkmid sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face folder of the model")
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, or ORG/NAME[@REVISION] on the Hub")
     parser.add_argument("text", metavar="TEXT", help="the text before the thought")
     words = "around the text: chat or chat-think is the model's own chat template (default: %(default)s, the bare text)"
     parser.add_argument("--template", default="as-is-think", help=words)

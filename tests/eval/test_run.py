@@ -423,7 +423,7 @@ def tree():
         ],
         ("--run.seed=-1", "run: seed must be at least 0, got -1"),
         ("--run.regrade=true", "0 of 48 samples of own; eval.run without regrade draws them"),
-        ("--model.folder=nope", "nope/config.json"),
+        ("--model.folder=nope", "nope: no such folder"),
         ("--run.folder=set.jsonl", "set.jsonl: cannot be written (File exists)"),
         ("--run.folder=theirs", "theirs: holds the run of another program; take another folder"),
     ],

@@ -1,125 +1,194 @@
-"""As much of the Hugging Face Hub as takes a folder: repositories, large files, commits. On loopback, in a thread."""
+"""A Hub on this machine: enough of its HTTP interface for huggingface_hub and datasets, with repositories in memory."""
 
-import base64
+from __future__ import annotations
+
 import hashlib
 import json
+import re
 import threading
+import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-TOKEN = "hf_test"
+import pytest
+
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+LARGE = (".safetensors", ".parquet", ".arrow", ".bin")  # served by redirection, as the Hub does with large files
+
+
+@dataclass
+class Repo:
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # files by commit
+    refs: dict[str, str] = field(default_factory=dict)
+    access: str = "open"  # "gated", "private"
+    token: str = ""  # that opens it
+
+    def push(self, files: dict[str, bytes | str], branch: str = "main") -> str:
+        """A commit, which becomes the branch's."""
+        files = {path: text.encode() if isinstance(text, str) else text for path, text in files.items()}
+        commit = hashlib.sha1(repr((sorted(files.items()), branch, len(self.commits))).encode()).hexdigest()
+        self.commits[commit] = files
+        self.refs[branch] = commit
+        return commit
 
 
 class FakeHub(ThreadingHTTPServer):
-    """repositories: name -> {"private": bool, "files": {path: bytes}, "commits": [message]}.
+    """The server. faults: {part of a path: status, or "cut", "slow"}; asked: (method, path) of all requests."""
 
-    fault: (text, status) of the answer to requests whose path holds the text."""
+    daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.blobs, self.asked, self.fault = {}, {}, [], None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.faults: dict[str, int | str] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
+    def repo(self, id: str, kind: str = "models") -> Repo:
+        return self.repos.setdefault((kind, id), Repo())
+
+    def files_asked(self) -> set[str]:
+        """Names of the files whose bytes were sent."""
+        return {path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/api/" not in path}
+
+    def handle_error(self, request: object, address: object) -> None:
+        pass  # whoever asked has gone
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.0"  # no connection outlives its answer
+
+    def log_message(self, *args: object) -> None:
         pass
 
-    def do_HEAD(self):
-        self.answer(404)
+    def do_GET(self) -> None:
+        self.answer()
 
-    def do_GET(self):
-        name, _, rest = self.path.removeprefix("/api/models/").partition("/tree/")
-        repository = self.server.repositories.get(name.partition("?")[0].partition("/revision")[0])
-        if repository is None:
-            return self.answer(404)
-        if rest:
-            rows = [
-                {"type": "file", "oid": "0" * 40, "size": len(x), "path": p} for p, x in repository["files"].items()
-            ]
-            return self.answer(200, rows)
-        siblings = [{"rfilename": path} for path in repository["files"]]
-        self.answer(200, {"id": name, "private": repository["private"], "sha": "a" * 40, "siblings": siblings})
+    do_HEAD = do_GET
 
-    def do_PUT(self):
-        body = self.body()
-        self.server.blobs[self.path.rpartition("/")[2]] = body
-        self.answer(200)
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
 
-    def do_POST(self):
-        body, hub = self.body(), self.server
-        hub.asked.append(self.path)
-        if hub.fault and hub.fault[0] in self.path:
-            return self.answer(hub.fault[1], {"error": "as the test wants it"})
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer(401, {"error": "Invalid username or password."})
-        if self.path == "/api/repos/create":
-            return self.create(json.loads(body))
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        name, _, action = self.path.removeprefix("/api/models/").removeprefix("/").rpartition("/")
-        if self.path.endswith("/info/lfs/objects/batch"):
-            return self.batch(json.loads(body))
-        if "/preupload/" in self.path:
-            files = [{"path": f["path"], "shouldIgnore": False, **mode(f["path"])} for f in json.loads(body)["files"]]
-            return self.answer(200, {"files": files})
-        if "/commit/" in self.path:
-            return self.commit(name.removesuffix("/commit"), [json.loads(line) for line in body.splitlines()])
-        self.answer(404, {"error": f"{self.path} {action}"})
+    def answer(self, body: str = "") -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append((self.command, path))
+        fault = next((fault for part, fault in self.server.faults.items() if part in path), None)
+        if isinstance(fault, int):
+            return self.send(fault, b"no", {})
+        if fault == "slow":
+            time.sleep(30)
+        raw = urlsplit(self.path).path  # a revision's slashes are escaped in there
+        if match := API.fullmatch(raw):
+            return self.api(*match.groups(), body)
+        if match := FILE.fullmatch(raw):
+            return self.file(match[1] or "models", match[2], unquote(match[3]), unquote(match[4]))
+        if raw.startswith("/cdn/"):
+            data = next(f[1] for r in self.server.repos.values() for c in r.commits.values() for f in c.items()
+                        if hashlib.sha256(f[1]).hexdigest() == raw.split("/")[2])  # fmt: skip
+            return self.send(200, data, {}, cut=fault == "cut")
+        self.send(404, b"", {})
 
-    def create(self, asked):
-        name = f"{asked.get('organization')}/{asked['name']}"
-        known = name in self.server.repositories
-        self.server.repositories.setdefault(
-            name, {"private": asked.get("private") or asked.get("visibility") == "private", "files": {}, "commits": []}
-        )
-        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "name": name})
+    def opened(self, kind: str, id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """(commit, files), or an answer is sent."""
+        repo = self.server.repos.get((kind, id))
+        may = repo and (repo.access == "open" or self.headers.get("Authorization") == f"Bearer {repo.token}")
+        if not repo or (not may and repo.access == "private"):
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        if not may and "/resolve/" in self.path:  # what there is may be seen
+            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        return commit, repo.commits[commit]
 
-    def batch(self, asked):
-        objects = [
-            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.server.url}/blob/{o['oid']}"}}}
-            for o in asked["objects"]
-        ]
-        self.answer(200, {"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
+    def api(self, kind: str, id: str, what: str | None, revision: str | None, path: str | None, body: str) -> None:
+        if not (found := self.opened(kind, id, unquote(revision or "main"))):
+            return None
+        commit, files = found
+        if what in (None, "revision"):
+            listed = [{"rfilename": name} for name in files]
+            return self.json({"id": id, "_id": "0", "sha": commit, "siblings": listed, "tags": [], "private": False})
+        entries = [_entry(name, data) for name, data in files.items()]
+        folders = {"/".join(name.split("/")[:n]) for name in files for n in range(1, name.count("/") + 1)}
+        entries += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
+        if what == "paths-info":
+            wanted = [name.rstrip("/") for name in parse_qs(body).get("paths", [])]
+            return self.json([entry for entry in entries if entry["path"] in wanted])
+        home = f"{unquote(path)}/" if path else ""
+        below = [entry for entry in entries if entry["path"].startswith(home)]
+        if home and not below:
+            return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such path"})
+        if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() != "true":
+            below = [entry for entry in below if "/" not in entry["path"].removeprefix(home)]
+        return self.json(below)
 
-    def commit(self, name, rows):
-        repository = self.server.repositories[name]
-        for row in rows:
-            value = row["value"]
-            if row["key"] == "header":
-                repository["commits"].append(value["summary"])
-            elif row["key"] == "file":
-                repository["files"][value["path"]] = base64.b64decode(value["content"])
-            elif row["key"] == "lfsFile":
-                blob = self.server.blobs[value["oid"]]
-                assert hashlib.sha256(blob).hexdigest() == value["oid"]
-                repository["files"][value["path"]] = blob
-            elif row["key"] == "deletedFile":
-                del repository["files"][value["path"]]
-        commit = {"commitUrl": f"{self.server.url}/{name}/commit/{'b' * 40}", "commitOid": "b" * 40, "success": True}
-        self.answer(200, commit)
+    def file(self, kind: str, id: str, revision: str, path: str) -> None:
+        if not (found := self.opened(kind, id, revision)):
+            return None
+        commit, files = found
+        if path not in files:
+            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit}
+            return self.send(404, b"", headers)
+        data = files[path]
+        sha = hashlib.sha256(data).hexdigest()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{sha[:40]}"'}
+        if path.endswith(LARGE):
+            cdn = f"http://localhost:{self.server.server_port}"  # another host: the token does not go there
+            headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data))}
+            return self.send(302, b"", headers | {"Location": f"{cdn}/cdn/{sha}/{quote(path)}"})
+        return self.send(200, data, headers)
 
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
+    def json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def answer(self, status, value=None, kind="application/json"):
-        content = b"" if value is None else json.dumps(value).encode()
+    def send(self, status: int, data: bytes, headers: dict[str, str], cut: bool = False) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
 
 
-def mode(path):
-    return {"uploadMode": "lfs" if path.endswith(".safetensors") else "regular"}
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return entry
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A Hub with nothing in it, an empty cache, and an empty current folder."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    datasets = pytest.importorskip("datasets")
+    constants, server = huggingface_hub.constants, FakeHub()
+    environment = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "hf"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield server
+    server.close()
+    huggingface_hub.HfFileSystem.clear_instance_cache()

@@ -264,5 +264,3 @@ def test_adapters_stand_at_the_named_projections_alone():
 def test_impossible_adapters_are_refused_by_name(flags, said):
     with pytest.raises(ValueError, match=said):
         ModelSection(**flags)
-
-

@@ -353,6 +353,9 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "nowhere").mkdir()
     with pytest.raises(UserError, match=r"nowhere/config\.json: no such file"):
         load_model(tmp_path / "nowhere")
 
@@ -550,6 +553,23 @@ def test_a_snapshot_of_the_hub_cache_with_its_links_loads(tmp_path):
         shutil.copyfile(file, blobs / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     assert same(load_model(snapshot).state_dict(), load_model(folder).state_dict())
+
+
+def test_blobs_that_repositories_of_the_cache_share_load_and_others_do_not(tmp_path):
+    folder, cache = export(tmp_path / "m"), tmp_path / "cache"
+    snapshot = cache / "models--x" / "snapshots" / "abc"
+    for at in (snapshot, cache / "blobs" / "0f", cache / "models--x" / "blobs", cache / "models--y" / "blobs"):
+        at.mkdir(parents=True)
+    for i, file in enumerate(folder.iterdir()):
+        shutil.copyfile(file, cache / "blobs" / "0f" / f"0f{i}")
+        (cache / "models--x" / "blobs" / str(i)).symlink_to(f"../../blobs/0f/0f{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert same(load_model(snapshot).state_dict(), load_model(folder).state_dict())
+    shutil.copyfile(folder / "model.safetensors", cache / "models--y" / "blobs" / "z")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../../models--y/blobs/z")
+    with pytest.raises(UserError, match=r"links to a file outside its folder"):
+        load_model(snapshot)
 
 
 # what stands beside the weights

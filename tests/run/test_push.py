@@ -12,9 +12,9 @@ from thinkmid.train import rlmt, sft
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from fake_hub import TOKEN, FakeHub  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from huggingface_hub.utils import HFValidationError, validate_repo_id  # noqa: E402
+from push_hub import TOKEN, FakeHub  # noqa: E402
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ class Job:
         self.cfg, self.folder, self._annotator, self._interrupt = cfg, Path(cfg.run.folder), annotator, interrupt
         self._tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
         claim(cfg, self._tokenizer, annotator.model)
-        self._split = split.ensure(self.folder, cfg.data.paths, cfg.split)
+        self._split = split.ensure(self.folder, cfg.data.paths, cfg.split, cfg.data.column)
         job, jobs = share(cfg.shard)
         self.progress = Progress(f"annotate {job}/{jobs}", self._split.documents, cfg.run.progress_s)
         # ranks share a console, jobs of a cluster do not
@@ -85,7 +85,7 @@ class Job:
     def pieces(self) -> Iterator[Piece]:
         """Chunks that no journal holds, in source order. Notes every document of these parts as it passes."""
         seen = set()
-        for doc in read_documents(self.cfg.data.paths) if self._journals else ():
+        for doc in read_documents(self.cfg.data.paths, self.cfg.data.column) if self._journals else ():
             self.progress.documents += 1
             key = split.key(doc.text)
             part = shards.part_of(key, self.cfg.run.parts)

@@ -42,11 +42,11 @@ def with_loss(tokens: Tokens) -> tuple[Tokens, Mask]:
 
 
 def read_sequences(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, chats: Conversations | None = None
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, column: str = "text", chats: Conversations | None = None
 ) -> list[tuple[Tokens, Mask]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len as Sequences cuts them."""
     out = []
-    documents = blocks(chats.read(paths) if chats else read_documents(paths))
+    documents = blocks(chats.read(paths) if chats else read_documents(paths, column))
     for tokens, thought in chain.from_iterable(tokens_of(block, tokenizer, chats) for block in documents):
         for at in range(0, len(tokens) - 1, max_len - 1):
             out.append((tokens[at : at + max_len], thought[at : at + max_len]))

@@ -32,14 +32,15 @@ class EvalRun:
 class EvalModel:
     """What is evaluated."""
 
-    folder: str  # Hugging Face folder
+    folder: str  # Hugging Face folder, or ORG/NAME[@REVISION] on the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalData(WordingConfig):
     """The sets of questions and the words around them."""
 
-    # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
+    # layout=path, or name:layout=path, where path may be hf://datasets/ORG/NAME[@REVISION][/PATH]: gsm8k,
+    # math500, amc23, olympiadbench, gpqa-diamond, questions, ...
     sets: tuple[str, ...]
     strict: bool = False  # a set that differs from its public copy is an error, not a note
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from thinkmid import hub
 from thinkmid.data.questions import QuestionSet
 from thinkmid.data.wording import Wording
 from thinkmid.errors import UserError
@@ -25,6 +26,7 @@ from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.rollout.engine.slices import leads, places
 from thinkmid.run import identity
+from thinkmid.run.folder import check_commits
 from thinkmid.run.progress import Progress
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.tokenizer import Tokenizer
@@ -49,7 +51,11 @@ def plan(cfg: EvalConfig, sets: Mapping[str, QuestionSet]) -> int:
 
 def start(cfg: EvalConfig) -> Ranks | None:
     """The ranks that draw; None where what is there is graded again."""
-    return None if cfg.run.regrade else start_ranks(cfg.engine.tensor_parallel)
+    if cfg.run.regrade:
+        return None
+    ranks = start_ranks(cfg.engine.tensor_parallel)
+    check_commits(cfg, ranks)
+    return ranks
 
 
 def model_of(cfg: EvalConfig) -> tuple[ModelConfig, Wording]:
@@ -87,8 +93,9 @@ def draw_alone(cfg: EvalConfig, asked: Asked, sampling: Sampling, folder: Path, 
     engine.load_weights(weights.stream_folder(source, cfg.engine.dtype, known), 0)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        drawn_by = settings(cfg) | {"model.folder": cfg.model.folder, "model": model}
+        drawn_by = settings(cfg) | {"model.folder": hub.asked(cfg.model.folder), "model": model}
         write_whole(folder.parent / MARK, json.dumps(drawn_by, indent=1) + "\n")
+        hub.write_record(folder.parent, cfg)
     share = cfg.engine.tensor_parallel
     for name, prompts in asked.items():
         have = {key(row, keys): row for row in stored(folder, name, keys)}

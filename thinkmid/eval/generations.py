@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from thinkmid import hub
 from thinkmid.data.questions import Question
 from thinkmid.data.wording import digest, read_shots
 from thinkmid.errors import UserError
@@ -91,6 +92,6 @@ def check_folder(folder: Path, cfg: EvalConfig) -> None:
         if not cfg.run.regrade:
             raise UserError(f"{folder}: which weights drew what is there is unknown; run.regrade true grades it still")
     elif cfg.run.regrade:
-        now |= {"model.folder": cfg.model.folder}
+        now |= {"model.folder": hub.asked(cfg.model.folder)}
     if odd := [name for name in now if was and (NEWER | was).get(name) != now[name]]:
         raise UserError(f"{folder}: drawn with {odd[0]} = {was.get(odd[0])}, now {now[odd[0]]}; take another folder")

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.data.questions import QuestionSet
 from thinkmid.eval.config import EvalConfig, load_sets
 from thinkmid.eval.generations import PATH_ALONE, check_folder, read_mark, whole
@@ -67,7 +67,7 @@ def results_of(
         for name, rows in graded.items()
     }
     drawn_by = read_mark(Path(cfg.run.folder))
-    about = {"model": cfg.model.folder, "template": cfg.data.template, "samples": cfg.run.samples}
+    about = {"model": hub.asked(cfg.model.folder), "template": cfg.data.template, "samples": cfg.run.samples}
     about |= {"temperature": cfg.sampling.temperature, "top_p": cfg.sampling.top_p, "max_new": cfg.sampling.max_new}
     about["content"] = drawn_by.get("model")
     if not cfg.data.template.endswith("-think"):

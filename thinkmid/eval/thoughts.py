@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.data.questions import Question, posed
 from thinkmid.data.wording import Wording
 from thinkmid.errors import UserError
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
                 rows = (asdict(g) | {"condition": c} for c, samples in by_condition.items() for g in samples)
                 write_rows(folder / "graded-thoughts" / f"{name}.jsonl", rows)
             content = read_mark(folder).get("model")
-            about = {"model": cfg.model.folder, "content": content, "template": cfg.data.template}
+            about = {"model": hub.asked(cfg.model.folder), "content": content, "template": cfg.data.template}
             results = about | summarise(probes, graded, cfg.run.seed)
             write_json(folder / "thoughts.json", results)
             show(results)

@@ -40,6 +40,8 @@ FOREIGN = (
 
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
     path = Path(folder) / "config.json"
     if not path.exists() and path.with_name(ADAPTER_CONFIG).exists():
         raise UserError(f"{folder}: holds adapters and no model; export.lora 'merged' writes one that can be read")

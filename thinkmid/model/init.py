@@ -14,7 +14,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class ModelSection:
     """The model to start from."""
 
-    folder: str = ""  # Hugging Face folder
+    folder: str = ""  # Hugging Face folder, or ORG/NAME[@REVISION] on the Hub
     dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; master weights are fp32
     checkpointing: bool = False  # recompute each block in the backward: less memory, a third more compute
     deterministic: bool = True  # fixed order of sums in a GPU's attention backward; off: faster, not measured how much

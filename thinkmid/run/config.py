@@ -45,6 +45,8 @@ class ExportConfig:
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     push: str = ""  # ORG/NAME on the Hugging Face Hub, which gets the export once it is whole; empty: none does
     private: bool = True  # whether a repository that export.push has to make is private
+    # LoRA: whole weights with the adapters merged in, or the adapters alone as a PEFT folder
+    lora: Literal["merged", "adapter"] = "merged"
 
     def __post_init__(self) -> None:
         if self.push and not REPOSITORY.fullmatch(self.push):

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
@@ -31,7 +31,7 @@ FREE_KEYS = (
 )
 # what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew
 FOLDERS = ("checkpoints", "rollouts", "export", "watch")
-FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
+FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png", hub.RECORD)
 MADE = ("init", "tokenizer")
 STORE = "store"  # --run.fresh leaves it, for the next run may learn from the same
 LOCK = ".train.lock"  # held by the one process that trains here
@@ -39,7 +39,14 @@ LOCK = ".train.lock"  # held by the one process that trains here
 
 def claim_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
     """Refuse a folder that another run began. Nothing in it changes. Collective."""
+    check_commits(cfg, ranks)
     ranks.run_on_first(_claim, Path(cfg.run.folder), cfg)
+
+
+def check_commits(cfg: Any, ranks: Ranks) -> None:
+    """UserError where a name of the Hub's means another commit to another rank. Collective."""
+    if len(set(ranks.gather_bytes(json.dumps(hub.record(cfg)).encode()))) > 1:
+        raise UserError("the Hub named other commits to other ranks: a branch moves; the same command tries again")
 
 
 def clear_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
@@ -134,7 +141,7 @@ def has_moved(cfg: ProgramConfig) -> bool:
     """True if the run folder's config.toml names another model.folder."""
     written = Path(cfg.run.folder, "config.toml")
     was: dict[str, Any] = config.read_toml(written).get("model", {}) if written.exists() else {}
-    return bool(was.get("folder", cfg.model.folder) != cfg.model.folder)
+    return bool(was.get("folder", hub.pinned(cfg.model.folder)) != hub.pinned(cfg.model.folder))
 
 
 def _clear(folder: Path, cfg: ProgramConfig) -> None:

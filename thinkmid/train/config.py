@@ -63,7 +63,10 @@ def read_parts(texts: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
 class SFTData:
     """What is learnt."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]; thoughts stand between
+    # <think> and </think>
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     val_paths: tuple[str, ...] = ()  # held-out documents
     val_every: int = 200  # steps between validations; there is one at the end too
     probe_paths: tuple[str, ...] = ()  # documents with full thoughts: is RLMT worth starting?
@@ -93,14 +96,6 @@ class SFTData:
         read_parts(self.probe_parts)
         if self.epochs > 1e4 or self.tokens > 1e15:
             raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """The folder that a run leaves."""
-
-    # LoRA: whole weights with the adapters merged in, or the adapters alone as a PEFT folder
-    lora: Literal["merged", "adapter"] = "merged"
 
 
 def _check_adapters(export: ExportConfig, model: ModelSection) -> None:
@@ -250,7 +245,9 @@ class RLConfig:
 class RLMTData:
     """Where prefixes come from."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     # where a prefix ends: at an annotated thought; in raw text at a sentence end, after a fixed or a drawn length
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
@@ -300,7 +297,7 @@ class RLMTConfig(RLConfig):
 class RLPTData(WordingConfig):
     """Where questions come from and how they are put."""
 
-    path: str  # jsonl or parquet, a file or a folder of shards
+    path: str  # jsonl, parquet or arrow, a file or a folder of shards, or hf://datasets/ORG/NAME[@REVISION][/PATH]
     task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
 

@@ -25,7 +25,7 @@ from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData
+from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData, SFTData
 from thinkmid.types import Prompt
 
 REPORT_S = 10  # between lines of progress
@@ -40,7 +40,7 @@ def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
 
 
 def stored_documents(
-    paths: Sequence[str],
+    data: SFTData,
     tokenizer: Tokenizer,
     run: RunConfig,
     ranks: Ranks,
@@ -49,15 +49,15 @@ def stored_documents(
 ) -> Store:
     """Tokens of all documents. chats: how rows of messages are read; None: documents are texts. Collective."""
     encode = partial(sequences.records, tokenizer=tokenizer, chats=chats)
-    read = chats.read if chats else partial(_read_texts, tokenizer=tokenizer)
-    writing = _Writing(paths, encode, "document of two tokens or more", run, ranks, interrupt, read)
+    read = chats.read if chats else partial(_read_texts, tokenizer=tokenizer, column=data.column)
+    writing = _Writing(data, encode, "document of two tokens or more", run, ranks, interrupt, read)
     return writing.store({"tokens": tokenizer.digest} | (chats.decides if chats else {}))
 
 
-def _read_texts(paths: Sequence[str], tokenizer: Tokenizer) -> Iterable[Document]:
+def _read_texts(paths: Sequence[str], tokenizer: Tokenizer, column: str) -> Iterable[Document]:
     """The documents, with a line on the console for the first that spells a special token in letters."""
     warned = bool(int(os.environ.get("RANK", 0)))
-    for doc in read_documents(paths):
+    for doc in read_documents(paths, column):
         if not warned and (name := tokenizer.spelled(doc.text)):
             print(f"warning: {doc.where}: {in_letters(name)}", flush=True)
             warned = True
@@ -83,15 +83,15 @@ def read_prompts(
         make = partial(cut, tokenizer=tokenizer, max_prefix=max_prefix)
     held_out = ranks.run_on_all(_read_held_out, data, make) if data.val_paths else []
     what = f"prefix (data.prefix = {data.prefix!r})"
-    read = partial(_read_texts, tokenizer=tokenizer)
-    writing = _Writing(data.paths, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt, read)
+    read = partial(_read_texts, tokenizer=tokenizer, column=data.column)
+    writing = _Writing(data, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt, read)
     stored = writing.store(decides)
     return prompts.StoredPrompts(stored), stored.digest, held_out
 
 
 def _read_held_out(data: RLMTData, make: MakePrompts) -> list[Prompt]:
     """val_prompts prefixes spread evenly over the held-out text."""
-    found = [prompt for block in store.blocks(read_documents(data.val_paths)) for prompt in make(block)]
+    found = [prompt for block in store.blocks(read_documents(data.val_paths, data.column)) for prompt in make(block)]
     if not found:
         raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
     return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
@@ -117,7 +117,7 @@ def read_questions(data: RLPTData, wording: Wording, max_prompt: int) -> tuple[l
 class _Writing:
     """A store in a run's folder, written if it is not there yet."""
 
-    paths: Sequence[str]
+    data: SFTData | RLMTData
     encode: store.Encode
     what: str  # the data must have, for people
     run: RunConfig
@@ -133,6 +133,8 @@ class _Writing:
     def store(self, decides: dict[str, Any]) -> Store:
         """Collective. UserError: what is wrong with the data; then nothing is left behind."""
         ranks = self.ranks
+        if self.data.column != "text":
+            decides = decides | {"column": self.data.column}
         made_of = decides | {"files": ranks.run_on_all(self._files)}
         manifest = store.find(self.folder, made_of)
         if ranks.any(manifest is None):
@@ -184,7 +186,7 @@ class _Writing:
 
     def _files(self) -> list[list[Any]]:
         """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
-        stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
+        stats = [(str(file), os.stat(file)) for path in self.data.paths for file in data_files(Path(path))]
         return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
@@ -200,7 +202,7 @@ class _Writing:
             # on every rank: another node may not see yet what the first one made
             self.folder.mkdir(parents=True, exist_ok=True)
             where = (self.folder, name, self.ranks.rank, self.ranks.world)
-            for counts in store.write(*where, self.read(self.paths), self.encode):
+            for counts in store.write(*where, self.read(self.data.paths), self.encode):
                 if not self._continues(fault, *counts):
                     break
         except UserError:
@@ -223,7 +225,7 @@ class _Writing:
     def _publish(self, written: Store, manifest: dict[str, Any]) -> None:
         """Unless there is nothing in it, or a run began with something else."""
         if not len(written):
-            raise UserError(f"{', '.join(self.paths)}: no {self.what}")
+            raise UserError(f"{', '.join(self.data.paths)}: no {self.what}")
         if begun(self.run) and (before := store.published(self.folder).get("digest")):
             same_data(before, written.digest, Path(self.run.folder))
         store.publish(self.folder, manifest)

@@ -46,12 +46,12 @@ def validation_loss(
 
 
 def read_thoughts(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]]
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]], column: str = "text"
 ) -> list[Unit]:
     """The first max_len tokens of each document of two or more; those of its thoughts that parts match are marked with
     the part's place, counted from 1."""
     units, lead = [], len(tokenizer.decode(tokenizer.open_ids).encode())
-    for doc in read_documents(paths):
+    for doc in read_documents(paths, column):
         tokens, marks = [], [np.zeros(0, np.float32)]
         for is_thought, piece in split(doc):
             [[ids]] = tokenizer.encode_pieces([[(is_thought, piece)]])

@@ -39,7 +39,7 @@ def run(cfg: SFTConfig) -> int:
     read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
     corpus.name_left_out(read if cfg.model.folder else [*read, *cfg.fresh.tokenizer_data], ranks)
 
-    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data.paths, cfg.run, ranks))
+    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data, cfg.run, ranks))
     context = source.model_cfg.max_positions
     if context < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {context} tokens")
@@ -47,10 +47,13 @@ def run(cfg: SFTConfig) -> int:
 
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
     chats = conversations(cfg, source)
-    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, chats) if cfg.data.val_paths else []
-    parts = read_parts(cfg.data.probe_parts)
-    probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts) if cfg.data.probe_paths else []
-    stored = corpus.stored_documents(cfg.data.paths, tokenizer, cfg.run, ranks, interrupt, chats)
+    column, held_out = cfg.data.column, []
+    if cfg.data.val_paths:
+        held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, column, chats)
+    parts, probed = read_parts(cfg.data.probe_parts), []
+    if cfg.data.probe_paths:
+        probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts, column)
+    stored = corpus.stored_documents(cfg.data, tokenizer, cfg.run, ranks, interrupt, chats)
     sequences = Sequences(stored, max_len)
 
     steps = num_steps(cfg, sequences.lengths)
