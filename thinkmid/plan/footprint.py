@@ -40,6 +40,13 @@ def kept_bytes(model_cfg: ModelConfig, dtype: str, span: int = 0, grouped: bool 
     return BYTES[dtype] * numbers + 4 * statistics
 
 
+def mask_span(model_cfg: ModelConfig, full: int, windowed: int, longest: int) -> int:
+    """Keys in a token's row of a mask, mean over layers: full, and windowed where a window is shorter than the longest
+    sequence."""
+    num = len(model_cfg.windowed_layers) if model_cfg.window < longest else 0
+    return (full * (model_cfg.layers - num) + windowed * num) // model_cfg.layers
+
+
 def activation_bytes(
     model_cfg: ModelConfig, dtype: str, checkpointing: bool, span: int = 0, grouped: bool = True
 ) -> int:
