@@ -171,18 +171,18 @@ def test_activations_in_fp32_are_what_autograd_saves(monkeypatch, kind, shape, p
     assert planned == pytest.approx(saved, rel=0.05)
 
 
-@SHAPES
-@pytest.mark.parametrize(("window", "layers"), [(20, (0,)), (20, (0, 1)), (300, (0, 1))])
-@pytest.mark.parametrize("prefix", [0, 101])
-def test_masks_of_windowed_layers_are_counted_in_fp32(monkeypatch, shape, window, layers, prefix):
-    shape = replace(shape, kind="olmo3", layers=2, windowed_layers=layers, window=window)
-    tokens, (cu_q, cu_k, kv_rows) = prefix + sum(REPLIES), segments(101, REPLIES)
+@pytest.mark.parametrize(("window", "layers"), [(20, (0,)), (20, (0, 1)), (900, (0, 1))])
+@pytest.mark.parametrize("prefix", [0, 301])
+def test_masks_of_windowed_layers_are_counted_in_fp32(monkeypatch, window, layers, prefix):
+    shape = replace(SMALL, kind="olmo3", layers=2, windowed_layers=layers, window=window)
+    replies = [400, 410, 390, 405]
+    tokens, (cu_q, cu_k, kv_rows) = prefix + sum(replies), segments(301, replies)
     if not prefix:
-        cu_q, kv_rows = torch.tensor([0, *REPLIES]).cumsum(0).int(), None
+        cu_q, kv_rows = torch.tensor([0, *replies]).cumsum(0).int(), None
         cu_k = cu_q
     saved = saved_bytes(shape, torch.float32, SegmentAttention(cu_q, cu_k, kv_rows), tokens, monkeypatch)
-    full = sum(n * (prefix + n) for n in REPLIES) // tokens
-    span = footprint.mask_span(shape, full * bool(prefix), full + prefix**2 // tokens, prefix + max(REPLIES))
+    full = sum(n * (prefix + n) for n in replies) // tokens
+    span = footprint.mask_span(shape, full * bool(prefix), full + prefix**2 // tokens, prefix + max(replies))
     planned = tokens * footprint.activation_bytes(shape, "float32", False, span)
     assert planned == pytest.approx(saved, rel=0.05)
 
