@@ -81,6 +81,13 @@ def test_a_window_that_hides_nothing_changes_no_bit():
     assert torch.equal(wide, varlen_attention(*qkv, cu_q, cu_k, kv_rows))
 
 
+def test_with_a_window_queries_of_the_padding_see_a_key_too():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    plan = attention._plan(cu_q, cu_k, kv_rows, torch.device("cpu"), 2)
+    assert any(len(b.real) < b.q_rows.numel() for b in plan.buckets)
+    assert all(b.mask is None or b.mask.any(-1).all() for b in plan.buckets)
+
+
 def test_layers_of_different_windows_share_one_attention():
     cu_q, cu_k, kv_rows = layout(SHARED)
     attend, qkv = attention.SegmentAttention(cu_q, cu_k, kv_rows), random_qkv(int(cu_q[-1]))

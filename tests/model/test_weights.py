@@ -875,7 +875,7 @@ def test_stream_keeps_layer_order():
 
 # two ranks
 
-SHARDED = {"untied": ODD, "tied": replace(ODD, tied=True)}
+SHARDED = {"untied": ODD, "tied": replace(ODD, tied=True), "olmo2": FAMILY["olmo2"]}
 
 
 def attend_like_logits(layer, q, k, v):

@@ -23,7 +23,7 @@ from thinkmid.kernels.gpu import rmsnorm, rope, rows, swiglu
 from thinkmid.kernels.streams import Stats
 from thinkmid.model import lora
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.plan import footprint, memory
+from thinkmid.plan import footprint, memory, time
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import fsdp, loss, optim, rlmt, sft
 from thinkmid.train.config import LossConfig, ModelSection
@@ -206,6 +206,30 @@ def test_adapters_have_as_many_numbers_as_the_plan_counts():
             lora.attach(model := Transformer(WIDE), section)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert footprint.adapter_parameters(WIDE, section) == trained
+
+
+@pytest.mark.parametrize(("window", "layers"), [(20, (0,)), (20, (0, 1)), (900, (0, 1))])
+@pytest.mark.parametrize("prefix", [0, 301])
+def test_masks_of_windowed_layers_are_counted_in_fp32(monkeypatch, window, layers, prefix):
+    shape = replace(SMALL, kind="olmo3", layers=2, windowed_layers=layers, window=window)
+    replies = [400, 410, 390, 405]
+    tokens, (cu_q, cu_k, kv_rows) = prefix + sum(replies), segments(301, replies)
+    if not prefix:
+        cu_q, kv_rows = torch.tensor([0, *replies]).cumsum(0).int(), None
+        cu_k = cu_q
+    saved = saved_bytes(shape, torch.float32, SegmentAttention(cu_q, cu_k, kv_rows), tokens, monkeypatch)
+    full = sum(n * (prefix + n) for n in replies) // tokens
+    span = footprint.mask_span(shape, full * bool(prefix), full + prefix**2 // tokens, prefix + max(replies))
+    planned = tokens * footprint.activation_bytes(shape, ModelSection(), span)
+    assert planned == pytest.approx(saved, rel=0.05)
+
+
+def test_a_windowed_layer_computes_no_more_pairs_than_its_window():
+    plain = replace(LLAMA32_1B, kind="olmo3")
+    windowed = replace(plain, windowed_layers=(0, 1, 2), window=100)
+    exact = plain.layers - 3 + 3 * 100 / 400
+    assert time.pair_flops(windowed, 400) == pytest.approx(time.pair_flops(plain, 400) / plain.layers * exact)
+    assert time.pair_flops(windowed, 99) == time.pair_flops(plain)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def _bucket(spans: Tensor, square: bool, kv_rows: Tensor | None, device: torch.d
     if is_cut or not square:
         newest = i + (len_k - len_q)[:, None]  # (B, mq) the last key that each query sees
         seen = (j <= newest[..., None]) & in_k[:, None, :]  # (B, mq, mk)
-        if is_cut:  # a query of the padding sees what the segment's last one does: of none softmax would be NaN
+        if is_cut:  # a query of the padding sees what the segment's last one does: of no key a softmax may be NaN
             seen &= j > (newest.minimum(len_k[:, None] - 1) - window)[..., None]
         mask = seen[:, None].to(device)
     return _Bucket(q_rows.to(device), k_rows.to(device), in_q.flatten().nonzero()[:, 0].to(device), mask)

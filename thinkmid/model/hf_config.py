@@ -55,27 +55,9 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def config_dict(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a ModelConfig. RoPE is written twice: as transformers 5 spells it, and as older readers do."""
-    plain: dict[str, Any] = {"rope_type": "default"}
     rope, parameters = _rope_dict(cfg), dict[str, Any](rope_theta=cfg.rope_theta)
-    no_pad = {"pad_token_id": None}  # else transformers takes a token of the published vocabulary
-    windows = {"use_sliding_window": bool(cfg.window), "sliding_window": cfg.window or None}
-    types = {"layer_types": [SLIDING if i in cfg.windowed_layers else FULL for i in range(cfg.layers)]}
-    rotated = [int(i not in cfg.no_rope_layers) for i in range(cfg.layers)]
-    own: dict[str, dict[str, Any]] = {
-        "llama": {"mlp_bias": False},
-        "mistral": {"sliding_window": cfg.window or None},
-        "smollm3": no_pad | windows | types | {"no_rope_layers": rotated},
-        "qwen2": {"use_sliding_window": False},
-        "qwen3": {"use_sliding_window": False},
-        "olmo2": no_pad,
-        # without sliding layers transformers wants a window all the same
-        "olmo3": no_pad | types | {"sliding_window": cfg.window or DEFAULTS["olmo3"]["sliding_window"]},
-    }
-    biased = {"attention_bias": cfg.attention_bias} if cfg.form.has_bias_choice else {}
-    if cfg.form.full_layers_scaled:
-        parameters = {FULL: {**parameters, **(rope or plain)}, SLIDING: {**parameters, **plain}}
-    else:
-        parameters |= rope or plain
+    plain = {**parameters, "rope_type": "default"}
+    parameters = {**parameters, **rope} if rope else plain
     return {
         "architectures": [ARCHITECTURES[cfg.kind]],
         "model_type": cfg.kind,
@@ -89,15 +71,31 @@ def config_dict(cfg: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rope_theta": cfg.rope_theta,
         "rope_scaling": rope,
-        "rope_parameters": parameters,
+        "rope_parameters": {FULL: parameters, SLIDING: plain} if cfg.form.full_layers_scaled else parameters,
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tied,
         "max_position_embeddings": cfg.max_positions,
         "attention_dropout": 0.0,
-        **biased,
-        **own[cfg.kind],
+        **({"attention_bias": cfg.attention_bias} if cfg.form.has_bias_choice else {}),
+        **_own_keys(cfg),
         **token_ids(cfg),
     }
+
+
+def _own_keys(cfg: ModelConfig) -> dict[str, Any]:
+    """Keys that only configs of this kind have."""
+    types = {"layer_types": [SLIDING if i in cfg.windowed_layers else FULL for i in range(cfg.layers)]}
+    rotated = {"no_rope_layers": [int(i not in cfg.no_rope_layers) for i in range(cfg.layers)]}
+    window, no_pad = cfg.window or None, {"pad_token_id": None}  # else a token of the published vocabulary is taken
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"mlp_bias": False},
+        "mistral": {"sliding_window": window},
+        "smollm3": {**no_pad, **rotated, **types, "use_sliding_window": bool(window), "sliding_window": window},
+        "olmo2": no_pad,
+        # without windowed layers transformers wants a number all the same
+        "olmo3": {**no_pad, **types, "sliding_window": window or DEFAULTS["olmo3"]["sliding_window"]},
+    }
+    return own.get(cfg.kind, {"use_sliding_window": False})
 
 
 def _rope_dict(cfg: ModelConfig) -> dict[str, Any] | None:

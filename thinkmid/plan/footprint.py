@@ -58,6 +58,13 @@ def kept_bytes(model_cfg: ModelConfig, section: ModelSection, span: int = 0, gro
     return BYTES[section.dtype] * numbers + 4 * statistics
 
 
+def mask_span(model_cfg: ModelConfig, full: int, windowed: int, longest: int) -> int:
+    """Keys in a token's row of a mask, mean over layers: full, and windowed where a window is shorter than the longest
+    sequence."""
+    num = len(model_cfg.windowed_layers) if model_cfg.window < longest else 0
+    return (full * (model_cfg.layers - num) + windowed * num) // model_cfg.layers
+
+
 def activation_bytes(model_cfg: ModelConfig, section: ModelSection, span: int = 0, grouped: bool = True) -> int:
     """What autograd saves of one token of a pack until the backward; with checkpointing, the inputs of blocks."""
     residual = BYTES[section.dtype] * model_cfg.width

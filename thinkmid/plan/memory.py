@@ -14,7 +14,7 @@ from thinkmid.errors import counted
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig, fresh_model_cfg
 from thinkmid.plan import time
-from thinkmid.plan.footprint import outside, scoring, training_phase
+from thinkmid.plan.footprint import mask_span, outside, scoring, training_phase
 from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.judge.ask import resident_engine
@@ -61,9 +61,11 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
     copies *= not cfg.model.lora_rank  # the base without its adapters is no copy
-    # the tokens of a group's prefix need no mask
-    replies = b.siblings * s.max_new
-    span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
+    # the tokens of a group's prefix need no mask, but where a window hides a part of it
+    replies, longest = b.siblings * s.max_new, max_prefix + s.max_new
+    span = replies * longest // (max_prefix + replies) * b.share_prefix
+    prefixes = max_prefix**2 // (max_prefix + replies)
+    span = mask_span(model_cfg, span, span + prefixes if b.share_prefix else longest, longest)
     train = training_phase(model_cfg, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
     if cfg.loss.next_token:
         second = BYTES[cfg.model.dtype] * model_cfg.width * (model_cfg.vocab + b.pack_tokens)
@@ -123,7 +125,8 @@ def dry_run_sft(cfg: Any) -> int:
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
     device = device_of(cfg.model.dtype)
-    training = training_phase(model_cfg, cfg.model, cfg.data.pack_tokens, world, device=device)
+    span = mask_span(model_cfg, 0, cfg.data.max_len, cfg.data.max_len)
+    training = training_phase(model_cfg, cfg.model, cfg.data.pack_tokens, world, device=device, span=span)
     _print(cfg, model_cfg, arithmetic, {"training": training}, device)
     if cfg.model.dtype == "bfloat16":
         _print_time(time.of_sft(cfg, model_cfg, world), cfg.run.steps, "step")
