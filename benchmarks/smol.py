@@ -8,7 +8,8 @@ sft-think.jsonl        {"id", "text"}: each row twice; question, all steps as th
 sft-raw.jsonl          the same without the thoughts
 rl.jsonl, heldout.jsonl  the second kind, for RLMT and for validation
 questions-train.jsonl  {"question", "answer"} for RLPT: rows of at most --most-steps steps
-questions-gsm8k.jsonl, questions-svamp.jsonl  for evaluation: all questions or, drawn, --questions of them
+questions-SET.jsonl    for evaluation, all or, drawn, --questions of them: GSM8K's test questions, SVAMP, and GSM8K's
+                       followed by all steps but the last
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from thinkmid import config, thoughts
 from thinkmid.data import layouts
 from thinkmid.errors import UserError
 from thinkmid.eval import compare
-from thinkmid.eval.summary import in_words
 from thinkmid.files import Row, read_rows, write_rows, write_whole
 
 HELD_OUT = 32  # documents for validation
@@ -37,7 +37,7 @@ MODELS = {
     "rlpt": "SFT(think) + RLMT + RLPT",
 }  # fmt: skip
 PAIRS = (("sft-raw", "model"), ("sft-think", "sft-raw"), ("rlmt", "sft-think"), ("rlpt", "rlmt"), ("rlpt", "model"))
-SETS = ("gsm8k", "svamp")
+SETS = ("last-step", "gsm8k", "svamp")
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,26 @@ def make_data(args: argparse.Namespace, folder: Path) -> None:
     sft, rl = rows[:half], rows[half:]
     texts = [{"id": f"{row.id}-{k}", "text": row.text(k)} for row in sft for k in {0, len(row.steps) - 1}]
     steps = [{"id": row.id, "text": row.text(len(row.steps) - 1)} for row in rl]
-    easy = [{"id": row.id, "question": row.question, "answer": row.answer} for row in rl if few(row, args.most_steps)]
+    easy = [asked(row, 0) for row in rl if few(row, args.most_steps)]
     write_rows(folder / "sft-think.jsonl", texts)
     write_rows(folder / "sft-raw.jsonl", [row | {"text": thoughts.strip(row["text"])} for row in texts])
     write_rows(folder / "rl.jsonl", steps[HELD_OUT:])
     write_rows(folder / "heldout.jsonl", steps[:HELD_OUT])
     write_rows(folder / "questions-train.jsonl", easy)
-    tests = [
-        {"id": row.id, "question": row.question, "answer": row.answer}
-        for row in worked(args.gsm8k / "test.jsonl", "test")
-    ]
+    tests = list(worked(args.gsm8k / "test.jsonl", "test"))
     others = [{"id": f"svamp-{i}", **row} for i, (_, row) in enumerate(layouts.file_rows(args.svamp))]
-    for name, questions in (("gsm8k", tests), ("svamp", others)):
+    sets = {"last-step": [asked(row, len(row.steps) - 1) for row in tests], "gsm8k": [asked(row, 0) for row in tests]}
+    for name, questions in (sets | {"svamp": others}).items():
         drawn = rng.sample(questions, min(args.questions or len(questions), len(questions)))
         write_rows(folder / f"questions-{name}.jsonl", drawn)
     about = {"sft": len(texts), "rl": len(steps) - HELD_OUT, "rlpt": len(easy), "seed": args.seed}
     write_rows(folder / "manifest.json", [about])
     print(f"{folder}: {about}")
+
+
+def asked(row: Worked, in_text: int) -> Row:
+    """The question of a row, the first steps after it."""
+    return {"id": row.id, "question": "\n".join([row.question, *row.steps[:in_text]]), "answer": row.answer}
 
 
 def few(row: Worked, most_steps: int) -> bool:
@@ -140,10 +143,11 @@ def table(home: Path) -> str:
         cells = [f"{sets[s]['mean']:.3f} ({sets[s]['low']:.3f} to {sets[s]['high']:.3f})" for s in SETS]
         think, unclosed = (sum(sets[s][key] for s in SETS) / len(SETS) for key in ("mean_think", "unclosed"))
         lines.append(f"| {words} | {' | '.join(cells)} | {think:.0f} | {unclosed:.1%} |")
-    lines += ["", "Differences, paired by question, over both sets with equal weights:", ""]
+    lines += ["", f"| difference, paired by question | {' | '.join(SETS)} |", "|---" * (len(SETS) + 1) + "|"]
     for a, b in PAIRS:
-        found = compare.against(runs[a], runs[b])
-        lines.append(f"- {MODELS[a]} less {MODELS[b]}: {in_words(found['mean']).strip()}")
+        by_set = compare.against(runs[a], runs[b])["sets"]
+        cells = [f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" for d in (by_set[s] for s in SETS)]
+        lines.append(f"| {MODELS[a]} less {MODELS[b]} | {' | '.join(cells)} |")
     lines.append("")
     for name in ("rlmt", "rlpt"):
         rows = read_rows(home / name / "metrics.jsonl")
@@ -175,7 +179,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--svamp", type=Path, required=True, help="SVAMP's questions and answers, jsonl")
     parser.add_argument("--configs", choices=("smol", "smol-gpu"), default="smol", help="(default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=150, help="of each set, 0: all (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=80, help="of each set, 0: all (default: %(default)s)")
     parser.add_argument("--most-steps", type=int, default=3, help="of a question of RLPT (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     return parser.parse_args(argv)

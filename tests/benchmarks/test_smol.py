@@ -65,6 +65,10 @@ def test_questions_of_rlpt_are_short_and_those_of_evaluation_are_the_test_rows(m
     assert len(made["questions-gsm8k"]) == 4
     assert all(answers[r["question"]] == r["answer"] for r in made["questions-gsm8k"])
     assert [r["answer"] for r in made["questions-svamp"]] == ["5"]
+    for r in made["questions-last-step"]:
+        question, *steps = r["question"].split("\n")
+        assert len(steps) == int(r["id"].split("-")[1]) % 3
+        assert answers[question] == r["answer"]
 
 
 @pytest.mark.parametrize("configs", ["smol", "smol-gpu"])
@@ -97,6 +101,6 @@ def test_the_table_holds_accuracies_differences_and_rewards(tmp_path):
         f"| {words} | 0.{right}00" for right, words in enumerate(smol.MODELS.values())
     ]
     assert said[6].endswith(" | 13 | 0.0% |")
-    differences = [float(re.search(r"[+-]\d\.\d+", line)[0]) for line in said if " less " in line]
-    assert differences == [0.1, 0.1, 0.1, 0.1, 0.4]
+    differences = [re.findall(r"([+-]\d\.\d+) \(", line) for line in said if " less " in line]
+    assert differences == [["+0.100"] * 3] * 4 + [["+0.400"] * 3]
     assert "- reward of rlpt: 0.062 -> 0.812 (first and last 2 of 8 steps)" in said
