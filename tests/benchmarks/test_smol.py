@@ -1,6 +1,7 @@
 import json
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from benchmarks import smol
 from thinkmid import config, thoughts
 from thinkmid.eval.config import EvalConfig
-from thinkmid.files import read_rows
+from thinkmid.eval.summary import Graded, summarise
+from thinkmid.files import read_rows, write_rows
 from thinkmid.train.config import RLMTConfig, RLPTConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -63,12 +65,16 @@ def test_questions_of_rlpt_are_short_and_those_of_evaluation_are_the_test_rows(m
     assert len(made["questions-gsm8k"]) == 4
     assert all(answers[r["question"]] == r["answer"] for r in made["questions-gsm8k"])
     assert [r["answer"] for r in made["questions-svamp"]] == ["5"]
+    for r in made["questions-last-step"]:
+        question, *steps = r["question"].split("\n")
+        assert len(steps) == int(r["id"].split("-")[1]) % 3
+        assert answers[question] == r["answer"]
 
 
 @pytest.mark.parametrize("configs", ["smol", "smol-gpu"])
 def test_each_stage_begins_from_what_an_earlier_one_leaves(configs, monkeypatch):
     monkeypatch.chdir(ROOT)
-    there = {"runs/smol/model"}
+    there = {f"runs/{configs}/model"}
     for name, (module, path, *flags), result in smol.stages(configs):
         kind = path.rpartition("-")[2].removesuffix(".toml")
         cfg, _ = config.load(SECTIONS[kind], [path, *flags], prog=module, description="")
@@ -76,4 +82,25 @@ def test_each_stage_begins_from_what_an_earlier_one_leaves(configs, monkeypatch)
         assert Path(cfg.run.folder) in result.parents
         there.add(str(result.parent))
         folder = tomllib.loads((ROOT / path).read_text())["run"]["folder"]
-        assert folder.startswith("runs/smol/")
+        assert folder.startswith(f"runs/{configs}/")
+
+
+def test_the_table_holds_accuracies_differences_and_rewards(tmp_path):
+    for right, name in enumerate(smol.MODELS):
+        sets = {}
+        for group in smol.SETS:
+            same = {"sample": 0, "answer": "1", "truncated": False, "num_think": 9 + right}
+            rows = [Graded(question=f"{group}-{i}", score=float(i < right), **same) for i in range(10)]
+            write_rows(tmp_path / "eval" / name / "graded" / f"{group}.jsonl", map(asdict, rows))
+            sets[group] = summarise(rows, ks=[1])
+        (tmp_path / "eval" / name / "results.json").write_text(json.dumps({"sets": sets}))
+    for name in ("rlmt", "rlpt"):
+        write_rows(tmp_path / name / "metrics.jsonl", [{"step": i, "reward": i / 8} for i in range(8)])
+    said = smol.table(tmp_path).split("\n")
+    assert [line.split(" (")[0] for line in said[2:7]] == [
+        f"| {words} | 0.{right}00" for right, words in enumerate(smol.MODELS.values())
+    ]
+    assert said[6].endswith(" | 13 | 0.0% |")
+    differences = [re.findall(r"([+-]\d\.\d+) \(", line) for line in said if " less " in line]
+    assert differences == [["+0.100"] * 3] * 4 + [["+0.400"] * 3]
+    assert "- reward of rlpt: 0.062 -> 0.812 (first and last 2 of 8 steps)" in said
