@@ -25,6 +25,8 @@ FOREIGN = (
 def read_config(folder: str | Path) -> ModelConfig:
     """ModelConfig from a folder's config.json. UserError names the key that this decoder does not support."""
     path = Path(folder) / "config.json"
+    if not path.exists() and (Path(folder) / "export" / "config.json").exists():
+        raise UserError(f"{folder}: a run's folder; did you mean {folder}/export?")
     raw = read_json(path)
     try:
         _refuse_unsupported(raw)
