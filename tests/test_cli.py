@@ -187,3 +187,35 @@ def test_a_wheel_holds_configs_and_every_file_of_the_package(tmp_path):
     found = "import thinkmid.cli; print(*thinkmid.cli.configs(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", found], cwd=built, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [path.stem for path in CONFIGS]
+
+
+def test_letters_in_another_order_are_the_command_that_has_them(call):
+    assert "did you mean 'rlmt'?" in call("rmlt")[2]
+    assert "did you mean 'rlpt'?" in call("rptl")[2]
+
+
+@pytest.mark.parametrize("name", ["sft", "rlmt", "rlpt", "eval", "thoughts", "annotate", "compare", "report"])
+def test_help_shows_the_command_that_was_typed(name, call):
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    assert out.lower().startswith(f"usage: thinkmid {name} ")
+
+
+def test_a_config_given_to_another_program_names_its_own(call):
+    configs = {"eval": "mini-eval", "rlpt": "mini-rlpt", "rlmt": "mini-rlmt", "sft": "mini-base"}
+    for other, config_name in configs.items():
+        for name in configs.keys() - {other}:
+            code, _, err = call(name, str(ROOT / "configs" / f"{config_name}.toml"))
+            assert code == 2
+            assert err.endswith(f"; the config is one for thinkmid {other}\n"), (name, other, err)
+    # a mistake in the right program's config stays that
+    assert call("sft", str(ROOT / "configs" / "mini-base.toml"), "--data.pats=x")[2].endswith(
+        "did you mean 'data.paths'?\n"
+    )
+
+
+def test_a_runs_folder_given_as_a_model_names_its_export(call, model):
+    said = f"error: {model.parent}: a run's folder; did you mean {model.parent}/export?\n"
+    assert call("sample", str(model.parent), "text")[2] == said
+    flags = ["--run.folder=r", "--run.steps=1", "--data.paths=x", "--optim.lr=1", f"--model.folder={model.parent}"]
+    assert call("rlmt", *flags, "--loss.denom=1")[2] == said

@@ -14,7 +14,8 @@ class UserError(ValueError):
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The error line for an unknown name, with the nearest known one or all of them."""
-    near = difflib.get_close_matches(name, known := list(known), 1)
+    near = difflib.get_close_matches(name, known := list(known))
+    near = [other for other in near if sorted(other) == sorted(name)] or near  # letters in another order
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
     return f"unknown {kind} '{name}'; {hint}"
 

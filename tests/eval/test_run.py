@@ -272,6 +272,17 @@ def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added
     assert call("--run.regrade=true", "--model.folder=moved") == 2
 
 
+@pytest.mark.parametrize(("dtype", "num"), [("bfloat16", 1), ("float32", 0)])
+def test_bf16_on_a_cpu_without_its_units_is_said_and_still_what_runs(world, capsys, monkeypatch, dtype, num):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert call(f"--engine.dtype={dtype}") == 0
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: engine.dtype bfloat16: ")
+    ]
+    assert len(said) == num
+    assert json.loads(Path("out/drawn-by.json").read_text())["engine.dtype"] == dtype
+
+
 def test_what_one_sample_cannot_tell_is_null_in_strict_json(world):
     assert call("--run.samples=1", "--run.ks=1") == 0
     found = json.loads(Path("out/results.json").read_text(), parse_constant=pytest.fail)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import exit_code, join_ranks, spawn
 from safetensors.numpy import load_file
 from world import rlmt_flags, sft_flags
@@ -385,6 +386,14 @@ def test_a_run_begins_with_what_it_is_and_a_stop_ends_with_what_is_saved(home, c
     assert lines[-1] == "stopped: saved step 2; the same command resumes"
     assert exit_code(rlmt, flags) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("3 steps = 0.625 epochs, from step 2")
+
+
+def test_bf16_on_a_cpu_without_its_units_is_said(home, capsys, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    flags = [*rlmt_flags(home, "half", steps=1), "--model.dtype", "bfloat16", "--engine.check-every", "0"]
+    assert exit_code(rlmt, flags) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "bf16 units" in line]
+    assert [line.split(": ")[1] for line in said] == ["model.dtype bfloat16"]
 
 
 def test_sft_begins_with_its_documents_tokens_and_epochs(home, capsys):

@@ -39,9 +39,8 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    usage = "python -m thinkmid.eval.compare"
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=usage, description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog="thinkmid compare", description=__doc__, formatter_class=form)
     parser.add_argument("a", metavar="RUN_A", type=Path)
     parser.add_argument("others", metavar="RUN_B", type=Path, nargs="+")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the numbers to this file too")

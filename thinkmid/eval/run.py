@@ -24,7 +24,7 @@ SHARES = ("unparsed", "truncated", "unclosed")
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.run", description=__doc__)
+    cfg, dry_run = config.load(EvalConfig, argv, prog="thinkmid eval", description=__doc__)
 
     # it imports torch, which --help does without
     from thinkmid.eval import generate

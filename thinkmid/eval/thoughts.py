@@ -32,7 +32,7 @@ from thinkmid.types import Prompt
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
+    cfg, dry_run = config.load(EvalConfig, argv, prog="thinkmid thoughts", description=__doc__)
 
     # it imports torch, which --help does without
     from thinkmid.eval import generate

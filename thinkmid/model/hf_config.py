@@ -45,6 +45,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.exists() and path.with_name(ADAPTER_CONFIG).exists():
         raise UserError(f"{folder}: holds adapters and no model; export.lora 'merged' writes one that can be read")
+    if not path.exists() and (Path(folder) / "export" / "config.json").exists():
+        raise UserError(f"{folder}: a run's folder; did you mean {folder}/export?")
     raw = read_json(path)
     try:
         _refuse_unsupported(raw)

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m thinkmid.report", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="thinkmid report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help=RUNS)
     parser.add_argument("--sweep", type=Path, help="table.json of benchmarks.mini")
     out = "the page (default: %(default)s); its pictures go into NAME-svg/ beside it"

@@ -213,6 +213,8 @@ def _draw_panel(axis: Any, panel: Panel, runs: dict[str, Columns]) -> None:
     if axis.get_subplotspec().is_last_row():
         axis.set_xlabel("step")
     axis.margins(x=0.01)
+    if panel.unit.startswith("%"):
+        axis.set_ylim(bottom=0)
     _ticks(axis)
     _end_labels(axis, ends)
 

@@ -95,7 +95,7 @@ class Job:
         where = f"{self.cfg.model.dtype} on {ranks.device}, {counted(ranks.world, 'rank')}"
         self.log.say(
             f"{stage} of {self.source.folder}: {short(num)} parameters, {where}; {data}; "
-            f"{counted(steps, 'step')} = {epochs:.3g} epochs, from step {self.saved_step}"
+            f"{counted(steps, 'step')} = {epochs:.3g} epoch{'s' * (epochs != 1)}, from step {self.saved_step}"
         )
 
     def begin(self, phase: str, step: int) -> None:

@@ -20,7 +20,7 @@ NOISE = "note: no reward looks at continuations, yet they are trained: loss.scop
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
+    cfg, dry_run = config.load(RLMTConfig, argv, prog="thinkmid rlmt", description=__doc__)
 
     from thinkmid.plan import memory
     from thinkmid.rollout.judge import ask

@@ -15,7 +15,7 @@ from thinkmid.train.config import RLPTConfig
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(RLPTConfig, argv, prog="torchrun -m thinkmid.train.rlpt", description=__doc__)
+    cfg, dry_run = config.load(RLPTConfig, argv, prog="thinkmid rlpt", description=__doc__)
 
     from thinkmid.plan import memory
     from thinkmid.rollout.grade.grader import make_grader
