@@ -224,6 +224,7 @@ def test_the_commands_of_a_card_run_from_its_configs(home):
         ("org/model", "/x/hub/models--org--model/snapshots/abc", "org/model"),
         ("/x/hub/models--org--my--model/snapshots/abc", "/x/hub/models--org--my--model/snapshots/abc", "org/my--model"),
         ("org/model@v1.0", "/somewhere", "org/model"),
+        ("hf://org/model@main", "/somewhere", "org/model"),
         ("runs/mini/export", "runs/mini/export", ""),
         ("/data/llama", "/data/llama", ""),
         ("", "/x/init", ""),

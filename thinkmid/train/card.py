@@ -17,7 +17,7 @@ from thinkmid import __version__
 from thinkmid.config import to_toml
 from thinkmid.errors import UserError, plain
 from thinkmid.files import Row, check_row, is_count, is_number, is_text, read_json, read_rows
-from thinkmid.run.config import REPOSITORY, ExportConfig
+from thinkmid.run.config import REPOSITORY
 from thinkmid.train.config import RLPTData, TrainConfig
 
 CARD, STAGES = "README.md", "stages.json"
@@ -39,7 +39,7 @@ def files(cfg: TrainConfig, source: Path, began: Mapping[str, Any], steps: int, 
     name, data = cfg.model.folder, vars(cfg)["data"]
     earlier = _earlier(source) if name else NOTHING
     # without what does not decide the result
-    run, export = replace(cfg.run, folder="FOLDER", fresh=False), ExportConfig(dtype=cfg.export.dtype)
+    run, export = replace(cfg.run, folder="FOLDER", fresh=False), replace(cfg.export, push="", private=True)
     stage = {
         "program": type(cfg).__name__.removesuffix("Config").lower(),
         "thinkmid": __version__,
@@ -76,7 +76,7 @@ def hub_id(name: str, folder: Path) -> str:
     """ORG/NAME of a model that was named so, or whose folder lies in the Hub's cache; "" for others."""
     if cached := SNAPSHOT.search(f"{os.path.realpath(folder)}/"):
         return f"{cached[1]}/{cached[2]}"
-    repository = name.partition("@")[0]
+    repository = name.removeprefix("hf://").partition("@")[0]
     return repository if REPOSITORY.fullmatch(repository) and not os.path.isdir(name) else ""
 
 
