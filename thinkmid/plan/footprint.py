@@ -50,7 +50,9 @@ def kept_bytes(model_cfg: ModelConfig, section: ModelSection, span: int = 0, gro
         # the inputs of frozen projections are not needed; what lies between two factors is
         targets = set(section.lora_targets)
         numbers -= model_cfg.width * (not targets & {"q_proj", "k_proj", "v_proj"})
-        numbers -= model_cfg.width * (not targets & {"gate_proj", "up_proj"}) + model_cfg.ffn * ("down_proj" not in targets)
+        numbers -= model_cfg.width * (not targets & {"gate_proj", "up_proj"}) + model_cfg.ffn * (
+            "down_proj" not in targets
+        )
         numbers -= q * (section.dtype == "float32" and "o_proj" not in targets)
         numbers += section.lora_rank * len(targets)
     return BYTES[section.dtype] * numbers + 4 * statistics

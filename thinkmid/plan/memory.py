@@ -69,7 +69,9 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
         train["head: gradients of the policy loss beside those of the next-token loss"] = second
     rows = min(s.max_batch, -(-samples // world))
     rollout = rollout_phase(model_cfg, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
-    resident = {k: v for k, v in train.items() if "master" in k or "frozen" in k or ("moments" in k and not cfg.optim.offload)}
+    resident = {
+        k: v for k, v in train.items() if "master" in k or "frozen" in k or ("moments" in k and not cfg.optim.offload)
+    }
     resident |= outside(device, world)
     check = {}
     if cfg.engine.check_every:
