@@ -210,12 +210,17 @@ def damaged_model(rlmt) -> dict:
     }
 
 
-def adapters_run(rlmt, seed: int) -> dict:
-    """Two ranks that train adapters, killed once; then the same command with another base."""
+def adapters_run(rlmt) -> dict:
+    """Two ranks that train adapters, killed after the third step; then the same command with another base."""
     argv = ["rlmt.toml", "--model.lora_rank=3", "--loss.kl=0.01", "--engine.check_every=1", "--run.folder"]
     assert finish(launch(rlmt, [*argv, "adapters"], 2)) == {0}
-    killed = kill(launch(rlmt, [*argv, "adapters-killed"], 2), "adapters-killed", random.Random(seed + 1), STEPS)
-    row = {"killed": killed, "codes": [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]}
+    pids = launch(rlmt, [*argv, "adapters-killed"], 2)
+    while num_steps("adapters-killed") < 3:
+        time.sleep(0.002)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    row = {"killed": [*finish(pids)], "left": saved("adapters-killed")}
+    row["codes"] = [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]
     row["differences"] = differences("adapters-killed", "adapters")
     manifest = json.loads(Path("adapters/checkpoints/step-000008/manifest.json").read_text())
     row["saved"] = sorted(manifest["tensors"])
@@ -259,7 +264,7 @@ def main() -> None:
     results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], supervised, "text_loss")
     results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], supervised, "base-mid-step-alone")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
-    results["adapters"] = adapters_run(rlmt.main, args.seed)
+    results["adapters"] = adapters_run(rlmt.main)
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):
         print(f"kill {number:2d} {row['after_s']:5.2f} s, {row['steps']:2d} steps logged, {' '.join(row['saved'])}")

@@ -1,4 +1,4 @@
-"""Adapters: gradients against merged weights, the stream, the seed, and what peft and transformers make of an export."""
+"""Adapters: gradients against merged weights, the stream, the seed, and what peft makes of an export."""
 
 from dataclasses import replace
 
@@ -204,7 +204,7 @@ def mixed_worker(rank, world, folder):
     optimizer = optim.adamw(model, optim.OptimConfig(lr=1e-2))
     assert len(optimizer.state) == 2 * 2 * 7
     units = advantage.units(GROUPS, LOSS, 4)
-    exact_loss, exact = trained(wide)
+    _, exact = trained(wide)
     pack = make_pack(units if rank == 0 else units[:1], ranks.device)  # rank 1 brings a pack, too
     weight = 1.0 if rank == 0 else 0.0
     pack = replace(pack, ce_w=torch.full_like(pack.ce_w, 0.1 * weight), ce_at=torch.arange(len(pack.ce_w)))

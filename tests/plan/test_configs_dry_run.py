@@ -196,7 +196,7 @@ def test_the_training_phase_of_llama3_8b_is_what_a_hand_computes(home, monkeypat
 
 
 def test_the_training_phase_of_llama3_8b_rlmt_lora_is_what_a_hand_computes(home, monkeypatch, capsys):
-    # GB. Weights in bf16; rank 32 times in and out of seven projections in 32 blocks: weights, moments, gradients in fp32
+    # GB. Weights in bf16; rank 32 times in and out of seven projections in 32 blocks: with moments and gradients, fp32
     both = 4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)
     frozen, adapters = 2 * 8.030, 16 * 32 * 32 * both / 1e9
     # KB a token and block as without adapters, and 32 numbers between the factors of each

@@ -185,7 +185,7 @@ TARGETS = [ModelSection().lora_targets, ("q_proj", "v_proj"), ("o_proj", "up_pro
 def test_activations_beside_adapters_are_what_autograd_saves(as_on_a_gpu, monkeypatch, kind, shape, targets):
     # many layers: the first saves less, for nothing before its first adapter has a gradient
     shape, attend = replace(shape, kind=kind, layers=40), SegmentAttention(*segments(101, REPLIES), impl="torch-varlen")
-    tokens, section = 101 + sum(REPLIES), replace(BF16, lora_rank=8, lora_targets=targets)
+    tokens, section = 101 + sum(REPLIES), replace(BF16, lora_rank=48, lora_targets=targets)
     saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch, section)
     assert tokens * footprint.activation_bytes(shape, section) == pytest.approx(saved, rel=0.03)
 
@@ -193,7 +193,7 @@ def test_activations_beside_adapters_are_what_autograd_saves(as_on_a_gpu, monkey
 @pytest.mark.parametrize("targets", TARGETS, ids=["all", "q v", "o up", "down"])
 def test_activations_beside_adapters_in_fp32_are_what_autograd_saves(monkeypatch, targets):
     cu, tokens = torch.tensor([0, *REPLIES]).cumsum(0).int(), sum(REPLIES)
-    section = ModelSection(lora_rank=8, lora_targets=targets)
+    section = ModelSection(lora_rank=48, lora_targets=targets)
     shape, attend = replace(WIDE, layers=24), SegmentAttention(cu, cu, None)
     saved = saved_bytes(shape, torch.float32, attend, tokens, monkeypatch, section)
     assert tokens * footprint.activation_bytes(shape, section) == pytest.approx(saved, rel=0.05)

@@ -71,13 +71,17 @@ def test_a_folder_of_adapters_is_named_where_a_model_is_read(home, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_trainer_and_engine_agree_to_rounding_at_every_step(home, dtype):
+def test_trainer_and_engine_agree_to_rounding_at_every_step(home, capsys, dtype):
     kind = [f"--model.dtype={dtype}", f"--engine.dtype={dtype}", "--engine.check_every=1", "--engine.max_gap=0.05"]
     flags = [*rlmt_flags(home, f"agree-{dtype}", steps=3), *kind, *LORA, "--loss.kl=0.1", "--reward.gain=1"]
     assert exit_code(rlmt, [*flags, "--reward.scorer=policy", "--reward.baseline=frozen"]) == 0
     rows = [json.loads(line) for line in (home / f"agree-{dtype}/metrics.jsonl").read_text().splitlines()]
     assert all(row["probe_tokens"] > 20 and row["grad_norm"] > 0 for row in rows)
     assert all(row["probe_gap_max"] < (1e-5 if dtype == "float32" else 0.05) for row in rows)
+    factors = load_file(home / "lora/export/adapter_model.safetensors").values()
+    whole = load_file(home / "merged/model.safetensors").values()
+    trained, frozen = (sum(x.numel() for x in tensors) for tensors in (factors, whole))
+    assert f"adapters: {trained:,} numbers are trained, {frozen:,} are frozen in {dtype}" in capsys.readouterr().out
     # the reference is the base: no adapter is off zero before the first update
     assert abs(rows[0]["kl"]) < 1e-12
     assert rows[-1]["kl"] > 1e-9

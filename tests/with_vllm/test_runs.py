@@ -84,11 +84,10 @@ def test_two_ranks_that_train_adapters_push_merged_weights_and_read_them_back(ho
     assert all(row["probe_tokens"] > 20 and row["grad_norm"] > 0 for row in rows)
     if dtype == "float32":
         assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
-    with safe_open(home / "sft/export/model.safetensors", "pt") as base:
-        with safe_open(home / f"lora-{dtype}/export/model.safetensors", "pt") as merged:
-            path = "model.layers.0.mlp.up_proj.weight"
-            assert {f["names"] for f in found} == {len(base.keys())} == {len(merged.keys())}
-            assert (base.get_tensor(path) - merged.get_tensor(path)).abs().max() > 1e-3
+    files = [safe_open(home / run / "export/model.safetensors", "pt") for run in ("sft", f"lora-{dtype}")]
+    assert {f["names"] for f in found} == {len(file.keys()) for file in files}
+    base, merged = (file.get_tensor("model.layers.0.mlp.up_proj.weight") for file in files)
+    assert (base - merged).abs().max() > 1e-3
 
 
 CAUSES = {

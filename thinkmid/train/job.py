@@ -264,16 +264,15 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     same: State = {"data": inputs.data, "held_out": inputs.held_out, "model": parts, "rate": rate}
     describe_run(cfg, ranks)
     log, watch = _open_log(cfg, rate, ranks, start, state), Watch(folder, ranks.rank, cfg.run.timeout_s)
+    if cfg.model.lora_rank:
+        numbers = sum(p.numel() for p in optimizer.state), source.model_cfg.num_parameters
+        log.say("adapters: {:,} numbers are trained, {:,} are frozen in {}".format(*numbers, cfg.model.dtype))
     watch.beat("start", start)
     state = {key: value for key, value in state.items() if key not in same}
-    frozen = _starting_weights(source, cfg.model, model, ranks) if cfg.keeps_frozen else None
+    frozen: Transformer | lora.Base | None = None
+    if cfg.keeps_frozen:
+        frozen = lora.Base(model) if cfg.model.lora_rank else sharded_model(source, cfg.model, ranks)
     return Job(cfg, source, model, optimizer, ranks, interrupt, log, watch, same, start, state, ema=ema, frozen=frozen)
-
-
-def _starting_weights(
-    source: Source, section: ModelSection, model: Transformer, ranks: Ranks
-) -> Transformer | lora.Base:
-    return lora.Base(model) if section.lora_rank else sharded_model(source, section, ranks)
 
 
 def _latest(cfg: TrainConfig, ranks: Ranks) -> Path | None:
