@@ -11,6 +11,7 @@ from pathlib import Path
 from thinkmid import config, hub
 from thinkmid.data.wording import Wording, WordingConfig
 from thinkmid.errors import UserError, plain
+from thinkmid.eval.config import EvalSampling
 from thinkmid.rollout.engine.protocol import Sampling, seed
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     model_cfg = hf_config.read_config(folder)
     wording = Wording.read(wording_of(args), folder, Tokenizer.load(folder))
     tokenizer, prompt = wording.tokenizer, Prompt(id="sample", tokens=wording.around(args.text))
+    if warning := wording.warning("TEXT", args.text):
+        print(warning)
     sampling = sampling_of(args)
     longest = len(prompt.tokens) + sampling.max_new
     if longest > model_cfg.max_positions:
@@ -57,9 +60,8 @@ def wording_of(args: argparse.Namespace) -> WordingConfig:
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """UserError names the flag that is out of range."""
     try:
-        return Sampling(
-            temperature=args.temperature, max_think=args.max_think, max_suffix=args.max_suffix, max_batch=args.n
-        )
+        budgets = {"max_think": args.max_think, "max_suffix": args.max_suffix}
+        return EvalSampling(temperature=args.temperature, top_p=1.0, max_batch=args.n, **budgets)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 

@@ -1,13 +1,16 @@
 """Programs through a chat template: what a run is asked, what it learns, when it is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import exit_code
+from conftest import TINY, exit_code, random_model
 from test_rlpt import CONFIG, QUESTIONS
 from world import sft_flags
 
+from thinkmid import sample
+from thinkmid.errors import plain
 from thinkmid.files import read_rows
 from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.model import weights
@@ -123,3 +126,40 @@ def test_a_document_that_spells_special_tokens_is_named_once(home, capsys):
     out = capsys.readouterr().out
     assert out.count("<|end|>") == 1
     assert f"warning: {home}/letters.jsonl:2: <|end|> in a text is ordinary characters" in out
+
+
+def greedy(model, text, ids, num):
+    """The most probable token after the other, by whole forwards, up to the end of the text: words and their number."""
+    start = len(ids)
+    while len(ids) < start + num and (len(ids) == start or ids[-1] not in text.eos_ids):
+        cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+        logits = model(torch.tensor(ids), torch.arange(len(ids)), SegmentAttention(cu, cu))
+        ids = [*ids, int(logits[-1].argmax())]
+    return plain(text.decode(ids[start:])).strip(), len(ids) - start
+
+
+@pytest.mark.parametrize("template", ["chat", "chat-think"])
+def test_a_question_on_the_command_line_is_answered_through_the_template(home, tmp_path, capsys, template):
+    text = Tokenizer.load(home / "sft/export")
+    # logits far apart, unlike those of the model that has learnt for two steps
+    model = random_model(replace(TINY, vocab=text.vocab_size, eos_ids=text.eos_ids))
+    weights.save(tmp_path, model.cfg, weights.stream(model), dtype="float32", extra_files=home / "sft/export")
+    # without a thought there is one budget, the sum of both
+    end, tag, room = [text.eos_ids[0]], *((text.open_ids, 5) if template == "chat-think" else ([], 7))
+    for question in ("Ana", "coins", "Ben finds 1 more.", "7", "Ana has 2."):
+        ids = [*text.encode(f"user:{question}"), *end, *text.encode("assistant:"), *tag]
+        words, num = greedy(model, text, ids, room)
+        argv = [str(tmp_path), question, f"--template={template}", "--temperature=0", "--max-think=5"]
+        assert exit_code(sample, [*argv, "--max-suffix=2"]) == 0
+        head = f"continuation ({num} tokens, {'suffix' if num == 7 else 'eos'})"
+        head = head if template == "chat" else f"thought ({num} tokens, not closed)"
+        assert words
+        assert capsys.readouterr().out.startswith(f"{head}\n{words}\n")
+
+
+def test_a_text_on_the_command_line_that_spells_special_tokens_is_warned_about(home, capsys):
+    argv = [f"{home}/sft/export", "Ana <|end|>", "--max-think=3"]
+    assert exit_code(sample, argv) == 0
+    assert capsys.readouterr().out.startswith("warning: TEXT: <|end|> in a text is ordinary characters")
+    assert exit_code(sample, [*argv, "--template=plain", "--system=x"]) == 2
+    assert "--template, --system: system needs template" in capsys.readouterr().err

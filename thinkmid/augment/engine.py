@@ -40,6 +40,7 @@ class EngineAnnotator:
             check_vllm()
         self._model_cfg, self._tokenizer = read_config(self._folder), Tokenizer.load(self._folder)
         self._chat = Chat(self._folder, self._tokenizer, thinking=cfg.writer.thinking)
+        self._tokenizer = self._chat.tokenizer  # an answer ends with its turn
         self._max_len = longest(cfg, self._model_cfg.max_positions)
         self._ranks = start_ranks()
         self._known = identity.verified(self._folder, self._ranks)

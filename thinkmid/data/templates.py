@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from thinkmid.errors import UserError, unknown
-from thinkmid.thoughts import CLOSE, OPEN, TAG
+from thinkmid.thoughts import OPEN, TAG
 from thinkmid.tokenizer import Tokenizer
 
 
@@ -61,6 +61,5 @@ def find(template_id: str) -> str:
 
 def tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt. Think tags are encoded on their own, as in SFT and RLMT."""
-    tags = {OPEN: tokenizer.open_ids, CLOSE: tokenizer.close_ids}
-    parts = [tags.get(part) or tokenizer.encode(part) for part in TAG.split(prompt)]
-    return [*tokenizer.begin_ids, *(i for part in parts for i in part)]
+    parts = map(tokenizer.encode, TAG.split(prompt))
+    return [*tokenizer.begin_ids, *(i for ids in parts for i in ids)]

@@ -115,11 +115,13 @@ class Wording:
         if num := sum(squeeze(question.question) in known for question in questions):
             both = f"{num} of {len(questions)} questions are examples of {self.cfg.shots} too"
             lines.append(f"{both}; each is asked without its own example")
-        if self.cfg.template.startswith("as-is"):
-            spelled = ((q, self.tokenizer.spelled(q.question)) for q in questions)
-            if found := next(((q, name) for q, name in spelled if name), None):
-                lines.append(f"warning: {found[0].meta['where']}: {in_letters(found[1])}")
-        return lines
+        warnings = (self.warning(question.meta["where"], question.question) for question in questions)
+        return [*lines, *[warning for warning in warnings if warning][:1]]
+
+    def warning(self, where: str, text: str) -> str | None:
+        """A line about a text that stands as it is and spells a special token in letters."""
+        name = self.tokenizer.spelled(text) if self.cfg.template.startswith("as-is") else None
+        return f"warning: {where}: {in_letters(name)}" if name else None
 
 
 def in_letters(name: str) -> str:
