@@ -6,13 +6,14 @@ thinkmid sample runs/mini-rlmt/export "The box contains 26 cards. At seven Eva t
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from thinkmid import config
 from thinkmid.data import templates
 from thinkmid.errors import UserError, plain
 from thinkmid.rollout.engine.protocol import Sampling, seed
-from thinkmid.thoughts import OPEN
+from thinkmid.thoughts import OPEN, before_stop
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1} of {args.n}")
-        show(drawn[i], tokenizer)
+        show(drawn[i], tokenizer, sampling.stop)
     return 0
 
 
@@ -49,21 +50,22 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """UserError names the flag that is out of range."""
     try:
         return Sampling(
-            temperature=args.temperature, max_think=args.max_think, max_suffix=args.max_suffix, max_batch=args.n
-        )
+            temperature=args.temperature, max_think=args.max_think, max_suffix=args.max_suffix, stop=tuple(args.stop),
+            max_batch=args.n,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def show(sample: Sample, tokenizer: Tokenizer) -> None:
-    """Print a sample: thought and continuation, each under a line with its number of tokens."""
+def show(sample: Sample, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    """Print a sample: thought and continuation up to a stop text, each under a line with its number of tokens."""
     split = tokenizer.split_at_close(sample.tokens)
     closed = split.num_tags > 0
     print(f"thought ({sample.num_think} tokens{'' if closed else ', not closed'})")
     print(plain(split.thought).strip())
     print(f"continuation ({len(sample.tokens) - sample.num_think} tokens, {sample.finish})")
     if closed:
-        print(plain(split.suffix).strip())
+        print(plain(before_stop(split.suffix, stops)).strip())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -76,6 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--max-think", type=int, default=256, help="tokens of the thought (default: %(default)s)")
     parser.add_argument("--max-suffix", type=int, default=64, help="tokens after the thought (default: %(default)s)")
+    stop_help = "text that ends the continuation; may be repeated"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=stop_help)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default: %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="number of samples (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -13,22 +13,25 @@ class Template:
 
     open: str  # for an answer that is to be found
     choice: str  # for the letter of an option
+    stop: tuple[str, ...] = ()  # how the next question begins where a base model asks one itself: its answer is over
 
 
 TEMPLATES = {
     "as-is": Template("{question}", "{question}"),
-    "plain": Template("Question: {question}\nAnswer:", "Question: {question}\nAnswer:"),
+    "plain": Template("Question: {question}\nAnswer:", "Question: {question}\nAnswer:", stop=("\nQuestion:",)),
     "answer-line": Template(
         "Solve the problem. Show the steps, then close with one line of the form\nAnswer: <the result alone>\n\n"
         "Problem: {question}\n\nSolution:",
         "Choose the right option. Show the steps, then close with one line of the form\nAnswer: <its letter alone>\n\n"
         "Problem: {question}\n\nSolution:",
+        stop=("\n\nProblem:", "\n\nSolve the problem. Show the", "\n\nChoose the right option. Show the"),
     ),
     "boxed": Template(
         "Work through the problem below and finish with the result, alone, in \\boxed{{}}.\n\n"
         "Problem: {question}\n\nSolution:",
         "Work through the problem below and finish with the letter of the right option, alone, in \\boxed{{}}.\n\n"
         "Problem: {question}\n\nSolution:",
+        stop=("\n\nProblem:", "\n\nWork through the problem below"),
     ),
 }
 # each with the think tag opened: the model starts inside its thought
@@ -43,6 +46,11 @@ def render(template_id: str, question: str, *, choice: bool = False) -> str:
     name = find(template_id)
     words = TEMPLATES[name].choice if choice else TEMPLATES[name].open
     return words.format(question=question) + ("" if name == template_id else OPEN)
+
+
+def stops(template_id: str, own: bool, more: tuple[str, ...]) -> tuple[str, ...]:
+    """Texts at which an answer is over: the template's own, if they are wanted, and more."""
+    return tuple(dict.fromkeys([*(TEMPLATES[find(template_id)].stop if own else ()), *more]))
 
 
 def find(template_id: str) -> str:

@@ -1,9 +1,9 @@
 """What is evaluated, on which questions, how: the configuration that the programs of this folder share."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from thinkmid.data import questions
+from thinkmid.data import questions, templates
 from thinkmid.data.templates import find
 from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
@@ -42,6 +42,7 @@ class EvalData:
     # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
     sets: tuple[str, ...]
     template: str = "boxed-think"  # with "-think" the model starts inside its thought
+    template_stop: bool = True  # an answer ends where it begins the template's next question by itself
     strict: bool = False  # a set that differs from its public copy is an error, not a note
 
     def __post_init__(self) -> None:
@@ -78,6 +79,12 @@ class EvalConfig:
     sampling: EvalSampling = field(default_factory=EvalSampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    @property
+    def drawn(self) -> EvalSampling:
+        """How samples are drawn: the sampling with the template's stop texts beside its own."""
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
 
 
 def name_of(entry: str) -> str:

@@ -3,19 +3,27 @@
 from collections.abc import Sequence
 
 from thinkmid.data.questions import Question, base_answer, posed
+from thinkmid.data.templates import render
+from thinkmid.eval.config import EvalConfig
 from thinkmid.eval.summary import Graded
 from thinkmid.files import Row
+from thinkmid.rollout.grade.answers import ends_in_marker
 from thinkmid.rollout.grade.grader import Grader
-from thinkmid.thoughts import CLOSE, OPEN
+from thinkmid.thoughts import CLOSE, OPEN, before_stop
 
 
-def grade(template: str, rows: Sequence[Row], questions: Sequence[Question], grader: Grader) -> list[Graded]:
-    """Graded samples in the order of the rows, whose ids are those of questions."""
-    known, found = {q.id: q for q in questions}, []
-    asked = [grader(r["text"], posed(known[r["id"]], r["sample"]).gold, known[r["id"]].question) for r in rows]
-    for r, future in zip(rows, asked, strict=True):
-        verdict, answer = future.result(), grader.answer(r["text"])
-        unclosed = CLOSE not in r["text"] and (template.endswith("-think") or OPEN in r["text"])
+def grade(cfg: EvalConfig, rows: Sequence[Row], questions: Sequence[Question], grader: Grader) -> list[Graded]:
+    """Graded samples in the order of the rows, whose ids are those of questions; each is read up to its stop text."""
+    known, asked, found = {q.id: q for q in questions}, [], []
+    opened, stops = cfg.data.template.endswith("-think"), cfg.drawn.stop
+    for r in rows:
+        put = posed(known[r["id"]], r["sample"])
+        text = before_stop(r["text"], stops, is_open=opened)
+        marked = ends_in_marker(render(cfg.data.template, put.text))
+        asked.append((r, text, marked, grader(text, put.gold, known[r["id"]].question, marked)))
+    for r, text, marked, future in asked:
+        verdict, answer = future.result(), grader.answer(text, marked)
+        unclosed = CLOSE not in text and (opened or OPEN in text)
         score = None if verdict.value is None else float(verdict.value)
         graded = Graded(
             question=r["id"], sample=r["sample"], score=0.0 if unclosed else score,

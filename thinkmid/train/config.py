@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from thinkmid.data import templates
 from thinkmid.errors import at_least, positive
 from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
@@ -208,6 +209,11 @@ class RLConfig:
             raise ValueError("loss.is_level 'sequence' is for one update per rollout, got batch.updates above 1")
 
     @property
+    def drawn(self) -> Sampling:
+        """How samples are drawn: the sampling with all stop texts, a template's too."""
+        return self.sampling
+
+    @property
     def keeps_frozen(self) -> bool:
         """The starting weights stay."""
         return bool(self.loss.kl)
@@ -273,6 +279,7 @@ class RLPTData:
     path: str  # jsonl or parquet, a file or a folder of shards
     task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
     template: str = "boxed-think"  # words around a question; with "-think" the model starts inside its thought
+    template_stop: bool = True  # an answer ends where it begins the template's next question by itself
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
 
     def __post_init__(self) -> None:
@@ -290,6 +297,11 @@ class RLPTConfig(RLConfig):
         super().__post_init__()
         if self.loss.next_token:
             raise ValueError(f"loss.next_token {self.loss.next_token} is for RLMT: an answer has no true suffix")
+
+    @property
+    def drawn(self) -> Sampling:
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
 
 
 TrainConfig = SFTConfig | RLConfig

@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
         job.log.say(f"note: {note}")
     job.log.say(f"{len(prompts)} prompts, at most {longest} tokens; starts at step {job.saved_step}")
     try:
-        engine = rl.open_policy(job, cfg, longest).engine
-        with closing(AnswerReward(source.tokenizer, grader, thinks=cfg.data.template.endswith("-think"))) as reward:
+        engine, thinks = rl.open_policy(job, cfg, longest).engine, cfg.data.template.endswith("-think")
+        with closing(AnswerReward(source.tokenizer, grader, thinks=thinks, stops=cfg.drawn.stop)) as reward:
             rl.train(job, cfg, Sampler(job, cfg, engine, reward), prompts)
     except Stopped:
         return job.stop()
