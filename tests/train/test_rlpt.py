@@ -9,6 +9,7 @@ from conftest import exit_code
 from world import sft_flags
 
 from thinkmid import config
+from thinkmid.data.templates import TEMPLATES
 from thinkmid.files import read_rows
 from thinkmid.train import rlpt, sft
 from thinkmid.train.config import RLPTConfig
@@ -66,18 +67,17 @@ def test_a_run_asks_the_questions_and_rewards_by_their_answers(home, kind):
         assert all("verify_exact" in row for row in rows)
 
 
-def test_samples_end_at_a_stop_text_which_is_trained_and_not_graded(home):
-    more = ['--sampling.stop=["1", "2", "3"]', "--sampling.max_suffix=30", "--run.steps=1", "--batch.pack_tokens=512"]
+def test_samples_end_with_the_token_that_completes_a_stop_text_of_the_template_or_ones_own(home, monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "plain", replace(TEMPLATES["plain"], stop=("1", "2")))
+    more = ['--sampling.stop=["3", " coins"]', "--sampling.max_suffix=30", "--run.steps=1", "--batch.pack_tokens=512"]
     assert exit_code(rlpt, flags(home, "stop", *more)) == 0
     samples = read_rows(home / "stop" / "rollouts" / "step-000001.jsonl")
     stopped = [s for s in samples if s["finish"] == "stop"]
     assert stopped
     for s in samples:
-        assert (s["finish"] == "stop") == bool(re.search("[123]", s["suffix"]))
-        assert not re.search("[123].{4}", s["suffix"])  # the token that completes it is the last
-    # as many as were drawn or forced: a stop text's tokens like all others
-    row = read_rows(home / "stop" / "metrics.jsonl")[0]
-    assert row["generated_tokens"] == sum(s["tokens"] for s in samples)
+        assert (s["finish"] == "stop") == bool(re.search("[123]| coins", s["suffix"]))
+        assert not re.search("([123]| coins).{4}", s["suffix"])
+    assert {s["suffix"].strip()[-1] for s in stopped} & {"1", "2"}
 
 
 def test_the_templates_own_stop_texts_are_given_to_the_engine_unless_they_are_turned_off():

@@ -135,6 +135,7 @@ def test_a_text_that_goes_on_with_a_next_question_is_graded_on_the_first(text, a
         (" \n", None, None),
         ("5</think>", None, None),
         ("<think> 5", None, None),
+        ("\n\nQuestion: 7?\nNo.", None, None),
         (r" \boxed{}", None, None),
     ],
 )
