@@ -20,7 +20,7 @@ from thinkmid.eval.conditions import KEYS
 from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
 from thinkmid.rollout.engine.build import make_engine
-from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.rollout.engine.protocol import seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Sample
 
@@ -260,8 +260,9 @@ def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
 
 def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added_to(world, capsys):
     assert call() == 0
-    sampling = Sampling(temperature=0.6, top_p=0.95, max_think=20)
-    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", repr(sampling), 0]))
+    budgets = "max_think=20, max_suffix=16, force_close=False, max_batch=256"
+    sampling = f"Sampling(temperature=0.6, top_k=0, top_p=0.95, {budgets})"
+    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", sampling, 0]))
     found = results()
     assert call() == 2
     line = "error: out: which weights drew what is there is unknown; run.regrade true grades it still\n"
@@ -301,11 +302,11 @@ def test_an_answer_without_a_thought_has_the_budget_of_both(world, monkeypatch, 
 class GoesOn(Scripted):
     """Answers, then asks and answers the next question, as far as it is let."""
 
-    before = "hm</think>"
-    after = "\nBecause they are.\n\nQuestion: How many are 2 and 4?\nAnswer:<think>hm</think> 6"
+    before = "hm\n\nPuzzle: or not?</think>"
+    after = "\nBecause they are.\n\nPuzzle: How many are 2 and 4?\nAnswer:<think>hm</think>\nAnswer: 6"
 
     def generate(self, requests, sampling):
-        assert sampling.stop == ("\nQuestion:",)
+        assert sampling.stop == ("\nQuestion:", "\n\nPuzzle:")
         for request in requests:
             i, _ = self.of_seed[request.seed]
             said = 2 * i + 1 if i < RIGHT else 99
@@ -324,12 +325,12 @@ def test_an_answer_is_graded_up_to_the_next_question_and_votes_and_shares_go_by_
     if template == "plain":
         engine.before = ""
     monkeypatch.setattr(generate, "make_engine", lambda *_, **__: engine)
-    flags = ["--verify.kind=math", f"--data.template={template}"]
+    flags = ["--verify.kind=math", f"--data.template={template}", '--sampling.stop=["\\n\\nPuzzle:"]']
     assert call(*flags) == 0
     found = results()["sets"]["own"]
     assert found["mean"] == found["pass@4"] == found["maj@4"] == pytest.approx(RIGHT / len(QUESTIONS))
     assert found["unparsed"] == found["truncated"] == found["unclosed"] == 0
-    assert results()["stop"] == ["\nQuestion:"]
+    assert results()["stop"] == ["\nQuestion:", "\n\nPuzzle:"]
     answers = [json.loads(line)["answer"] for line in Path("out/graded/own.jsonl").read_text().splitlines()]
     assert answers == [str(2 * i + 1 if i < RIGHT else 99) for i in sorted(range(12), key=str) for _ in range(4)]
 

@@ -11,6 +11,7 @@ from world import sft_flags
 from thinkmid import config
 from thinkmid.data.templates import TEMPLATES
 from thinkmid.files import read_rows
+from thinkmid.rollout.grade import reward
 from thinkmid.train import rlpt, sft
 from thinkmid.train.config import RLPTConfig
 
@@ -69,6 +70,14 @@ def test_a_run_asks_the_questions_and_rewards_by_their_answers(home, kind):
 
 def test_samples_end_with_the_token_that_completes_a_stop_text_of_the_template_or_ones_own(home, monkeypatch):
     monkeypatch.setitem(TEMPLATES, "plain", replace(TEMPLATES["plain"], stop=("1", "2")))
+    given = []
+
+    class Noting(reward.AnswerReward):
+        def __init__(self, *args, **more):
+            given.append(more["stops"])
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(reward, "AnswerReward", Noting)
     more = ['--sampling.stop=["3", " coins"]', "--sampling.max_suffix=30", "--run.steps=1", "--batch.pack_tokens=512"]
     assert exit_code(rlpt, flags(home, "stop", *more)) == 0
     samples = read_rows(home / "stop" / "rollouts" / "step-000001.jsonl")
@@ -78,6 +87,7 @@ def test_samples_end_with_the_token_that_completes_a_stop_text_of_the_template_o
         assert (s["finish"] == "stop") == bool(re.search("[123]| coins", s["suffix"]))
         assert not re.search("([123]| coins).{4}", s["suffix"])
     assert {s["suffix"].strip()[-1] for s in stopped} & {"1", "2"}
+    assert given == [("1", "2", "3", " coins")]
 
 
 def test_the_templates_own_stop_texts_are_given_to_the_engine_unless_they_are_turned_off():
