@@ -1,5 +1,6 @@
 """The `thinkmid` command: what it calls, what it copies, what it prints, and what a wheel holds for it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,19 @@ def test_samples_seed_does_not_depend_on_how_many_are_drawn(model, call):
     assert call(*argv, "--n", "2")[1].startswith("--- 1 of 2\n" + call(*argv)[1])
 
 
+def test_sample_shows_a_continuation_up_to_a_stop_text(model, call):
+    argv = ("sample", str(model), "Ana has 2 coins.", "--n", "64", "--max-think", "60", "--max-suffix", "30")
+    whole = [re.split(r"(continuation .*)", one) for one in call(*argv)[1].split("\n--- ")]
+    stop = next(letter for _, _, body in whole for letter in body[1:] if letter.isascii() and letter.isalnum())
+    stopped = [re.split(r"(continuation .*)", one) for one in call(*argv, "--stop", stop)[1].split("\n--- ")]
+    assert len(stopped) == len(whole) == 64
+    for (thought, _, body), (same_thought, head, cut) in zip(whole, stopped, strict=True):
+        assert same_thought == thought
+        assert cut.strip() == body.partition(stop)[0].strip()
+        assert head.endswith(", stop)") == (stop in body)
+    assert any(cut.strip() and ", stop)" in head for _, head, cut in stopped)
+
+
 def test_what_sample_cannot_do_is_one_line(model, call, tmp_path):
     assert call("sample", "nowhere", "x")[::2] == (
         2,
@@ -165,6 +179,7 @@ def test_what_sample_cannot_do_is_one_line(model, call, tmp_path):
     )
     assert call("sample", str(model), "x")[2].endswith(" exceed the model's context of 128; lower --max-think\n")
     assert call("sample", str(model), "x", "--n", "0")[2] == "error: --n: expected at least 1, got 0\n"
+    assert call("sample", str(model), "x", "--stop", "")[2].startswith("error: --stop holds '': a stop text has")
     assert call("sample", str(model), "x", "--max-think", "0")[2] == "error: --max-think must be at least 1, got 0\n"
 
 

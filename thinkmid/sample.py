@@ -6,13 +6,16 @@ thinkmid sample runs/mini-rlmt/export "The box contains 26 cards. At seven Eva t
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from thinkmid import config, hub
+from thinkmid.data import templates
 from thinkmid.data.wording import Wording, WordingConfig
 from thinkmid.errors import UserError, plain
 from thinkmid.eval.config import EvalSampling
 from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.thoughts import before_stop
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Request, Sample
 
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> int:
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1} of {args.n}")
-        show(drawn[i], tokenizer, opened=tokenizer.opens(prompt.tokens))
+        show(drawn[i], tokenizer, opened=tokenizer.opens(prompt.tokens), stops=sampling.stop)
     return 0
 
 
@@ -60,27 +63,29 @@ def wording_of(args: argparse.Namespace) -> WordingConfig:
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """UserError names the flag that is out of range."""
     try:
+        stop = templates.stops(args.template, True, tuple(args.stop))
         budgets = {"max_think": args.max_think, "max_suffix": args.max_suffix}
-        return EvalSampling(temperature=args.temperature, top_p=1.0, max_batch=args.n, **budgets)
+        return EvalSampling(temperature=args.temperature, top_p=1.0, stop=stop, max_batch=args.n, **budgets)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def show(sample: Sample, tokenizer: Tokenizer, *, opened: bool = True) -> None:
-    """Print a sample: thought and continuation, each under a line with its number of tokens.
+def show(sample: Sample, tokenizer: Tokenizer, *, opened: bool = True, stops: Sequence[str] = ()) -> None:
+    """Print a sample: thought and continuation up to a stop text, each under a line with its number of tokens.
 
     opened: its prompt opens the thought; otherwise what has no closing tag is a continuation.
     """
     split = tokenizer.split_at_close(sample.tokens)
     if not opened and not split.num_tags:
-        print(f"continuation ({len(sample.tokens)} tokens, {sample.finish})\n{plain(split.thought).strip()}")
+        print(f"continuation ({len(sample.tokens)} tokens, {sample.finish})")
+        print(plain(before_stop(split.thought, stops)).strip())
         return
     closed = split.num_tags > 0
     print(f"thought ({sample.num_think} tokens{'' if closed else ', not closed'})")
     print(plain(split.thought).strip())
     print(f"continuation ({len(sample.tokens) - sample.num_think} tokens, {sample.finish})")
     if closed:
-        print(plain(split.suffix).strip())
+        print(plain(before_stop(split.suffix, stops)).strip())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,6 +103,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--max-think", type=int, default=256, help="tokens of the thought (default: %(default)s)")
     parser.add_argument("--max-suffix", type=int, default=64, help="tokens after the thought (default: %(default)s)")
+    stop_help = "text that ends the continuation; may be repeated"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=stop_help)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default: %(default)s)")
     parser.add_argument("--n", type=int, default=1, help="number of samples (default: %(default)s)")
     args = parser.parse_args(argv)

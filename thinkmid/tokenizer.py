@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -146,19 +146,20 @@ def last_break(text: str, start: int, limit: int) -> int:
     return limit
 
 
-def byte_automaton(tag: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Next state, and whether the tag is complete, by state and byte; both (len(tag), 256) uint8.
+def byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Next state, and the number of the text that is complete (from 1; 0: none), by state and byte; (m, 256) uint16.
 
-    A completed tag falls back to its longest border.
+    The m states are the texts' proper beginnings, shortest first: the longest of them with which what was read ends,
+    after a complete text too. Of texts that are complete at once, the first of the list counts.
     """
-    follow = np.zeros((len(tag), 256), np.uint8)
+    states = sorted(sorted({text[:k] for text in texts for k in range(len(text))}), key=len)
+    follow = np.zeros((len(states), 256), np.uint16)
     found = np.zeros_like(follow)
-    for state in range(len(tag)):
-        for byte in set(tag):
-            read = tag[:state] + bytes([byte])
-            found[state, byte] = read == tag
-            longest = min(len(read), len(tag) - 1)
-            follow[state, byte] = next(k for k in range(longest, -1, -1) if read.endswith(tag[:k]))
+    for state, begun in enumerate(states):
+        for byte in set(b"".join(texts)):
+            read = begun + bytes([byte])
+            found[state, byte] = next((n for n, text in enumerate(texts, 1) if read.endswith(text)), 0)
+            follow[state, byte] = next(k for k in range(len(states) - 1, -1, -1) if read.endswith(states[k]))
     return follow, found
 
 
@@ -167,16 +168,19 @@ class TagMatcher:
     share one with others ("x</", "think", ">\\n"). The Knuth-Morris-Pratt automaton of the tag, lifted to tokens.
 
     A stream's state is the number of tag bytes matched so far, 0 at its start. With m the tag's length:
-    next_state  (m, V+1) uint8; hits  (m, V+1) uint8, the complete tags that end inside the token.
+    next_state  (m, V+1) uint16; hits  (m, V+1) uint16, the complete tags that end inside the token.
     The last column stands for every id past the vocabulary, as in padded embeddings: no bytes, no change.
     """
 
     def __init__(self, pieces: Sequence[bytes], tag: bytes):
-        follow, found = byte_automaton(tag)
+        self._lift(pieces, *byte_automaton([tag]))
+
+    def _lift(self, pieces: Sequence[bytes], follow: np.ndarray, found: np.ndarray) -> None:
+        """From bytes to tokens: follow and found (m, 256) uint16, what each byte adds to the hits."""
         flat = np.frombuffer(b"".join(pieces), np.uint8)
         num_bytes = np.fromiter(map(len, [*pieces, b""]), np.int64)  # (V+1,)
         start = np.cumsum(num_bytes) - num_bytes
-        self.next_state = np.repeat(np.arange(len(tag), dtype=np.uint8)[:, None], len(num_bytes), axis=1)
+        self.next_state = np.repeat(np.arange(len(follow), dtype=np.uint16)[:, None], len(num_bytes), axis=1)
         self.hits = np.zeros_like(self.next_state)
         live = np.arange(len(num_bytes))
         for column in range(int(num_bytes.max())):
@@ -186,9 +190,25 @@ class TagMatcher:
             self.next_state[:, live] = follow[state, byte]
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One token for each of B streams: states, tokens (B,) integers -> next states, hits (B,) uint8."""
+        """One token for each of B streams: states, tokens (B,) integers -> next states, hits (B,) uint16."""
         column = np.minimum(tokens, self.next_state.shape[1] - 1)
         return self.next_state[states, column], self.hits[states, column]
+
+
+class StopMatcher(TagMatcher):
+    """Finds stop texts outside thoughts, as thoughts.before_stop() does, in streams of token ids.
+
+    A stream's state is 0 at its start, `inside` where its prompt has opened a thought. No stop text holds a tag.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], stops: Sequence[str]):
+        outside, found = byte_automaton([OPEN.encode(), *(stop.encode() for stop in stops)])
+        inside, closed = byte_automaton([CLOSE.encode()])
+        self.inside = len(outside)
+        # an opening tag leads to the first state inside, a closing one back to the first outside
+        rows = np.where(found == 1, self.inside, outside), np.where(closed, 0, inside + self.inside)
+        hits = np.concatenate([found > 1, np.zeros_like(closed)])
+        self._lift(pieces, np.concatenate(rows).astype(np.uint16), hits.astype(np.uint16))
 
 
 class Split(NamedTuple):
@@ -285,6 +305,11 @@ class Tokenizer:
     def open_matcher(self) -> TagMatcher:
         """Finds opening tags."""
         return TagMatcher(self.pieces, OPEN.encode())
+
+    @lru_cache(maxsize=4)  # noqa: B019  a process has few tokenizers, and they live as long as it
+    def stop_matcher(self, stops: tuple[str, ...]) -> StopMatcher:
+        """Finds these stop texts."""
+        return StopMatcher(self.pieces, stops)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos. Lone surrogates become "?"."""

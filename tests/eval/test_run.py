@@ -20,7 +20,7 @@ from thinkmid.eval.conditions import KEYS
 from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
 from thinkmid.rollout.engine.build import make_engine
-from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.rollout.engine.protocol import seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Sample
 
@@ -260,8 +260,9 @@ def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
 
 def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added_to(world, capsys):
     assert call() == 0
-    sampling = Sampling(temperature=0.6, top_p=0.95, max_think=20)
-    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", repr(sampling), 0]))
+    budgets = "max_think=20, max_suffix=16, force_close=False, max_batch=256"
+    sampling = f"Sampling(temperature=0.6, top_k=0, top_p=0.95, {budgets})"
+    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", sampling, 0]))
     found = results()
     assert call() == 2
     line = "error: out: which weights drew what is there is unknown; run.regrade true grades it still\n"
@@ -314,6 +315,65 @@ def test_an_answer_without_a_thought_has_the_budget_of_both(world, monkeypatch, 
     ids = {row["id"] for row in endless}
     assert {row["unclosed"] for row in graded if row["question"] in ids} == {template == "plain-think"}
     assert {row["truncated"] for row in graded if row["question"] in ids} == {True}
+
+
+class GoesOn(Scripted):
+    """Answers, then asks and answers the next question, as far as it is let."""
+
+    before = "hm\n\nPuzzle: or not?</think>"
+    after = "\nBecause they are.\n\nPuzzle: How many are 2 and 4?\nAnswer:<think>hm</think>\nAnswer: 6"
+
+    def generate(self, requests, sampling):
+        assert sampling.stop == ("\nQuestion:", "\n\nPuzzle:")
+        for request in requests:
+            i, _ = self.of_seed[request.seed]
+            said = 2 * i + 1 if i < RIGHT else 99
+            tokens = self.text.encode(f"{self.before} {said}{self.after}")
+            n = len(tokens)
+            sample = Sample(
+                tokens=np.array(tokens, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="stop",
+                num_think=n, versions=np.zeros(n, np.int32),
+            )  # fmt: skip
+            yield [(request, sample)]
+
+
+@pytest.mark.parametrize("template", ["plain", "plain-think"])
+def test_an_answer_is_graded_up_to_the_next_question_and_votes_and_shares_go_by_it(world, monkeypatch, template):
+    engine = GoesOn(world.text)
+    if template == "plain":
+        engine.before = ""
+    monkeypatch.setattr(generate, "make_engine", lambda *_, **__: engine)
+    flags = ["--verify.kind=math", f"--data.template={template}", '--sampling.stop=["\\n\\nPuzzle:"]']
+    assert call(*flags) == 0
+    found = results()["sets"]["own"]
+    assert found["mean"] == found["pass@4"] == found["maj@4"] == pytest.approx(RIGHT / len(QUESTIONS))
+    assert found["unparsed"] == found["truncated"] == found["unclosed"] == 0
+    assert results()["stop"] == ["\nQuestion:", "\n\nPuzzle:"]
+    answers = [json.loads(line)["answer"] for line in Path("out/graded/own.jsonl").read_text().splitlines()]
+    assert answers == [str(2 * i + 1 if i < RIGHT else 99) for i in sorted(range(12), key=str) for _ in range(4)]
+
+
+def test_generations_of_before_stop_texts_are_graded_up_to_one_and_not_added_to(world, capsys):
+    assert call(*HALF, "--data.template_stop=false") == 0
+    assert "stop" not in results()
+    mark = json.loads(Path("out/drawn-by.json").read_text())
+    assert mark.pop("sampling.stop") is None  # as if it had never been there
+    Path("out/drawn-by.json").write_text(json.dumps(mark))
+    assert call() == 2
+    assert "out: drawn with sampling.stop = None, now ['\\nQuestion:']; take" in capsys.readouterr().err
+    assert call(*HALF, "--run.regrade=true") == 0
+    assert results()["stop"] == ["\nQuestion:"]
+    assert call("--data.template_stop=false") == 0
+    assert call("--sampling.stop=Q:", "--data.template_stop=false") == 2
+    assert "drawn with sampling.stop = None, now ['Q:']" in capsys.readouterr().err
+
+
+def test_stop_texts_of_the_template_and_ones_own_are_all_stored(world, capsys):
+    assert call('--sampling.stop=["\\n\\nQ:", "\\nQuestion:"]') == 0
+    stop = ["\nQuestion:", "\n\nQ:"]
+    assert results()["stop"] == json.loads(Path("out/drawn-by.json").read_text())["sampling.stop"] == stop
+    assert call() == 2
+    assert "drawn with sampling.stop = ['\\nQuestion:', '\\n\\nQ:'], now ['\\nQuestion:']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mark", ["", "{", "{}", "\xff", '{"run.seed": 0}', None])
@@ -432,6 +492,8 @@ def tree():
             (f"--data.sets={name}:questions=set.jsonl", "a name is 1 to 60 letters")
             for name in ("", "../../b", "a/b", "a[x]*", ".a", "-a", "a" * 61)
         ],
+        ("--sampling.stop=<think>", "sampling: stop holds '<think>'"),
+        ("--sampling.stop=\\n\\nQ:", "a backslash and an n, no line break"),
         ("--run.seed=-1", "run: seed must be at least 0, got -1"),
         ("--run.regrade=true", "0 of 48 samples of own; eval.run without regrade draws them"),
         ("--model.folder=nope", "nope: no such folder"),

@@ -103,16 +103,19 @@ def scored(world, prompt, sample, temperature):
 GREEDY = [
     Sampling(temperature=0, max_think=30, max_suffix=5),
     Sampling(temperature=0, max_think=9, max_suffix=5, force_close=True),
+    Sampling(temperature=0, max_think=30, max_suffix=5, stop=("e", "s 1")),
 ]
 
 
-@pytest.mark.parametrize("sampling", GREEDY, ids=["open", "forced"])
+@pytest.mark.parametrize("sampling", GREEDY, ids=["open", "forced", "stop"])
 def test_greedy_tokens_are_the_native_engines(world, sampling):
     ours, theirs = (collect(e, world.prompts, seeds(world), sampling) for e in (world.vllm, world.native))
     for a, b in zip(samples(ours), samples(theirs), strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         assert (a.finish, a.num_think, a.drawn.tolist()) == (b.finish, b.num_think, b.drawn.tolist())
         assert abs(a.logp - b.logp)[a.drawn].max() < 1e-3
+    ends = [s.finish for s in samples(ours)]
+    assert ("stop" in ends) == bool(sampling.stop)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -178,6 +181,7 @@ CONTINUED = {
     "filtered": Sampling(temperature=0.7, top_k=20, top_p=0.9, max_think=30, max_suffix=5),
     "forced": Sampling(max_think=30, max_suffix=5, force_close=True),
     "greedy": Sampling(temperature=0, max_think=30, max_suffix=5, force_close=True),
+    "stop": Sampling(max_think=30, max_suffix=5, stop=("Mia has 1", "on th", "</t", "\n")),
 }
 
 

@@ -15,21 +15,24 @@ class Template:
     block: str  # a question, up to where its answer begins
     open: str = ""  # first of all, for an answer that is to be found
     choice: str = ""  # first of all, for the letter of an option
+    stop: tuple[str, ...] = ()  # how the next question begins where a base model asks one itself: its answer is over
 
 
 PROBLEM = "Problem: {question}\n\nSolution:"
 TEMPLATES = {
     "as-is": Template("{question}"),
-    "plain": Template("Question: {question}\nAnswer:"),
+    "plain": Template("Question: {question}\nAnswer:", stop=("\nQuestion:",)),
     "answer-line": Template(
         PROBLEM,
         "Solve the problem. Show the steps, then close with one line of the form\nAnswer: <the result alone>\n\n",
         "Choose the right option. Show the steps, then close with one line of the form\nAnswer: <its letter alone>\n\n",
+        stop=("\n\nProblem:", "\n\nSolve the problem. Show the", "\n\nChoose the right option. Show the"),
     ),
     "boxed": Template(
         PROBLEM,
         "Work through the problem below and finish with the result, alone, in \\boxed{}.\n\n",
         "Work through the problem below and finish with the letter of the right option, alone, in \\boxed{}.\n\n",
+        stop=("\n\nProblem:", "\n\nWork through the problem below"),
     ),
 }
 # each with the think tag opened: the model starts inside its thought
@@ -50,6 +53,12 @@ def render(template_id: str, question: str, *, choice: bool = False, examples: I
         space = "" if answer[:1].isspace() or answer.startswith(OPEN) else " "
         parts.append(f"{template.block.format(question=asked)}{space}{answer}\n\n")
     return "".join([*parts, template.block.format(question=question), *([] if name == template_id else [OPEN])])
+
+
+def stops(template_id: str, own: bool, more: tuple[str, ...]) -> tuple[str, ...]:
+    """Texts at which an answer is over: the template's own, if they are wanted, and more. A chat template has none."""
+    name = template_id.removesuffix("-think")
+    return tuple(dict.fromkeys([*(TEMPLATES[name].stop if own and name in TEMPLATES else ()), *more]))
 
 
 def find(template_id: str) -> str:

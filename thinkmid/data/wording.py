@@ -26,6 +26,7 @@ class WordingConfig:
     # words around a question: as-is, plain, answer-line, boxed; chat: the model's own chat template. With "-think" the
     # model starts inside its thought
     template: str = "boxed-think"
+    template_stop: bool = True  # an answer ends where it begins the template's next question by itself
     system: str = ""  # chat: the system message; empty: the template's own, if it has one
     shots: str = ""  # solved examples that stand before a question: a file of rows with "question" and "answer"
     num_shots: int = 0  # the first so many rows of it; 0: all

@@ -16,16 +16,8 @@ from thinkmid.errors import UserError
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
 from thinkmid.files import Row, check_row, is_count, is_text, read_json, read_rows, write_json
 
-ALIKE = (
-    "template",
-    "system",
-    "shots",
-    "samples",
-    "temperature",
-    "top_p",
-    "max_new",
-    "max_direct",
-)  # should be the same in both
+# should be the same in both
+ALIKE = ("template", "system", "shots", "samples", "temperature", "top_p", "max_new", "max_direct", "stop")
 FIELDS = {f.name for f in fields(Graded)}
 KINDS = {"question": is_text, "sample": is_count, "num_think": is_count}
 

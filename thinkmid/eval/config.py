@@ -1,9 +1,9 @@
 """What is evaluated, on which questions, how: the configuration that the programs of this folder share."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from thinkmid.data import questions
+from thinkmid.data import questions, templates
 from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
@@ -79,6 +79,12 @@ class EvalConfig:
     sampling: EvalSampling = field(default_factory=EvalSampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+    @property
+    def drawn(self) -> EvalSampling:
+        """How samples are drawn: the sampling with the template's stop texts beside its own."""
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
 
 
 def name_of(entry: str) -> str:

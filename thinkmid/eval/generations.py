@@ -57,6 +57,7 @@ def whole(folder: Path, name: str, questions: Iterable[Question], samples: int) 
 def settings(cfg: EvalConfig) -> dict[str, Any]:
     """The settings that decide generations, beside the model."""
     sampling = {f"sampling.{name}": value for name, value in vars(cfg.sampling).items()}
+    sampling["sampling.stop"] = list(cfg.drawn.stop) or None  # None: as in the marks of versions without stop texts
     engine = {f"engine.{name}": getattr(cfg.engine, name) for name in ("kind", "dtype")}
     words = {"data.template": cfg.data.template, "data.system": cfg.data.system}
     words["data.shots"] = digest(read_shots(cfg.data))
@@ -93,5 +94,7 @@ def check_folder(folder: Path, cfg: EvalConfig) -> None:
             raise UserError(f"{folder}: which weights drew what is there is unknown; run.regrade true grades it still")
     elif cfg.run.regrade:
         now |= {"model.folder": hub.asked(cfg.model.folder)}
+        if was and not was.get("sampling.stop"):  # their texts go on; each is graded up to a stop text all the same
+            del now["sampling.stop"]
     if odd := [name for name in now if was and (NEWER | was).get(name) != now[name]]:
         raise UserError(f"{folder}: drawn with {odd[0]} = {was.get(odd[0])}, now {now[odd[0]]}; take another folder")

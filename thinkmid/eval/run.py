@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
                 for name, found in sets.items():
                     for note in wording.notes(found.questions):
                         print(f"{name}: {note}")
-            generate.draw(cfg, prompts, cfg.sampling, folder / "generations", ranks)
+            generate.draw(cfg, prompts, cfg.drawn, folder / "generations", ranks)
         if not ranks or ranks.rank == 0:
             graded = {}
             for name, found in sets.items():
                 rows = whole(folder / "generations", name, found.questions, cfg.run.samples)
-                graded[name] = grade(cfg.data.template, rows, found.questions, grader)
+                graded[name] = grade(cfg, rows, found.questions, grader)
                 write_rows(folder / "graded" / f"{name}.jsonl", map(asdict, graded[name]))
             results = results_of(cfg, sets, graded)
             write_json(folder / "results.json", results)
@@ -69,6 +69,7 @@ def results_of(
     drawn_by = read_mark(Path(cfg.run.folder))
     about = {"model": hub.asked(cfg.model.folder), "template": cfg.data.template, "samples": cfg.run.samples}
     about |= {"temperature": cfg.sampling.temperature, "top_p": cfg.sampling.top_p, "max_new": cfg.sampling.max_new}
+    about |= {"stop": stop} if (stop := cfg.drawn.stop) else {}
     about["content"] = drawn_by.get("model")
     if not cfg.data.template.endswith("-think"):
         about["max_direct"] = cfg.sampling.max_think if PATH_ALONE in drawn_by else cfg.sampling.max_direct

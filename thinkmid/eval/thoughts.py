@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     with closing(make_grader(cfg.verify)) as grader:
         if ranks := generate.start(cfg):
             # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
-            sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
+            sampling = replace(cfg.drawn, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
             prompts = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
             generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
         if not ranks or ranks.rank == 0:
@@ -116,7 +116,7 @@ def grade_set(
             row["finish"] = "reclosed" if CLOSE in row["text"] else row["finish"]
             row |= {"text": row["thought"] + row["text"], "num_think": row["given"]}
         if rows:
-            graded[condition] = grade(cfg.data.template, rows, questions, grader)
+            graded[condition] = grade(cfg, rows, questions, grader)
     return graded
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from thinkmid.data import templates
 from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least, positive
 from thinkmid.model.init import FreshConfig, ModelSection
@@ -231,6 +232,11 @@ class RLConfig:
             raise ValueError("loss.is_level 'sequence' is for one update per rollout, got batch.updates above 1")
 
     @property
+    def drawn(self) -> Sampling:
+        """How samples are drawn: the sampling with all stop texts, a template's too."""
+        return self.sampling
+
+    @property
     def keeps_frozen(self) -> bool:
         """The starting weights stay."""
         return bool(self.loss.kl)
@@ -317,6 +323,11 @@ class RLPTConfig(RLConfig):
         super().__post_init__()
         if self.loss.next_token:
             raise ValueError(f"loss.next_token {self.loss.next_token} is for RLMT: an answer has no true suffix")
+
+    @property
+    def drawn(self) -> Sampling:
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
 
 
 TrainConfig = SFTConfig | RLConfig

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     try:
         engine = rl.open_policy(job, cfg, longest).engine
         thinks = source.tokenizer.opens(prompts[0].tokens)
-        with closing(AnswerReward(source.tokenizer, grader, thinks=thinks)) as reward:
+        with closing(AnswerReward(source.tokenizer, grader, thinks=thinks, stops=cfg.drawn.stop)) as reward:
             rl.train(job, cfg, Sampler(job, cfg, engine, reward), prompts)
     except Stopped:
         return job.stop()

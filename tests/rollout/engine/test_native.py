@@ -14,7 +14,7 @@ from thinkmid.model import weights
 from thinkmid.model.transformer import ModelConfig, Yarn
 from thinkmid.rollout.engine.native import NativeEngine, draw
 from thinkmid.rollout.engine.protocol import Sampling, requests_of
-from thinkmid.thoughts import CLOSE, OPEN
+from thinkmid.thoughts import CLOSE, OPEN, before_stop
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train.loss import logprobs
 from thinkmid.types import Prompt, Request, Written
@@ -383,6 +383,108 @@ def test_no_sample_exceeds_both_budgets_together(text):
         assert sample.finish in ("suffix", "unclosed")
 
 
+STOP = "\n\nProblem:"
+NEXT = f" It is 18.{STOP} 7?"
+
+
+def stop_end(text, tokens, stop=STOP):
+    """Tokens up to the one that completes the last stop text, by decoding ever longer starts."""
+    decoded = [text.decode(tokens[:n]) for n in range(len(tokens) + 1)]
+    return next(n for n, written in enumerate(decoded) if written.count(stop) == decoded[-1].count(stop))
+
+
+@pytest.mark.parametrize(
+    ("opened", "words"),
+    [
+        (True, f"7{CLOSE}{NEXT}"),
+        (True, f"7{STOP} 8{CLOSE}{NEXT}"),  # one inside the thought does not count
+        (False, NEXT),
+        (False, f" So{OPEN}7{STOP}{CLOSE}{NEXT}"),
+        (False, f"7{CLOSE}{NEXT}"),
+    ],
+)
+@pytest.mark.parametrize("sampling", [Sampling(max_think=60, max_suffix=60), EvalSampling(max_think=60, max_suffix=60)])
+@pytest.mark.parametrize("letters", [False, True])
+def test_a_sample_ends_with_the_token_that_completes_a_stop_text_outside_its_thought(
+    text, opened, words, sampling, letters
+):
+    script = spelled(text, words) if letters else text.encode(words)
+    prompt = [5, 6, *(text.open_ids if opened else [])]
+    (sample,) = scripted(text, [script], replace(sampling, stop=("Mia", STOP)), prompt=prompt)
+    n = stop_end(text, script)
+    assert n < len(script)
+    assert (sample.finish, sample.tokens.tolist(), sample.drawn.all()) == ("stop", script[:n], True)
+    assert sample.num_think == (tag_end(text, script) if CLOSE in words else n)
+
+
+def test_a_stop_text_may_end_inside_a_token_and_begin_in_the_one_that_closes_the_thought():
+    pieces = [b"", b"x</", b"thi", b"nk>\n", b"\nPro", b"b: 7", b"<think>", b"</think>", b"\n\nProb: "]
+    letters = [bytes([byte]) for byte in range(256)]
+    tokenizer = Tokenizer(
+        tokenizer=None, pieces=[*pieces, *letters], eos_ids=(0,), bos_id=None, open_ids=[6], close_ids=[7]
+    )
+    sampling = Sampling(max_think=9, max_suffix=9, stop=("\n\nProb:",))
+    (sample,) = scripted(tokenizer, [[1, 2, 3, 4, 5, 1]], sampling, prompt=[9, 6])
+    assert (sample.finish, sample.num_think, sample.tokens.tolist()) == ("stop", 3, [1, 2, 3, 4, 5])
+    # the whole of it inside the thought
+    (sample,) = scripted(tokenizer, [[8, 1, 2, 3, 4, 1]], sampling, prompt=[9, 6])
+    assert (sample.finish, sample.num_think) == ("suffix", 4)
+
+
+def test_how_a_sample_ends_that_has_a_stop_text_with_its_last_token(text):
+    """Of several reasons: a stop text is no budget that ran out; the end token after it is not drawn any more."""
+    script = [*text.close_ids, *text.encode(" 8 7"), text.eos_ids[0]]
+    full = len(script) - 1 - len(text.close_ids)
+    for stop, max_suffix, finish, n in (
+        (" 8 7", 9, "stop", -1), (" 8 7", full, "stop", -1), ("9", full, "suffix", -1), ("9", 9, "eos", None),
+    ):  # fmt: skip
+        (sample,) = scripted(text, [script], Sampling(max_think=9, max_suffix=max_suffix, stop=(stop,)))
+        assert (sample.finish, sample.tokens.tolist()) == (finish, script[:n])
+    (sample,) = scripted(text, [text.encode(" 8 7")], Sampling(max_think=len(text.encode(" 8 7")), stop=(" 8 7",)))
+    assert sample.finish == "stop"
+
+
+def test_a_forced_tag_ends_the_thought_for_stop_texts_too(text):
+    close = len(text.close_ids)
+    sampling = Sampling(max_think=close + 4, max_suffix=9, force_close=True, stop=("77",))
+    (sample,) = scripted(text, [text.encode("7")], sampling, prompt=[5, *text.open_ids])
+    assert (sample.finish, sample.num_think, len(sample.tokens)) == ("stop", close + 4, close + 6)
+
+
+def test_a_stop_text_that_never_comes_changes_no_bit(text):
+    engine, _ = make_engine(text)
+    prompts = make_prompts(text.vocab_size)
+    sampling = Sampling(max_think=24, max_suffix=9)
+    without, beside = (
+        collect(engine, prompts, seeds(len(prompts), 8), replace(sampling, stop=stop)) for stop in ((), (STOP,))
+    )
+    pairs = [(a, b) for g, h in zip(without, beside, strict=True) for a, b in zip(g.samples, h.samples, strict=True)]
+    assert all(same(a, b) for a, b in pairs)
+    # and one that comes changes nothing before it
+    stopped = collect(engine, prompts, seeds(len(prompts), 8), replace(sampling, stop=("i", ".")))
+    ends = []
+    for a, b in zip((a for a, _ in pairs), (s for g in stopped for s in g.samples), strict=True):
+        assert b.tokens.tolist() == a.tokens[: len(b.tokens)].tolist()
+        written = text.decode(b.tokens)
+        assert (b.finish == "stop") == (before_stop(written, ["i", "."]) != written)
+        ends.append(b.finish)
+    assert 5 < ends.count("stop") < len(ends)
+
+
+@pytest.mark.parametrize(
+    ("stop", "line"),
+    [
+        (("",), "stop holds '': a stop text has at least one character"),
+        (("a", "b</think>"), "stop holds 'b</think>': a stop text has at least one character, and no think tag"),
+        (("\\n\\nQ:",), "a backslash and an n, no line break; in a flag: '[\"\\n\"]'"),
+        (("é" * 64, "x" * 129), "stop holds 257 bytes; at most 256"),
+    ],
+)
+def test_a_stop_text_that_can_stop_nothing_is_refused(stop, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        Sampling(stop=stop)
+
+
 def test_each_prefix_is_prefilled_once_even_with_refill(endless):
     engine, _ = make_engine(endless)
     prompts, prefilled = make_prompts(endless.vocab_size), []
@@ -468,6 +570,7 @@ CUTS = {  # how a sequence ends, and what is cut through: a tag of several token
     "budget": ("7 8 9 10 11 12 13 14 15", {"max_think": 6, "max_suffix": 3}),
     "forced": ("7 8 9 10 11 12 13 14 15", {"max_think": 16, "max_suffix": 4, "force_close": True}),
     "direct": ("7 8 9 10 11 12 13 14 15", {"max_think": 8, "max_suffix": 4}),
+    "stop": (f"7</think> So{STOP} 7 remain.", {"max_think": 40, "max_suffix": 40, "stop": (STOP,)}),
 }
 
 
@@ -478,7 +581,7 @@ def test_a_sequence_cut_anywhere_ends_as_one_that_was_not(text, what):
     script = text.encode(words)
     (whole,) = scripted(text, [script], sampling)
     n = len(whole.tokens)
-    assert whole.finish == ("unclosed" if what == "budget" else "suffix")
+    assert whole.finish == {"budget": "unclosed", "stop": "stop"}.get(what, "suffix")
     assert whole.drawn.all() == (what != "forced")
     for k in range(1, n):
         (sample,) = scripted(text, [script], sampling, written=cut(whole, k, version=-5))
