@@ -400,6 +400,30 @@ def test_a_dry_run_reads_no_weights_and_no_data(corpus, capsys):
     assert capsys.readouterr().out == f"# org/name: commit {commit}\n"
 
 
+def test_judges_annotators_and_their_texts_come_by_name(corpus):
+    from thinkmid.augment.config import AnnotateConfig
+
+    for name in ("judge", "writer", "tokenizer"):
+        corpus.repo(f"org/{name}").push(MODEL)
+    texts = "hf://datasets/org/set/main/test-0.jsonl"
+    flags = [
+        "--run.folder=a",
+        "--annotator.kind=engine",
+        "--writer.folder=org/writer",
+        "--chunks.tokenizer=org/tokenizer",
+    ]
+    flags += [f"--data.paths={texts}", f"--split.evals={texts}"]
+    cfg, _ = config.load(AnnotateConfig, flags, prog="x", description="")
+    assert files(cfg.writer.folder) == {*KEPT}
+    assert files(cfg.chunks.tokenizer) == {*KEPT[:-1]}
+    assert [Path(path).is_file() for path in (*cfg.data.paths, *cfg.split.evals)] == [True, True]
+    flags = ["--run.folder=r", "--run.steps=1", "--optim.lr=1", "--loss.denom=1", f"--data.paths={texts}"]
+    flags += ["--model.folder=./m", "--judge.kind=swap", "--judge.folder=org/judge"]
+    cfg, _ = config.load(train.RLMTConfig, flags, prog="x", description="")
+    assert files(cfg.judge.folder) == {*KEPT}
+    assert set(hub.record(cfg)) == {"org/judge", texts}
+
+
 def test_sets_of_questions_are_read_by_name(corpus):
     flags = ["--run.folder=e", "--model.folder=m", "--run.regrade=true"]
     asked = "own:questions=hf://datasets/org/set/main/train-*.jsonl"
