@@ -151,7 +151,8 @@ def _weights(text: str, folder: Path, there: Sequence[str]) -> list[str]:
     if SINGLE in there:
         return [SINGLE]
     if INDEX in there and isinstance(files := read_json(folder / INDEX).get("weight_map"), dict):
-        return sorted({str(file) for file in files.values()} & {*there})
+        named = {str(file) for file in files.values()}
+        return sorted(file for file in there if file in named and file.endswith(".safetensors"))
     others = {PICKLES: "unpickling runs code", (".gguf",): "python -m thinkmid.model.gguf makes a folder of it"}
     for ends, why in others.items():
         if odd := [file for file in there if file.endswith(ends)]:
@@ -193,8 +194,8 @@ def _split(text: str, repo: _Repo, wanted: dict[str, str]) -> list[str]:
     splits = builder.config.data_files or {}
     split = wanted.get("split") or (next(iter(splits)) if len(splits) == 1 else "")
     if split not in splits:
-        which = f"no split {split!r}" if split else "which split?"
-        raise UserError(f"{text}: {which} There are {', '.join(map(str, splits)) or 'none'}; {repo.name}?split=NAME")
+        which = f"no split {split!r}" if split else "no split is named"
+        raise UserError(f"{text}: {which}; there are {', '.join(map(str, splits)) or 'none'}: {repo.name}?split=NAME")
     prefix = f"{repo.name}@{repo.commit}/"
     files = [str(file) for file in splits[split]]
     if odd := [file for file in files if not file.startswith(prefix) or not file.lower().endswith(TABLES)]:
