@@ -66,9 +66,11 @@ def test_a_model_is_its_snapshot_without_pickles_and_code(web, name):
 
 
 def test_weights_are_those_that_the_index_names(web):
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "../out", "d": "*"}}
+    index = {
+        "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "../out", "d": "*", "e": "x.bin"}
+    }
     parts = {f"model-{n}.safetensors": bytes([n]) for n in (1, 2)}
-    others = {"consolidated.safetensors": b"the same again", "config.json": "{}"}
+    others = {"x.bin": b"pickle", "consolidated.safetensors": b"the same again", "config.json": "{}"}
     web.repo("org/name").push({**parts, **others, "model.safetensors.index.json": json.dumps(index)})
     found = hub.model("org/name")
     assert files(found) == {*parts, "config.json", "model.safetensors.index.json"}
@@ -290,8 +292,8 @@ def test_config_and_split_are_what_the_card_says(corpus):
     commit = corpus.repo("org/set", "datasets").refs["main"]
     assert [path.pinned for path in found] == [f"hf://datasets/org/set@{commit}/main/train-{n}.jsonl" for n in (0, 1)]
     assert not {"load.py", "x.pkl", "i.png"} & corpus.files_asked()
-    assert "which split? There are train, test" in refused(hub.data, "hf://datasets/org/set?config=main")
-    assert "no split 'dev' There are train, test" in refused(hub.data, "hf://datasets/org/set?config=main&split=dev")
+    assert "no split is named; there are train, test: " in refused(hub.data, "hf://datasets/org/set?config=main")
+    assert "no split 'dev'; there are train, test: " in refused(hub.data, "hf://datasets/org/set?config=main&split=dev")
     assert "main, extra" in refused(hub.data, "hf://datasets/org/set?split=train").replace("'", "")
     assert "main', 'extra'" in refused(hub.data, "hf://datasets/org/set")
     assert "unknown option 'part'" in refused(hub.data, "hf://datasets/org/set?part=train")
@@ -301,6 +303,11 @@ def test_config_and_split_are_what_the_card_says(corpus):
 def test_a_data_set_of_one_split_needs_no_option_and_no_card(web):
     web.repo("org/set", "datasets").push({"data/train.jsonl": jsonl(ROWS)})
     assert texts("hf://datasets/org/set") == [row["text"] for row in ROWS]
+
+
+def test_brackets_in_the_name_of_a_file_are_letters(web):
+    web.repo("org/set", "datasets").push({"a[1].jsonl": jsonl(ROWS), "a1.jsonl": jsonl(ROWS[:1])})
+    assert texts("hf://datasets/org/set/a[1].jsonl") == [row["text"] for row in ROWS]
 
 
 def test_scripts_are_not_run(web):
@@ -398,6 +405,30 @@ def test_a_dry_run_reads_no_weights_and_no_data(corpus, capsys):
     assert cfg.data.paths == ("hf://datasets/org/set/main",)
     assert files(cfg.model.folder) == {*KEPT[:-1]}
     assert capsys.readouterr().out == f"# org/name: commit {commit}\n"
+
+
+def test_judges_annotators_and_their_texts_come_by_name(corpus):
+    from thinkmid.augment.config import AnnotateConfig
+
+    for name in ("judge", "writer", "tokenizer"):
+        corpus.repo(f"org/{name}").push(MODEL)
+    texts = "hf://datasets/org/set/main/test-0.jsonl"
+    flags = [
+        "--run.folder=a",
+        "--annotator.kind=engine",
+        "--writer.folder=org/writer",
+        "--chunks.tokenizer=org/tokenizer",
+    ]
+    flags += [f"--data.paths={texts}", f"--split.evals={texts}"]
+    cfg, _ = config.load(AnnotateConfig, flags, prog="x", description="")
+    assert files(cfg.writer.folder) == {*KEPT}
+    assert files(cfg.chunks.tokenizer) == {*KEPT[:-1]}
+    assert [Path(path).is_file() for path in (*cfg.data.paths, *cfg.split.evals)] == [True, True]
+    flags = ["--run.folder=r", "--run.steps=1", "--optim.lr=1", "--loss.denom=1", f"--data.paths={texts}"]
+    flags += ["--model.folder=./m", "--judge.kind=swap", "--judge.folder=org/judge"]
+    cfg, _ = config.load(train.RLMTConfig, flags, prog="x", description="")
+    assert files(cfg.judge.folder) == {*KEPT}
+    assert set(hub.record(cfg)) == {"org/judge", texts}
 
 
 def test_sets_of_questions_are_read_by_name(corpus):

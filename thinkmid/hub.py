@@ -75,13 +75,13 @@ def local(cfg: Any, dry_run: bool = False) -> Any:
     run = getattr(cfg, "run", None)
     path = Path(getattr(run, "folder", ""), RECORD)
     known = read_json(path) if path.is_file() and not getattr(run, "fresh", False) else {}
-    models = () if getattr(run, "regrade", False) else MODELS
-    for key in (*models, SETS) if dry_run else (*models, *DATA):
-        names = _names(cfg, key)
-        if key in MODELS:
-            found = [model(name, known, weights=not dry_run and key != "chunks.tokenizer") for name in names]
-        else:
-            found = [path for name in names for path in data(name, known)]
+    regrade = getattr(run, "regrade", False)
+    for key in (*MODELS, SETS) if dry_run else (*MODELS, *DATA):
+        names, found = _names(cfg, key), list[str]()
+        weights = not (dry_run or regrade or key == "chunks.tokenizer")
+        # what is graded again may do without its model
+        with suppress(*((UserError,) if regrade and key in MODELS else ())):
+            found = [path for name in names for path in _found(key, name, known, weights)]
         if not any(isinstance(path, Snapshot) for path in found):
             continue
         if _is_first():
@@ -100,6 +100,10 @@ def _names(cfg: Any, key: str) -> tuple[str, ...]:
     section, field = key.split(".")
     value = getattr(getattr(cfg, section, None), field, None) or ()
     return value if isinstance(value, tuple) else (value,)
+
+
+def _found(key: str, name: str, known: Row, weights: bool) -> list[str]:
+    return [model(name, known, weights=weights)] if key in MODELS else data(name, known)
 
 
 def record(cfg: Any) -> Row:
@@ -147,7 +151,8 @@ def _weights(text: str, folder: Path, there: Sequence[str]) -> list[str]:
     if SINGLE in there:
         return [SINGLE]
     if INDEX in there and isinstance(files := read_json(folder / INDEX).get("weight_map"), dict):
-        return sorted({str(file) for file in files.values()} & {*there})
+        named = {str(file) for file in files.values()}
+        return sorted(file for file in there if file in named and file.endswith(".safetensors"))
     others = {PICKLES: "unpickling runs code", (".gguf",): "python -m thinkmid.model.gguf makes a folder of it"}
     for ends, why in others.items():
         if odd := [file for file in there if file.endswith(ends)]:
@@ -189,8 +194,8 @@ def _split(text: str, repo: _Repo, wanted: dict[str, str]) -> list[str]:
     splits = builder.config.data_files or {}
     split = wanted.get("split") or (next(iter(splits)) if len(splits) == 1 else "")
     if split not in splits:
-        which = f"no split {split!r}" if split else "which split?"
-        raise UserError(f"{text}: {which} There are {', '.join(map(str, splits)) or 'none'}; {repo.name}?split=NAME")
+        which = f"no split {split!r}" if split else "no split is named"
+        raise UserError(f"{text}: {which}; there are {', '.join(map(str, splits)) or 'none'}: {repo.name}?split=NAME")
     prefix = f"{repo.name}@{repo.commit}/"
     files = [str(file) for file in splits[split]]
     if odd := [file for file in files if not file.startswith(prefix) or not file.lower().endswith(TABLES)]:

@@ -103,6 +103,11 @@ def test_an_evaluation_by_name_keeps_its_model_and_is_graded_again_without_netwo
     assert read_json(tmp_path / "eval" / "results.json") == results
     assert exit_code(run, [*flags, "--run.samples=3"]) == 0  # more samples of the same model and questions
     assert read_json(tmp_path / "eval" / "results.json")["samples"] == 3
+    shutil.rmtree(tmp_path / "cache" / "models--org--tiny")
+    assert exit_code(run, [*flags, "--run.samples=3", "--run.regrade=true"]) == 0
+    capsys.readouterr()
+    assert exit_code(run, [*flags, "--run.samples=4"]) == 2
+    assert "org/tiny: no such folder; on the Hub: not in the cache" in capsys.readouterr().err
 
 
 class Two(Ranks):
