@@ -31,7 +31,7 @@ NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
 CEILINGS = {
-    "code lines": 13_900,
+    "code lines": 15_900,
     "functions that return functions": 8,
     "lambdas and closures per 1,000 lines": 6,
     "imports inside functions": 70,
