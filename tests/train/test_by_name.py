@@ -11,7 +11,7 @@ from thinkmid import hub, sample
 from thinkmid.errors import UserError
 from thinkmid.eval import run
 from thinkmid.files import read_json, read_rows
-from thinkmid.run.folder import check_commits
+from thinkmid.run.folder import claim_folder
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import rlmt, sft
 
@@ -83,7 +83,9 @@ def test_a_sample_is_drawn_from_a_model_by_name(world, capsys):
     assert capsys.readouterr().err.startswith("error: hf://org/nmae: no such repository")
 
 
-def test_an_evaluation_by_name_keeps_its_model_and_is_graded_again_without_network(world, tmp_path, capsys):
+def test_an_evaluation_by_name_keeps_its_model_and_is_graded_again_without_network(
+    world, tmp_path, capsys, monkeypatch
+):
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]
     sets = world.repo("org/sums", "datasets")
     sets.push({"test.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
@@ -93,6 +95,11 @@ def test_an_evaluation_by_name_keeps_its_model_and_is_graded_again_without_netwo
         "--data.sets=sums:questions=hf://datasets/org/sums",
         "--data.template=plain-think",
     ]
+    with monkeypatch.context() as patch:  # stopped when all is drawn
+        patch.delattr(run, "grade")
+        with pytest.raises(NameError):
+            run.main(flags)
+    assert set(read_json(tmp_path / "eval" / "hub.json")) == {"org/tiny", flags[5].partition("sets=")[2]}
     assert exit_code(run, flags) == 0
     results = read_json(tmp_path / "eval" / "results.json")
     assert results["model"] == "org/tiny"
@@ -123,6 +130,6 @@ def test_ranks_that_found_other_commits_do_not_start(world, tmp_path):
 
     cfg, _ = config.load(RLMTConfig, [*rlmt_flags(tmp_path, "run"), *NAMES], prog="x", description="")
     with pytest.raises(UserError, match=r"a branch moves; the same command tries again"):
-        check_commits(cfg, Two(0, 2, None, None))
+        claim_folder(cfg, Two(0, 2, None, None))
     local, _ = config.load(RLMTConfig, rlmt_flags(tmp_path, "run"), prog="x", description="")
-    check_commits(local, Two(0, 2, None, None))
+    claim_folder(local, Two(0, 2, None, None))
