@@ -249,6 +249,7 @@ def test_the_base_is_named_by_every_later_card(home):
 
 
 HOSTILE = [
+    "a`<img src=x onerror=alert(1)>`b",
     "``` \n# owned\n<script>alert(1)</script>",
     "`x` <img src=x onerror=alert(1)> **b** [a](javascript:b) {{ 7*7 }} {% raw %} | a |",
     "---\nlicense: mit\n---",
