@@ -211,8 +211,8 @@ def damaged_model(rlmt) -> dict:
 
 
 def adapters_run(rlmt) -> dict:
-    """Two ranks that train adapters, killed after the third step; then the same command with another base."""
-    argv = ["rlmt.toml", "--model.lora_rank=3", "--loss.kl=0.01", "--engine.check_every=1", "--run.folder"]
+    """Two ranks that train adapters, killed after the third step; then the same command with other weights in its base."""
+    argv = ["rlmt.toml", "--model.lora_rank=3", "--engine.check_every=1", "--run.folder"]
     assert finish(launch(rlmt, [*argv, "adapters"], 2)) == {0}
     pids = launch(rlmt, [*argv, "adapters-killed"], 2)
     while num_steps("adapters-killed") < 3:
@@ -225,7 +225,9 @@ def adapters_run(rlmt) -> dict:
     manifest = json.loads(Path("adapters/checkpoints/step-000008/manifest.json").read_text())
     row["saved"] = sorted(manifest["tensors"])
     row["moved"] = same_elsewhere(rlmt, argv)
-    row["other"] = [*finish(launch(rlmt, [*argv, "adapters", "--model.folder=whole/export"], 2))]
+    shutil.rmtree("base/export")
+    shutil.copytree("whole/export", "base/export")
+    row["other"] = [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]
     row["said"] = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")][-2:]
     return row
 

@@ -81,5 +81,5 @@ PATHS = [*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up
 def test_the_base_of_adapters_may_move_and_not_change(drill):
     run = drill["adapters"]
     assert (run["moved"], run["other"]) == ([0], [2])
-    said = "whole/export: not the weights that this run began with; --run.fresh starts over"
+    said = "base/export: not the weights that this run began with; --run.fresh starts over"
     assert sorted(run["said"]) == [f"error (rank {rank}): {said}" for rank in (0, 1)]
