@@ -24,8 +24,11 @@ from thinkmid.errors import UserError  # noqa: E402
 from thinkmid.eval.config import EvalConfig, load_sets  # noqa: E402
 from thinkmid.train import config as train  # noqa: E402
 
-KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors")
-MODEL = {name: f"of {name}" for name in (*KEPT, "pytorch_model.bin", "onnx/config.json", "modeling.py", "README.md")}
+KEPT = (
+    *("README.md", "LICENSE.txt"),  # of a card's licence
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"),
+)
+MODEL = {name: f"of {name}" for name in (*KEPT, "pytorch_model.bin", "onnx/config.json", "modeling.py", "x/README.md")}
 ROWS = [{"id": f"r{n}", "text": f"text {n}", "question": f"{n}?", "answer": str(n)} for n in range(6)]
 
 

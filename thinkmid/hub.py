@@ -33,7 +33,7 @@ DATA = (
     SETS, "data.paths", "data.path", "data.val_paths", "data.probe_paths", "split.evals", "fresh.tokenizer_data",
 )  # fmt: skip
 # what is downloaded, by the ends of names: beside a model's weights, and of data. Neither pickles nor scripts
-BESIDE = (".json", ".jinja", "merges.txt", "tokenizer.model")
+BESIDE = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv", ".json", ".txt", ".md")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -137,7 +137,8 @@ def model(text: str, known: Row | None = None, *, weights: bool = True) -> str:
             raise UserError(f"{text}: a model is a whole repository: {HF}ORG/NAME[@REVISION]")
         repo.pin((known or {}).get(text))
         there = repo.files()
-        beside = [file for file in there if "/" not in file and file.endswith(BESIDE)]
+        top = [file for file in there if "/" not in file]
+        beside = [file for file in top if any(fnmatchcase(file, pattern) for pattern in BESIDE)]
         if "config.json" not in beside:
             raise UserError(f"{text}: no config.json; the repository holds {_few(there)}")
         folder = repo.download(beside)

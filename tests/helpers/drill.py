@@ -211,7 +211,7 @@ def damaged_model(rlmt) -> dict:
 
 
 def adapters_run(rlmt) -> dict:
-    """Two ranks that train adapters, killed after the third step; then the same command with other weights in its base."""
+    """Two ranks that train adapters, killed after the third step; then the same with other weights in its base."""
     argv = ["rlmt.toml", "--model.lora_rank=3", "--engine.check_every=1", "--run.folder"]
     assert finish(launch(rlmt, [*argv, "adapters"], 2)) == {0}
     pids = launch(rlmt, [*argv, "adapters-killed"], 2)

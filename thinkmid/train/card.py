@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from thinkmid import __version__
+from thinkmid import __version__, hub
 from thinkmid.config import to_toml
 from thinkmid.errors import UserError, plain
 from thinkmid.files import Row, check_row, is_count, is_number, is_text, read_json, read_rows
@@ -36,7 +36,7 @@ def files(cfg: TrainConfig, source: Path, began: Mapping[str, Any], steps: int, 
     source: the folder that the run began with, whose stages and licence come first; began: what a checkpoint records
     about the run, digests among it; steps: that are done; dtype: of the weights.
     """
-    name, data = cfg.model.folder, vars(cfg)["data"]
+    name, data = hub.pinned(cfg.model.folder), vars(cfg)["data"]
     earlier = _earlier(source) if name else NOTHING
     # without what does not decide the result
     run, export = replace(cfg.run, folder="FOLDER", fresh=False), replace(cfg.export, push="", private=True)
@@ -45,7 +45,7 @@ def files(cfg: TrainConfig, source: Path, began: Mapping[str, Any], steps: int, 
         "thinkmid": __version__,
         "model": name,
         "weights": str(began["model"].get("weights") or ""),
-        "data": [data.path] if isinstance(data, RLPTData) else [*data.paths],
+        "data": [hub.pinned(path) for path in ([data.path] if isinstance(data, RLPTData) else data.paths)],
         "data_digest": began["data"],
         "held_out_digest": began["held_out"] if getattr(data, "val_paths", ()) else "",
         "steps": steps,
