@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch, tokenizer):
     """A place in which every model folder that a configuration names holds a config.json and a tokenizer."""
     for name, path in REAL.items():
         told = tomllib.loads(path.read_text())
-        for folder in {told.get("model", {}).get("folder"), told.get("writer", {}).get("folder")} - {None}:
+        for folder in {told.get(section, {}).get("folder") for section in ("model", "writer", "judge")} - {None, ""}:
             family = model_of(name)
             shutil.copytree(tokenizer, tmp_path / folder, dirs_exist_ok=True)
             (tmp_path / folder / "config.json").write_text(json.dumps(published(family)))
