@@ -120,10 +120,11 @@ docs: .venv-docs/.ready
 
 setup: $(READY)
 
-$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+$(READY): requirements.txt requirements-lm-eval.txt setup.py pyproject.toml $(wildcard csrc/*)
 	@$(GOOD_PYTHON)
 	$(PYTHON) -m venv .venv
 	$(PY) $(PIP) -r requirements.txt
+	$(PY) $(PIP) --no-deps -r requirements-lm-eval.txt
 	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
