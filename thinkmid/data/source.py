@@ -32,6 +32,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CARD = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
 )
+IN_CACHE = re.compile(r".*/(?=datasets--[^/]+/snapshots/)")  # the place of the Hub's cache
 BOM = b"\xef\xbb\xbf"
 BATCH = 1024  # rows of a table in memory at a time
 
@@ -71,7 +72,8 @@ def as_document(where: str, row: dict[str, Any], column: str = "text") -> Docume
     if not isinstance(row.get("id", ""), str | int | None):
         raise UserError(f'{where}: "id" must be a string, not {json_kind(row["id"])}')
     own = row.get("id")
-    return Document(id=where if own is None or own == "" else str(own), text=row[column], where=where)
+    found = IN_CACHE.sub("", where)  # the same on another machine
+    return Document(id=found if own is None or own == "" else str(own), text=row[column], where=where)
 
 
 def json_kind(value: Any) -> str:
