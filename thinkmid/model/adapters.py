@@ -59,11 +59,11 @@ def save(folder: str | Path, model: Transformer, section: ModelSection) -> None:
 
 def peft_config(section: ModelSection) -> dict[str, Any]:
     """adapter_config.json. It names the base by its folder, or as the Hub does, at its commit."""
-    base, named = section.folder, isinstance(section.folder, hub.Snapshot)
+    named = section.folder if isinstance(section.folder, hub.Snapshot) else None
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": section.lora_rank,
-        "base_model_name_or_path": hub.pinned(base).rpartition("@")[0] if named else base,
-        "revision": base.commit if named else None,
+        "base_model_name_or_path": named.pinned.rpartition("@")[0] if named else section.folder,
+        "revision": named.commit if named else None,
         "lora_alpha": section.lora_alpha, "target_modules": sorted(section.lora_targets), "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "inference_mode": True,
     }  # fmt: skip
