@@ -41,7 +41,7 @@ BATCH = 1024  # rows of a table in memory at a time
 class Document:
     """A text and where it came from."""
 
-    id: str  # the row's own, else `where`
+    id: str  # the row's own, else `where`, without the place of the Hub's cache
     text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
     where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
     messages: Sequence[Mapping[str, str]] = ()  # of a conversation, whose text is only counted; see conversations.py
