@@ -456,6 +456,12 @@ def test_a_document_cannot_end_itself(folder):
     assert text.decode([*ids, *text.eos_ids]) == "a<|end|>b"
 
 
+def test_a_stop_text_that_no_text_can_hold_is_named(folder):
+    text = Tokenizer.load(folder)
+    with pytest.raises(UserError, match=r"^stop text '\.<\|end\|>': <\|end\|> is a special token"):
+        text.stop_matcher((".", ".<|end|>"))
+
+
 def test_truncation_padding_and_put_spaces_of_the_file_are_ignored(folder):
     plain = Tokenizer.load(folder)
     tokenizer = RawTokenizer.from_file(str(folder / "tokenizer.json"))

@@ -308,7 +308,11 @@ class Tokenizer:
 
     @lru_cache(maxsize=4)  # noqa: B019  a process has few tokenizers, and they live as long as it
     def stop_matcher(self, stops: tuple[str, ...]) -> StopMatcher:
-        """Finds these stop texts."""
+        """Finds these stop texts. UserError for one with the name of a special token: it has no text to be found."""
+        if found := [(stop, name) for stop in stops if (name := self.spelled(stop))]:
+            raise UserError(
+                "stop text {!r}: {} is a special token, in no text; template 'chat' ends there".format(*found[0])
+            )
         return StopMatcher(self.pieces, stops)
 
     def encode(self, text: str) -> list[int]:

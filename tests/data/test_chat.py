@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 import tokenizers
@@ -247,8 +248,10 @@ def test_a_template_that_never_ends_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "LIMIT_S", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     text, _ = make(tmp_path, "chatml", chat_template=endless)
+    began = time.monotonic()
     with pytest.raises(UserError, match=f"^{tmp_path}: its chat template fails: it takes over 0.2 s$"):
         Chat(tmp_path, text)
+    assert time.monotonic() - began < 2
 
 
 def test_where_a_template_stands(tmp_path):

@@ -231,8 +231,8 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(tmp_path, kind):
     weights.save(tmp_path / "base", cfg, weights.stream(base), dtype="float32")
     model = adapted_model(cfg, replace(SECTION, lora_targets=("q_proj", "v_proj", "down_proj")), torch.float32)
     section = replace(SECTION, lora_targets=("q_proj", "v_proj", "down_proj"))
-    adapters.save(tmp_path / "adapter", model, section, tmp_path / "base")
-    adapters.save(tmp_path / "adapter", model, section, tmp_path / "base")  # one of ours may be replaced
+    adapters.save(tmp_path / "adapter", model, section)
+    adapters.save(tmp_path / "adapter", model, section)  # one of ours may be replaced
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     tokens = torch.arange(60) * 7 % cfg.vocab
     with torch.no_grad():

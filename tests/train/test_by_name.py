@@ -133,3 +133,25 @@ def test_ranks_that_found_other_commits_do_not_start(world, tmp_path):
         claim_folder(cfg, Two(0, 2, None, None))
     local, _ = config.load(RLMTConfig, rlmt_flags(tmp_path, "run"), prog="x", description="")
     claim_folder(local, Two(0, 2, None, None))
+
+
+def test_adapters_name_their_base_as_the_hub_does_at_its_commit(world, tmp_path, capsys):
+    flags = [*sft_flags(tmp_path), *NAMES, f"--run.folder={tmp_path}/lora"]
+    assert exit_code(sft, [*flags, "--model.lora_rank=2", "--export.lora=adapter"]) == 0
+    config = read_json(tmp_path / "lora/export/adapter_config.json")
+    commit = world.repo("org/tiny").refs["main"]
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit)
+    assert "SFT of org/tiny: " in capsys.readouterr().out
+
+
+def test_prefixes_have_the_same_names_and_draws_in_another_cache(world, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    texts = "".join(json.dumps({"text": row["text"]}) + "\n" for row in rows)
+    world.repo("org/texts", "datasets").push({"corpus.jsonl": texts})
+    found = []
+    for name in ("here", "there"):
+        assert exit_code(rlmt, [*rlmt_flags(tmp_path, name, steps=2), *NAMES]) == 0
+        found.append(losses(tmp_path / name))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere").is_dir()
+    assert found[0] == found[1]

@@ -11,7 +11,7 @@ from world import sft_flags
 
 from thinkmid import sample
 from thinkmid.errors import plain
-from thinkmid.files import read_rows
+from thinkmid.files import read_json, read_rows, write_json
 from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.model import weights
 from thinkmid.tokenizer import Tokenizer
@@ -163,3 +163,65 @@ def test_a_text_on_the_command_line_that_spells_special_tokens_is_warned_about(h
     assert capsys.readouterr().out.startswith("warning: TEXT: <|end|> in a text is ordinary characters")
     assert exit_code(sample, [*argv, "--template=plain", "--system=x"]) == 2
     assert "--template, --system: system needs template" in capsys.readouterr().err
+
+
+@pytest.fixture
+def turns(home, tmp_path):
+    """A model whose template ends a turn with a token that ends no text."""
+    for path in (home / "sft/export").iterdir():
+        if path.name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    num = Tokenizer.load(tmp_path).vocab_size
+    token = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    spec["added_tokens"].append({"id": num, "content": "<|turn|>", "special": True, **token})
+    write_json(tmp_path / "tokenizer.json", spec)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", "<|turn|>"))
+    model = random_model(replace(TINY, vocab=num + 1, eos_ids=Tokenizer.load(tmp_path).eos_ids, max_positions=128))
+    weights.save(tmp_path / "base", model.cfg, weights.stream(model), dtype="float32", extra_files=tmp_path)
+    return tmp_path / "base", num
+
+
+def ends(folder):
+    import transformers
+
+    return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+
+
+@pytest.mark.parametrize("given", [None, {"eos_token_id": 0, "temperature": 0.6}, {"top_k": 5}])
+def test_what_reads_the_export_ends_where_a_turn_ends(home, turns, tmp_path, given):
+    base, turn = turns
+    if given:
+        write_json(base / "generation_config.json", given)
+    [end] = Tokenizer.load(base).eos_ids
+    assert learn(home, f"turns-{tmp_path.name}", f"--model.folder={base}", f"--run.folder={tmp_path}/sft") == 0
+    export = tmp_path / "sft/export"
+    assert ends(export) == [end, turn]
+    told = read_json(export / "generation_config.json")
+    assert {key: told[key] for key in given or {} if key != "eos_token_id"} == {
+        key: value for key, value in (given or {}).items() if key != "eos_token_id"
+    }
+    assert Tokenizer.load(export).eos_ids == (end, turn)
+    where = [f"--model.folder={base}", f"--data.path={home}/questions.jsonl", f"--run.folder={tmp_path}/rlpt"]
+    assert exit_code(rlpt, [f"{home}/rlpt.toml", *where, "--data.template=chat", "--verify.kind=first-sentence"]) == 0
+    assert ends(tmp_path / "rlpt/export") == [end, turn]
+
+
+def test_an_export_that_knows_its_ends_keeps_its_files_bytes(home):
+    assert learn(home, "bytes") == 0
+    name = "generation_config.json"
+    assert (home / "bytes/export" / name).read_bytes() == (home / "sft/export" / name).read_bytes()
+
+
+def test_a_column_beside_messages_is_refused(home, capsys):
+    assert learn(home, "column", "--data.column=other") == 2
+    assert "column 'other' is of texts" in capsys.readouterr().err
+
+
+def test_examples_may_move_under_a_run(home, tmp_path):
+    write(tmp_path / "a.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    where = [f"--model.folder={home}/sft/export", f"--data.path={home}/questions.jsonl", f"--run.folder={tmp_path}/run"]
+    argv = [f"{home}/rlpt.toml", *where, "--data.template=plain", "--verify.kind=first-sentence"]
+    assert exit_code(rlpt, [*argv, f"--data.shots={tmp_path}/a.jsonl"]) == 0
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    assert exit_code(rlpt, [*argv, f"--data.shots={tmp_path}/b.jsonl"]) == 0

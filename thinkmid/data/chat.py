@@ -220,7 +220,7 @@ def as_json(value: object, indent: int | None = None) -> str:
 def guarded(folder: str | Path) -> Iterator[None]:
     """Errors of a template, and one that takes over LIMIT_S seconds, as one line. In the main thread only."""
     handler = signal.signal(signal.SIGALRM, _too_long)
-    timer = signal.setitimer(signal.ITIMER_REAL, 4)
+    timer = signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
         yield
     # a template fails in every way that Python does

@@ -32,6 +32,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CARD = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
 )
+IN_CACHE = re.compile(r".*/(?=datasets--[^/]+/snapshots/)")  # the place of the Hub's cache
 BOM = b"\xef\xbb\xbf"
 BATCH = 1024  # rows of a table in memory at a time
 
@@ -40,7 +41,7 @@ BATCH = 1024  # rows of a table in memory at a time
 class Document:
     """A text and where it came from."""
 
-    id: str  # the row's own, else `where`
+    id: str  # the row's own, else `where`, without the place of the Hub's cache
     text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
     where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
     messages: Sequence[Mapping[str, str]] = ()  # of a conversation, whose text is only counted; see conversations.py
@@ -71,7 +72,8 @@ def as_document(where: str, row: dict[str, Any], column: str = "text") -> Docume
     if not isinstance(row.get("id", ""), str | int | None):
         raise UserError(f'{where}: "id" must be a string, not {json_kind(row["id"])}')
     own = row.get("id")
-    return Document(id=where if own is None or own == "" else str(own), text=row[column], where=where)
+    found = IN_CACHE.sub("", where)  # the same on another machine
+    return Document(id=found if own is None or own == "" else str(own), text=row[column], where=where)
 
 
 def json_kind(value: Any) -> str:

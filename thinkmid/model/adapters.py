@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import thinkmid
+from thinkmid import hub
 from thinkmid.files import digest
 from thinkmid.model import weights
 from thinkmid.model.init import ModelSection
@@ -35,11 +36,10 @@ def initialise(model: Transformer, seed: int) -> None:
 
 
 @torch.no_grad()
-def save(folder: str | Path, model: Transformer, section: ModelSection, base: str | Path) -> None:
+def save(folder: str | Path, model: Transformer, section: ModelSection) -> None:
     """Write the adapters alone, in their own dtype, as a PEFT folder. Collective: every rank calls it, rank 0 writes.
 
-    base: the model's folder, which the adapter's config names. An older export at the same place is replaced as by
-    weights.save.
+    An older export at the same place is replaced as by weights.save.
     """
     folder, many = weights.replaceable(folder), dist.is_available() and dist.is_initialized()
     weights.reshard(model)
@@ -50,17 +50,20 @@ def save(folder: str | Path, model: Transformer, section: ModelSection, base: st
     if not many or dist.get_rank() == 0:
         tmp = weights.fresh_folder(folder)
         save_file(tensors, tmp / ADAPTER, metadata={"format": "pt"})
-        weights.write_json(tmp / ADAPTER_CONFIG, peft_config(section, base))
+        weights.write_json(tmp / ADAPTER_CONFIG, peft_config(section))
         weights.write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": {ADAPTER: digest(tmp / ADAPTER)}})
         weights.promote(tmp, folder)
     if many:
         dist.barrier()
 
 
-def peft_config(section: ModelSection, base: str | Path) -> dict[str, Any]:
-    """adapter_config.json."""
+def peft_config(section: ModelSection) -> dict[str, Any]:
+    """adapter_config.json. It names the base by its folder, or as the Hub does, at its commit."""
+    named = section.folder if isinstance(section.folder, hub.Snapshot) else None
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": section.lora_rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": section.lora_rank,
+        "base_model_name_or_path": named.pinned.rpartition("@")[0] if named else section.folder,
+        "revision": named.commit if named else None,
         "lora_alpha": section.lora_alpha, "target_modules": sorted(section.lora_targets), "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "inference_mode": True,
     }  # fmt: skip

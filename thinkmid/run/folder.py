@@ -24,7 +24,7 @@ FREE_KEYS = (
     *("run.folder", "run.steps", "run.save_every", "run.save_minutes", "run.keep", "run.fresh", "run.trackers"),
     *("run.rollouts_every", "run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
-    *("data.probe_parts", "model.folder", "judge.folder"),
+    *("data.probe_parts", "data.shots", "model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
     *("export.dtype", "export.lora", "export.push", "export.private"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),

@@ -94,6 +94,8 @@ class SFTData:
             raise ValueError(f"max_len {self.max_len} exceeds {rooms}")
         if self.template != "chat" and (self.system or self.loss != "all"):
             raise ValueError(f"system and loss {self.loss!r} need template 'chat', got {self.template!r}")
+        if self.template == "chat" and self.column != "text":
+            raise ValueError(f"column {self.column!r} is of texts; with template 'chat' conversations are \"messages\"")
         read_parts(self.probe_parts)
         if self.epochs > 1e4 or self.tokens > 1e15:
             raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")

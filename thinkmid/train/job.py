@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
+from thinkmid import hub
 from thinkmid.errors import UserError, counted, short
+from thinkmid.files import read_json
 from thinkmid.kernels import launch
 from thinkmid.model import adapters, lora, weight_files, weights
 from thinkmid.model.hf_config import read_config
@@ -35,6 +37,7 @@ from thinkmid.train import card, fsdp, optim
 from thinkmid.train.config import RLConfig, TrainConfig
 from thinkmid.types import Prompt
 
+GENERATION = "generation_config.json"
 State = dict[str, Any]  # what a checkpoint holds beside its tensors
 
 
@@ -93,8 +96,9 @@ class Job:
         """The first line of a run: what is trained, on what, for how long. stage: what it is called; data: in words."""
         num, steps, ranks = sum(p.numel() for p in self.model.parameters()), self.same["rate"]["steps"], self.ranks
         where = f"{self.cfg.model.dtype} on {ranks.device}, {counted(ranks.world, 'rank')}"
+        model = hub.asked(self.cfg.model.folder) or self.source.folder
         self.log.say(
-            f"{stage} of {self.source.folder}: {short(num)} parameters, {where}; {data}; "
+            f"{stage} of {model}: {short(num)} parameters, {where}; {data}; "
             f"{counted(steps, 'step')} = {epochs:.3g} epoch{'s' * (epochs != 1)}, from step {self.saved_step}"
         )
 
@@ -179,9 +183,11 @@ class Job:
         self.refuse_broken(self.saved_step)
         try:
             if self.cfg.export.lora == "adapter":
-                adapters.save(folder, self.model, self.cfg.model, source)
+                adapters.save(folder, self.model, self.cfg.model)
                 return folder
-            texts = card.files(self.cfg, source, self.same, self.saved_step, dtype) if self.ranks.rank == 0 else None
+            texts: dict[str, str] = {}
+            if self.ranks.rank == 0:
+                texts = card.files(self.cfg, source, self.same, self.saved_step, dtype) | generation_config(self.source)
             named = weights.stream(self.model, dtype)
             weights.save(folder, self.model.cfg, named, dtype=dtype, extra_files=source, texts=texts)
         except (OSError, SafetensorError) as error:
@@ -342,6 +348,19 @@ def sharded_model(source: Source, section: ModelSection, ranks: Ranks, *, filled
     if filled or section.lora_rank:
         ranks.run_on_all(weights.load_into, model, source.folder)
     return model
+
+
+def generation_config(source: Source) -> dict[str, str]:
+    """Text of generation_config.json where the folder's does not know all ends of the run's texts, as where those of a
+    chat template's turns are ends too: what reads the export would run on. Else {}."""
+    ends, path = source.tokenizer.eos_ids, source.folder / GENERATION
+    if ends == Tokenizer.load(source.folder).eos_ids:
+        return {}
+    values = read_json(path if path.is_file() else path.with_name("config.json"))
+    values = {key: values.get(key) for key in values if path.is_file() or key in ("bos_token_id", "pad_token_id")}
+    listed = values.get("eos_token_id", list(source.model_cfg.eos_ids))
+    ids = [*(listed if isinstance(listed, list) else [listed] if listed is not None else []), *ends]
+    return {GENERATION: json.dumps(values | {"eos_token_id": list(dict.fromkeys(ids))}, indent=2) + "\n"}
 
 
 def check_source(source: Source, run: RunConfig, ranks: Ranks) -> None:

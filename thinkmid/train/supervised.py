@@ -45,8 +45,9 @@ def run(cfg: SFTConfig) -> int:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {context} tokens")
     check_source(source, cfg.run, ranks)
 
+    if chats := conversations(cfg, source):
+        source = replace(source, tokenizer=chats.chat.tokenizer)
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
-    chats = conversations(cfg, source)
     column, held_out = cfg.data.column, []
     if cfg.data.val_paths:
         held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, column, chats)
