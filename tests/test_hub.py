@@ -119,7 +119,9 @@ def test_a_folder_wins_over_a_name(web):
     assert isinstance(hub.model("hf://org/name"), hub.Snapshot)
 
 
-@pytest.mark.parametrize("text", ["", "name", "runs/sft/exprot", "./org/name", "./name", "../name", "/o/n", "~/name"])
+@pytest.mark.parametrize(
+    "text", ["", "name", "runs/sft/exprot", "models/x", "./org/name", "./name", "../name", "/o/n", "~/name"]
+)
 def test_what_cannot_be_a_name_is_left_to_be_a_folder(web, text):
     assert hub.model(text) is text
     assert web.asked == []

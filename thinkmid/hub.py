@@ -37,6 +37,7 @@ BESIDE = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "README.md", "LI
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv", ".json", ".txt", ".md")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMMIT = re.compile("[0-9a-f]{40}")
+NO_OWNERS = ("models", "datasets", "spaces", "buckets", "kernels")  # kinds in the Hub's addresses: folders of ours
 TIMEOUT_S = 10  # for an answer of the Hub's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -127,9 +128,10 @@ def model(text: str, known: Row | None = None, *, weights: bool = True) -> str:
     known: a record(). UserError: what is wrong with the name, the repository, the token or the network.
     """
     is_uri = text.startswith(HF)
-    if not is_uri and (os.path.isdir(text) or not NAME.fullmatch(text)):
+    home = text.partition("/")[0]
+    if not is_uri and (os.path.isdir(text) or not NAME.fullmatch(text) or home in NO_OWNERS):
         return text
-    if not is_uri and os.path.isdir(home := text.partition("/")[0]):
+    if not is_uri and os.path.isdir(home):
         raise UserError(f"{text}: no such folder in {home}; for the model of this name on the Hub: {HF}{text}")
     with _in_one_line(text if is_uri else f"{text}: no such folder; on the Hub"):
         repo = _Repo(text if is_uri else HF + text, "model")

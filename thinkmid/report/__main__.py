@@ -19,10 +19,10 @@ RUNS = "a run's folder: of training (metrics.jsonl) or evaluation (results.json)
 def main(argv: list[str]) -> None:
     args = parse(argv)
     found, skipped = runs.find(args.runs)
-    for line in skipped:
-        print(line)
     if not found and not args.sweep:
         raise UserError("; ".join(skipped) or "nothing to report: give a run's folder or --sweep TABLE")
+    for line in skipped:
+        print(line)
     evaluated = [run for run in found if isinstance(run, Evaluation)]
     swept = sweep.read(args.sweep) if args.sweep else None
     groups, notes = browse.gather(found, args.samples, args.show_gpqa)

@@ -29,8 +29,8 @@ class Sampling:
     max_think: int = 64  # tokens of thought, closing tag included
     max_suffix: int = 16  # N: tokens kept after the closing tag
     force_close: bool = False  # write the closing tag when the thought budget runs out; its tokens carry no gradient
-    # texts that end a sample where they stand outside its thought, complete with the last token; as a flag, a TOML list
-    stop: tuple[str, ...] = field(default=(), repr=False)  # old evaluations are known by the repr of the others
+    # not in the repr: old evaluations are known by the repr of the others
+    stop: tuple[str, ...] = field(default=(), repr=False)  # texts that end a sample, thoughts aside; a TOML list
     max_batch: int = 256  # sequences decoded at a time
 
     def __post_init__(self) -> None:
