@@ -82,7 +82,10 @@ def local(cfg: Any, dry_run: bool = False) -> Any:
         weights = not (dry_run or regrade or key == "chunks.tokenizer")
         # what is graded again may do without its model
         with suppress(*((UserError,) if regrade and key in MODELS else ())):
-            found = [path for name in names for path in _found(key, name, known, weights)]
+            for name in names:
+                # a path in the run's folder, which need not be there yet, is no name
+                ours = path.parent.parts and Path(name).is_relative_to(path.parent)
+                found += [name] if ours else _found(key, name, known, weights)
         if not any(isinstance(path, Snapshot) for path in found):
             continue
         if _is_first():

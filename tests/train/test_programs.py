@@ -101,7 +101,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home, capsys):
         (["--data.paths", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--sampling.max-think", "125"], "context"),
         (["--data.max-prefix", "8"], "corpus.jsonl:1"),
-        (["--model.folder", "nowhere"], "nowhere/config.json"),
+        (["--model.folder", "nowhere"], "nowhere: no such folder"),
         (["--batch.siblings", "1"], "siblings"),
     ],
 )
