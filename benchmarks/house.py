@@ -21,7 +21,7 @@ PACKAGE = HERE / "thinkmid"
 LONG, MANY = 40, 6  # code lines of a function; its parameters
 # from the lowest: a module imports its own level and those below; a folder's level holds for what is in it
 LEVELS = (
-    {"types", "errors", "files", "config", "kernels"},
+    {"types", "errors", "files", "hub", "config", "kernels"},
     {"tokenizer", "thoughts", "sentences", "model", "data", "run"},
     {"rollout", "plan"},
     {"train", "augment", "eval"},
@@ -31,7 +31,7 @@ NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
 CEILINGS = {
-    "code lines": 13_900,
+    "code lines": 15_900,
     "functions that return functions": 8,
     "lambdas and closures per 1,000 lines": 6,
     "imports inside functions": 70,

@@ -41,6 +41,9 @@ def by_row(axis: Any, rows: dict[str, Any]) -> None:
             axis.plot(means, [at + shift] * len(means), "o", color=colour, markersize=3.5)
             shown.append(f"{fmean(means):.3f}")
         axis.annotate("  ".join(shown), (1, at), (6, 0), ("axes fraction", "data"), "offset points", va="center")
+    axis.annotate(
+        "before   after", (1, -0.7), (6, 0), ("axes fraction", "data"), "offset points", va="center", color=GREY
+    )
     axis.set(title="Accuracy, mean of all sets; a dot a seed", xlim=(0, 1), yticks=range(len(rows)))
     axis.set_yticklabels(list(rows))
     axis.tick_params(axis="y", labelcolor="#1f2937")
@@ -48,7 +51,7 @@ def by_row(axis: Any, rows: dict[str, Any]) -> None:
     axis.grid(axis="y", visible=False)
     for colour, label in ((BEFORE, "before RLPT"), (AFTER, "after RLPT")):
         axis.barh([0], [0], color=colour, alpha=0.6, label=label)
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def by_length(axis: Any, rows: dict[str, Any], names: dict[str, str], lengths: tuple[int, ...]) -> None:

@@ -66,10 +66,10 @@ void swiglu_backward(int64_t size, uintptr_t gate, uintptr_t up, uintptr_t dout,
   thinkmid::swiglu({at<float>(gate), at<float>(up), at<float>(dout), nullptr, at<float>(dgate), at<float>(dup)}, size);
 }
 
-void decode_attention(const std::vector<int64_t>& n, const std::vector<uintptr_t>& p) {
-  thinkmid::decode_attention({n[0], n[1], n[2], n[3], n[4], n[5], at<float>(p[0]), at<float>(p[1]), at<float>(p[2]),
-                              at<float>(p[3]), at<float>(p[4]), at<float>(p[5]), at<float>(p[6]), at<int64_t>(p[7]),
-                              at<int64_t>(p[8]), at<int64_t>(p[9]), at<float>(p[10])});
+void decode_attention(const std::vector<int64_t>& n, int64_t window, const std::vector<uintptr_t>& p) {
+  thinkmid::decode_attention({n[0], n[1], n[2], n[3], n[4], n[5], window, at<float>(p[0]), at<float>(p[1]),
+                              at<float>(p[2]), at<float>(p[3]), at<float>(p[4]), at<float>(p[5]), at<float>(p[6]),
+                              at<int64_t>(p[7]), at<int64_t>(p[8]), at<int64_t>(p[9]), at<float>(p[10])});
 }
 
 }  // namespace

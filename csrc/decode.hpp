@@ -10,6 +10,7 @@ namespace thinkmid {
 // number of neighbouring keys: (rows, K, C, max), values (rows, K, max, C); max is a multiple of 16, all of it finite.
 struct Decode {
   int64_t num_rows, num_keys, group, width, own_max, prefix_max;
+  int64_t window;              // newest keys that a query sees, its own included; 0: all
   const float *q, *k, *v;      // (B, K * group, C), (B, K, C): of the newest tokens
   float *own_k, *own_v;        // where the newest keys and values are put, at position count
   const float *prefix_k, *prefix_v;

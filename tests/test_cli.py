@@ -1,5 +1,6 @@
 """The `thinkmid` command: what it calls, what it copies, what it prints, and what a wheel holds for it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,19 @@ def test_samples_seed_does_not_depend_on_how_many_are_drawn(model, call):
     assert call(*argv, "--n", "2")[1].startswith("--- 1 of 2\n" + call(*argv)[1])
 
 
+def test_sample_shows_a_continuation_up_to_a_stop_text(model, call):
+    argv = ("sample", str(model), "Ana has 2 coins.", "--n", "64", "--max-think", "60", "--max-suffix", "30")
+    whole = [re.split(r"(continuation .*)", one) for one in call(*argv)[1].split("\n--- ")]
+    stop = next(letter for _, _, body in whole for letter in body[1:] if letter.isascii() and letter.isalnum())
+    stopped = [re.split(r"(continuation .*)", one) for one in call(*argv, "--stop", stop)[1].split("\n--- ")]
+    assert len(stopped) == len(whole) == 64
+    for (thought, _, body), (same_thought, head, cut) in zip(whole, stopped, strict=True):
+        assert same_thought == thought
+        assert cut.strip() == body.partition(stop)[0].strip()
+        assert head.endswith(", stop)") == (stop in body)
+    assert any(cut.strip() and ", stop)" in head for _, head, cut in stopped)
+
+
 def test_what_sample_cannot_do_is_one_line(model, call, tmp_path):
     assert call("sample", "nowhere", "x")[::2] == (
         2,
@@ -165,6 +179,7 @@ def test_what_sample_cannot_do_is_one_line(model, call, tmp_path):
     )
     assert call("sample", str(model), "x")[2].endswith(" exceed the model's context of 128; lower --max-think\n")
     assert call("sample", str(model), "x", "--n", "0")[2] == "error: --n: expected at least 1, got 0\n"
+    assert call("sample", str(model), "x", "--stop", "")[2].startswith("error: --stop holds '': a stop text has")
     assert call("sample", str(model), "x", "--max-think", "0")[2] == "error: --max-think must be at least 1, got 0\n"
 
 
@@ -187,3 +202,35 @@ def test_a_wheel_holds_configs_and_every_file_of_the_package(tmp_path):
     found = "import thinkmid.cli; print(*thinkmid.cli.configs(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", found], cwd=built, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [path.stem for path in CONFIGS]
+
+
+def test_letters_in_another_order_are_the_command_that_has_them(call):
+    assert "did you mean 'rlmt'?" in call("rmlt")[2]
+    assert "did you mean 'rlpt'?" in call("rptl")[2]
+
+
+@pytest.mark.parametrize("name", ["sft", "rlmt", "rlpt", "eval", "thoughts", "annotate", "compare", "report"])
+def test_help_shows_the_command_that_was_typed(name, call):
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    assert out.lower().startswith(f"usage: thinkmid {name} ")
+
+
+def test_a_config_given_to_another_program_names_its_own(call):
+    configs = {"eval": "mini-eval", "rlpt": "mini-rlpt", "rlmt": "mini-rlmt", "sft": "mini-base"}
+    for other, config_name in configs.items():
+        for name in configs.keys() - {other}:
+            code, _, err = call(name, str(ROOT / "configs" / f"{config_name}.toml"))
+            assert code == 2
+            assert err.endswith(f"; the config is one for thinkmid {other}\n"), (name, other, err)
+    # a mistake in the right program's config stays that
+    assert call("sft", str(ROOT / "configs" / "mini-base.toml"), "--data.pats=x")[2].endswith(
+        "did you mean 'data.paths'?\n"
+    )
+
+
+def test_a_runs_folder_given_as_a_model_names_its_export(call, model):
+    said = f"error: {model.parent}: a run's folder; did you mean {model.parent}/export?\n"
+    assert call("sample", str(model.parent), "text")[2] == said
+    flags = ["--run.folder=r", "--run.steps=1", "--data.paths=x", "--optim.lr=1", f"--model.folder={model.parent}"]
+    assert call("rlmt", *flags, "--loss.denom=1")[2] == said

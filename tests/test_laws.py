@@ -19,6 +19,7 @@ from thinkmid.kernels import head
 from thinkmid.kernels.head import linear_logprob
 from thinkmid.kernels.policy import dr_grpo_loss
 from thinkmid.model import weights
+from thinkmid.model.transformer import Yarn
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import advantage, fsdp, optim, rlmt, rollouts
@@ -186,10 +187,21 @@ def test_without_a_denominator_nothing_starts(tmp_path, capsys):
 # Law 2: a prefix is shared, never approximated.
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+# windows that end inside a prefix, inside a reply, and before a token's own
+WINDOWED = [
+    {"kind": "mistral", "window": 1, "windowed_layers": (0, 1)},
+    {"kind": "mistral", "window": 4, "windowed_layers": (0, 1)},
+    {"kind": "smollm3", "window": 3, "windowed_layers": (1,), "no_rope_layers": (1,)},
+    {"kind": "olmo3", "window": 5, "windowed_layers": (0,), "rope_scaling": Yarn(
+        factor=4.0, attention_factor=1.2, original_max_positions=16
+    )},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [{"kind": kind} for kind in ("llama", "qwen2", "qwen3", "olmo2")] + WINDOWED)
 @pytest.mark.parametrize("capacity", [29, 10_000])
-def test_a_shared_prefix_gives_the_loss_and_gradients_of_its_copies(kind, capacity):
-    model = random_model(replace(TINY, kind=kind), dtype=torch.float64)
+def test_a_shared_prefix_gives_the_loss_and_gradients_of_its_copies(family, capacity):
+    model = random_model(replace(TINY, **family), dtype=torch.float64)
     units = as_units(GROUPS)
     copies = [part for unit in units for part in duplicated(unit)]
     shared = gradients(model, units, capacity, first_update=False)

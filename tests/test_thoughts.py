@@ -63,3 +63,30 @@ def test_a_tag_out_of_place_is_named(woven, fault):
 def test_what_could_not_be_stripped_again_is_refused(text, thought):
     with pytest.raises(UserError, match="character"):
         thoughts.insert(text, [thought])
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "is_open", "kept"),
+    [
+        ("18\n\nProblem: 1", ["\n\nProblem:"], False, "18"),
+        ("18\n\nProblem", ["\n\nProblem:"], False, "18\n\nProblem"),
+        ("aXbY", ["Y", "X"], False, "a"),
+        ("aXYb", ["XYb", "Y"], False, "aX"),  # the first to be complete, not the first to begin
+        ("aXYb", ["Y", "XY"], False, "a"),  # complete together
+        ("X", ["X"], False, ""),
+        ("aX<think>b", ["X"], False, "a"),
+        ("a<think>bXc</think>dXe", ["X"], False, "a<think>bXc</think>d"),
+        ("bXc</think>dXe", ["X"], True, "bXc</think>d"),
+        ("bXc", ["X"], True, "bXc"),
+        ("bXc</think>d<think>X</think>eX", ["X"], True, "bXc</think>d<think>X</think>e"),
+        ("<think>X", ["X"], False, "<think>X"),
+        ("a</think>bX", ["X"], False, "a</think>b"),  # a tag that closes nothing
+        ("</think>>\n", [">\n", "k>>"], True, "</think>"),  # none begins in a tag
+        ("<think>\n</think>", [">\n", ">"], False, "<think>\n</think>"),
+        ("a<b<think>", ["<b", "<th"], False, "a"),
+        ("a<think>", ["a<th"], False, ""),
+        ("anything</think>", [], True, "anything</think>"),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_text_outside_its_thoughts(text, stops, is_open, kept):
+    assert thoughts.before_stop(text, stops, is_open=is_open) == kept

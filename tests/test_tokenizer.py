@@ -19,8 +19,8 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from thinkmid import tokenizer as text_module
 from thinkmid.errors import UserError
-from thinkmid.thoughts import CLOSE, OPEN
-from thinkmid.tokenizer import TagMatcher, Tokenizer, train_tokenizer
+from thinkmid.thoughts import CLOSE, OPEN, before_stop
+from thinkmid.tokenizer import StopMatcher, TagMatcher, Tokenizer, train_tokenizer
 
 TAG = CLOSE.encode()
 CORPUS = [
@@ -168,8 +168,8 @@ def naive_hits(text: Tokenizer, ids: list[int]) -> list[int]:
     return [after - before for before, after in itertools.pairwise(counts)]
 
 
-def walk(matcher: TagMatcher, ids: list[int]) -> list[int]:
-    hits, state = [], np.zeros(1, np.uint8)
+def walk(matcher: TagMatcher, ids: list[int], start: int = 0) -> list[int]:
+    hits, state = [], np.array([start])
     for i in ids:
         state, hit = matcher.step(state, np.array([i]))
         hits.append(int(hit[0]))
@@ -246,6 +246,47 @@ def test_special_tokens_and_padded_ids_neither_advance_nor_break_a_match():
     ids += [single[ord("k")], single[ord(">")], text.eos_ids[0]]
     assert walk(text.matcher, ids) == [0] * 9 + [1, 0]
     assert text.split_at_close(ids) == (10, "", "", 1)
+
+
+STOPS = ["\n\nProblem:", "\nQ:", "a", "aba", "\n", "東京", ">\n"]
+TAG_PARTS = ["</th", "ink>", OPEN, CLOSE, ">", "x"]
+NEAR_STOPS = ["\n", "\n\nProb", "lem:", "Q", ":", "a", "b", "ba", "東", "京", *TAG_PARTS]
+
+
+def first_stop(decoded: list[str], stops: list[str], is_open: bool) -> int:
+    """Tokens up to the one with which a text, decoded anew for each of them, has a stop text; 0 without one."""
+    cut = (before_stop(text, stops, is_open=is_open) != text for text in decoded)
+    return next((n for n, has_stop in enumerate(cut) if has_stop), 0)
+
+
+@every_kind
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_a_stop_text_is_found_in_the_token_that_completes_it_outside_thoughts(kind, data):
+    text = load(kind)
+    stops, is_open = data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=3)), data.draw(st.booleans())
+    whole, cut = (st.lists(st.sampled_from(NEAR_STOPS), max_size=9).map(join) for join in ("".join, list))
+    kinds = st.one_of(whole.map(text.encode), cut.map(lambda parts: flat(map(text.encode, parts))))
+    ids = flat(data.draw(st.lists(kinds, max_size=3)))
+    matcher = StopMatcher(text.pieces, stops)
+    hits = walk(matcher, ids, matcher.inside if is_open else 0)
+    decoded = [text.decode(ids[:n]) for n in range(len(ids) + 1)]
+    assert next((n for n, hit in enumerate(hits, 1) if hit), 0) == first_stop(decoded, stops, is_open)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_stop_texts_and_tags_that_share_tokens_are_told_apart_byte_by_byte(data):
+    letters = st.text("<>/thinkX\n", min_size=1, max_size=4)
+    words = st.sampled_from([OPEN, CLOSE, f"X{CLOSE}X", f"{CLOSE}\nX{OPEN}X", "XX", "<t", "k>"])
+    pieces = data.draw(st.lists(letters | words, min_size=1, max_size=9))
+    stops = data.draw(st.lists(letters | st.sampled_from(["X", "k>X", ">\n"]), min_size=1, max_size=3))
+    ids = data.draw(st.lists(st.integers(0, len(pieces) - 1), max_size=12))
+    is_open = data.draw(st.booleans())
+    matcher = StopMatcher([piece.encode() for piece in pieces], stops)
+    hits = walk(matcher, ids, matcher.inside if is_open else 0)
+    decoded = ["".join(pieces[i] for i in ids[:n]) for n in range(len(ids) + 1)]
+    assert next((n for n, hit in enumerate(hits, 1) if hit), 0) == first_stop(decoded, stops, is_open)
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
@@ -413,6 +454,12 @@ def test_a_document_cannot_end_itself(folder):
     assert not set(text.eos_ids) & set(ids)
     assert text.decode(ids) == "a<|end|>b"
     assert text.decode([*ids, *text.eos_ids]) == "a<|end|>b"
+
+
+def test_a_stop_text_that_no_text_can_hold_is_named(folder):
+    text = Tokenizer.load(folder)
+    with pytest.raises(UserError, match=r"^stop text '\.<\|end\|>': <\|end\|> is a special token"):
+        text.stop_matcher((".", ".<|end|>"))
 
 
 def test_truncation_padding_and_put_spaces_of_the_file_are_ignored(folder):

@@ -6,7 +6,9 @@ thinkmid rlmt configs/mini-rlmt.toml --optim.lr 3e-4
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -23,6 +25,7 @@ PROGRAMS = {
     "thoughts": ("thinkmid.eval.thoughts", "test whether thoughts cause the answers"),
     "compare": ("thinkmid.eval.compare", "compare evaluations, paired by question"),
     "report": ("thinkmid.report.__main__", "run folders -> one HTML page"),
+    "gguf": ("thinkmid.model.gguf", "a GGUF file -> a model folder"),
     "sample": ("thinkmid.sample", "print thoughts and continuations of a text"),
     "init": ("", "list the configs that come with thinkmid, or copy one"),
     "plan": ("", "resolved config, memory and time of a run; starts nothing"),
@@ -59,8 +62,20 @@ def main(argv: list[str]) -> int | None:
 
 
 def run_program(name: str, argv: Sequence[str]) -> int | None:
-    code: int | None = importlib.import_module(PROGRAMS[name][0]).main(list(argv))
+    try:
+        code: int | None = importlib.import_module(PROGRAMS[name][0]).main(list(argv))
+    except UserError as error:
+        if re.search("unknown key|missing key", str(error)) and (other := meant(argv)) not in (None, name):
+            raise UserError(f"{error}; the config is one for thinkmid {other}") from None
+        raise
     return code
+
+
+def meant(argv: Sequence[str]) -> str | None:
+    """The program that the config files among the arguments are for; None if they could be for none."""
+    with suppress(UserError):
+        return program_of(keys_of(files := list(takewhile(is_no_flag, argv))), files)[0]
+    return None
 
 
 def configs() -> dict[str, Path]:
@@ -117,14 +132,19 @@ def plan(argv: Sequence[str]) -> int | None:
     files = list(takewhile(is_no_flag, argv))
     if not files:
         raise UserError("thinkmid plan: expected CONFIG.toml first; thinkmid plan --help")
+    name, because = program_of(keys_of(files), files)
+    print(f"# thinkmid {name} --dry-run: {', '.join(files)} has {because}")
+    return run_program(name, [*argv, "--dry-run"])
+
+
+def keys_of(files: Sequence[str]) -> set[str]:
+    """The sections of config files, and the keys of [data]."""
     keys: set[str] = set()
     for tables in map(config.read_toml, files):
         keys |= tables.keys()
         if isinstance(data := tables.get("data"), dict):
             keys |= {f"data.{key}" for key in data}
-    name, because = program_of(keys, files)
-    print(f"# thinkmid {name} --dry-run: {', '.join(files)} has {because}")
-    return run_program(name, [*argv, "--dry-run"])
+    return keys
 
 
 def is_no_flag(arg: str) -> bool:

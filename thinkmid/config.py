@@ -27,9 +27,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
-from thinkmid import __version__
+from thinkmid import __version__, hub
 from thinkmid.errors import UserError, plain
-from thinkmid.files import Row, write_whole
+from thinkmid.files import Row, write_json, write_whole
 
 PACKAGES = (
     "torch", "numpy", "tokenizers", "safetensors", "triton", "vllm", "flash-attn", "flash-attn-3", "math-verify",
@@ -40,6 +40,8 @@ Config = TypeVar("Config")
 
 def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str | None) -> tuple[Config, bool]:
     """Config of class `cls` from TOML paths and flags such as `--optim.lr 3e-4`, in any order; whether to --dry-run.
+
+    Names of the Hub's models and data sets become the folders that hold them: hub.local().
 
     `--help` prints every field and exits with 0. UserError: one line that names the file or the flag, and the key.
     """
@@ -54,18 +56,21 @@ def load(cls: type[Config], argv: Sequence[str], *, prog: str, description: str 
         for name in reversed(key.split(".")):
             value = {name: value}
         reader.merge(reader.tree, value, flag)
-    return reader.section(cls, reader.tree, "", None), "dry_run" in switches
+    config: Config = hub.local(reader.section(cls, reader.tree, "", None), "dry_run" in switches)
+    return config, "dry_run" in switches
 
 
 def to_toml(config: Any) -> str:
-    """TOML that loads into an equal config."""
+    """TOML that loads into an equal config. What came from the Hub stands there by its name, at its commit."""
     return "\n".join(_toml_lines(config, "")).lstrip("\n") + "\n"
 
 
 def save_run(folder: str | Path, config: Any, env: Row) -> None:
-    """Write config.toml and env.json: what is needed to repeat a run."""
+    """Write config.toml and env.json, and hub.json where names of the Hub's are in use: what a run needs to be
+    repeated."""
+    hub.write_record(folder, config)
     write_whole(Path(folder) / "config.toml", to_toml(config))
-    write_whole(Path(folder) / "env.json", json.dumps(env, indent=2) + "\n")
+    write_json(Path(folder) / "env.json", env)
 
 
 def environment() -> Row:
@@ -337,7 +342,8 @@ def _toml_lines(config: Any, key: str) -> list[str]:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON alone leaves DEL as it is
+        # JSON alone leaves DEL as it is
+        return json.dumps(hub.pinned(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

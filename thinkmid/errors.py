@@ -14,7 +14,8 @@ class UserError(ValueError):
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The error line for an unknown name, with the nearest known one or all of them."""
-    near = difflib.get_close_matches(name, known := list(known), 1)
+    near = difflib.get_close_matches(name, known := list(known))
+    near = [other for other in near if sorted(other) == sorted(name)] or near  # letters in another order
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
     return f"unknown {kind} '{name}'; {hint}"
 
@@ -31,6 +32,19 @@ def positive(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 rank", "2 ranks", "2,000 steps"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def short(number: float) -> str:
+    """About how many: 640, 0.5 M, 135 M, 8.0 B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= 0.095 * size:
+            return f"{number / size:.{1 if number < 10 * size else 0}f} {unit}"
+    return f"{number:,.0f}"
 
 
 def plain(text: str) -> str:

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,22 @@ def write_whole(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def finite(value: Any) -> Any:
+    """A JSON value: arrays, tensors and tuples as lists and numbers, NaN and infinities as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+    """Write a JSON file as write_whole does; numbers that JSON does not know become null."""
+    write_whole(path, json.dumps(finite(value), indent=indent, allow_nan=False) + "\n")
+
+
 def fsync(path: Path) -> None:
     """A file, or the entries of a folder, through to the disk."""
     fd = os.open(path, os.O_RDONLY)
@@ -127,7 +144,7 @@ def swap_in(new: Path, place: Path, aside: Path) -> None:
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write a jsonl file as write_whole does."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from operator import itemgetter
 
 from thinkmid.errors import UserError
@@ -42,6 +43,27 @@ def split(woven: str) -> list[tuple[bool, str]]:
         raise UserError(f"{OPEN} is never closed at character {len(''.join(parts[:-2]))}")
     pieces = [(i % 2 == 1, piece) for i, piece in enumerate(parts[::2])]
     return [(is_thought, piece) for is_thought, piece in pieces if is_thought or piece]
+
+
+def before_stop(text: str, stops: Sequence[str], *, is_open: bool = False) -> str:
+    """The text up to the first stop text outside its thoughts, the first to be complete; all of it without one.
+
+    is_open: it begins inside a thought.
+    """
+    start = 0
+    while stops:
+        if is_open:
+            if (close := text.find(CLOSE, start)) < 0:
+                break
+            start = close + len(CLOSE)
+        tag = text.find(OPEN, start)
+        # what ends with the tag itself is complete too late
+        limit = len(text) if tag < 0 else tag + len(OPEN) - 1
+        found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start, limit)) >= 0]
+        if found or tag < 0:
+            return text[: min(found)[1]] if found else text
+        start, is_open = tag + len(OPEN), True
+    return text
 
 
 def strip(woven: str) -> str:

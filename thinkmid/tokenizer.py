@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -130,6 +130,11 @@ def exact(spec: dict[str, Any], names: set[str | None]) -> dict[str, Any]:
     return spec | steps | {"added_tokens": added, "truncation": None, "padding": None}
 
 
+def longest(patterns: Iterable[str]) -> re.Pattern[str]:
+    """One of these, in a group; of two that begin alike the longer one. Without any it matches nothing."""
+    return re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
+
+
 def last_break(text: str, start: int, limit: int) -> int:
     """The best place at or before limit, and after start, to end a chunk."""
     # one character past the limit, for the patterns that look ahead
@@ -141,19 +146,20 @@ def last_break(text: str, start: int, limit: int) -> int:
     return limit
 
 
-def byte_automaton(tag: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Next state, and whether the tag is complete, by state and byte; both (len(tag), 256) uint8.
+def byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Next state, and the number of the text that is complete (from 1; 0: none), by state and byte; (m, 256) uint16.
 
-    A completed tag falls back to its longest border.
+    The m states are the texts' proper beginnings, shortest first: the longest of them with which what was read ends,
+    after a complete text too. Of texts that are complete at once, the first of the list counts.
     """
-    follow = np.zeros((len(tag), 256), np.uint8)
+    states = sorted(sorted({text[:k] for text in texts for k in range(len(text))}), key=len)
+    follow = np.zeros((len(states), 256), np.uint16)
     found = np.zeros_like(follow)
-    for state in range(len(tag)):
-        for byte in set(tag):
-            read = tag[:state] + bytes([byte])
-            found[state, byte] = read == tag
-            longest = min(len(read), len(tag) - 1)
-            follow[state, byte] = next(k for k in range(longest, -1, -1) if read.endswith(tag[:k]))
+    for state, begun in enumerate(states):
+        for byte in set(b"".join(texts)):
+            read = begun + bytes([byte])
+            found[state, byte] = next((n for n, text in enumerate(texts, 1) if read.endswith(text)), 0)
+            follow[state, byte] = next(k for k in range(len(states) - 1, -1, -1) if read.endswith(states[k]))
     return follow, found
 
 
@@ -162,16 +168,19 @@ class TagMatcher:
     share one with others ("x</", "think", ">\\n"). The Knuth-Morris-Pratt automaton of the tag, lifted to tokens.
 
     A stream's state is the number of tag bytes matched so far, 0 at its start. With m the tag's length:
-    next_state  (m, V+1) uint8; hits  (m, V+1) uint8, the complete tags that end inside the token.
+    next_state  (m, V+1) uint16; hits  (m, V+1) uint16, the complete tags that end inside the token.
     The last column stands for every id past the vocabulary, as in padded embeddings: no bytes, no change.
     """
 
     def __init__(self, pieces: Sequence[bytes], tag: bytes):
-        follow, found = byte_automaton(tag)
+        self._lift(pieces, *byte_automaton([tag]))
+
+    def _lift(self, pieces: Sequence[bytes], follow: np.ndarray, found: np.ndarray) -> None:
+        """From bytes to tokens: follow and found (m, 256) uint16, what each byte adds to the hits."""
         flat = np.frombuffer(b"".join(pieces), np.uint8)
         num_bytes = np.fromiter(map(len, [*pieces, b""]), np.int64)  # (V+1,)
         start = np.cumsum(num_bytes) - num_bytes
-        self.next_state = np.repeat(np.arange(len(tag), dtype=np.uint8)[:, None], len(num_bytes), axis=1)
+        self.next_state = np.repeat(np.arange(len(follow), dtype=np.uint16)[:, None], len(num_bytes), axis=1)
         self.hits = np.zeros_like(self.next_state)
         live = np.arange(len(num_bytes))
         for column in range(int(num_bytes.max())):
@@ -181,9 +190,25 @@ class TagMatcher:
             self.next_state[:, live] = follow[state, byte]
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One token for each of B streams: states, tokens (B,) integers -> next states, hits (B,) uint8."""
+        """One token for each of B streams: states, tokens (B,) integers -> next states, hits (B,) uint16."""
         column = np.minimum(tokens, self.next_state.shape[1] - 1)
         return self.next_state[states, column], self.hits[states, column]
+
+
+class StopMatcher(TagMatcher):
+    """Finds stop texts outside thoughts, as thoughts.before_stop() does, in streams of token ids.
+
+    A stream's state is 0 at its start, `inside` where its prompt has opened a thought. No stop text holds a tag.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], stops: Sequence[str]):
+        outside, found = byte_automaton([OPEN.encode(), *(stop.encode() for stop in stops)])
+        inside, closed = byte_automaton([CLOSE.encode()])
+        self.inside = len(outside)
+        # an opening tag leads to the first state inside, a closing one back to the first outside
+        rows = np.where(found == 1, self.inside, outside), np.where(closed, 0, inside + self.inside)
+        hits = np.concatenate([found > 1, np.zeros_like(closed)])
+        self._lift(pieces, np.concatenate(rows).astype(np.uint16), hits.astype(np.uint16))
 
 
 class Split(NamedTuple):
@@ -262,6 +287,16 @@ class Tokenizer:
         return hashlib.blake2b(repr(decides).encode(), digest_size=16).hexdigest()
 
     @cached_property
+    def special(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+
+    @cached_property
+    def names(self) -> re.Pattern[str]:
+        """The name of a special token."""
+        return longest([re.escape(name) for name in self.special])
+
+    @cached_property
     def matcher(self) -> TagMatcher:
         """Finds closing tags."""
         return TagMatcher(self.pieces, CLOSE.encode())
@@ -271,9 +306,23 @@ class Tokenizer:
         """Finds opening tags."""
         return TagMatcher(self.pieces, OPEN.encode())
 
+    @lru_cache(maxsize=4)  # noqa: B019  a process has few tokenizers, and they live as long as it
+    def stop_matcher(self, stops: tuple[str, ...]) -> StopMatcher:
+        """Finds these stop texts. UserError for one with the name of a special token: it has no text to be found."""
+        if found := [(stop, name) for stop in stops if (name := self.spelled(stop))]:
+            raise UserError(
+                "stop text {!r}: {} is a special token, in no text; template 'chat' ends there".format(*found[0])
+            )
+        return StopMatcher(self.pieces, stops)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos. Lone surrogates become "?"."""
         return self.tokenizer.encode(clean(text), add_special_tokens=False).ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """encode(text), and the characters from start to end of each token."""
+        encoding = self.tokenizer.encode(clean(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
         """[encode(text) for text in texts], on all cores."""
@@ -306,6 +355,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; special tokens and ids past the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes(ids)).decode("utf-8", errors="replace")
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends in a thought that has just been opened: white space at most follows the tag."""
+        return self.decode(ids[-len(self.open_ids) - 8 :]).rstrip().endswith(OPEN)
+
+    def spelled(self, text: str) -> str | None:
+        """A special token whose name stands in a text, where it is ordinary characters."""
+        found = self.names.search(text)
+        return found[0] if found else None
 
     def split_at_close(self, ids: Sequence[int] | np.ndarray) -> Split:
         """Thought and suffix of generated ids, cut at the first closing tag."""
@@ -353,7 +411,7 @@ class Tokenizer:
 
     def token_ends(self, text: str) -> list[int]:
         """Characters up to the end of each token of encode(text)."""
-        return [end for _, end in self.tokenizer.encode(clean(text), add_special_tokens=False).offsets]
+        return [end for _, end in self.encode_spans(text)[1]]
 
     def _bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         return [self.pieces[i] if 0 <= i < len(self.pieces) else b"" for i in ids]

@@ -50,8 +50,8 @@ class Request:
 class Sample(Written):
     """All that the policy wrote after a prompt."""
 
-    # "eos", "suffix" (N tokens after the tag, or the budget without a thought), "unclosed" (thought budget spent) or
-    # "reclosed" (second tag)
+    # "eos", "stop" (a stop text outside thoughts, complete in the last token), "suffix" (N tokens after the tag, or the
+    # budget without a thought), "unclosed" (thought budget spent) or "reclosed" (second tag)
     finish: str
     num_think: int  # tokens before the predicted suffix, closing tag included; all of them if it never came
 

@@ -212,7 +212,7 @@ def test_a_text_in_a_question_cannot_end_its_message(world):
 @pytest.mark.parametrize(
     ("template", "line"),
     [
-        (None, "no chat_template; an annotator is a model that follows instructions"),
+        (None, "no chat template in chat_template.jinja or tokenizer_config.json; expected"),
         ("{{ eos_token }}", "its chat template holds a question 0 times, not once"),
         ("{{ messages[0].content }}{{ messages[0].content }}", "its chat template holds a question 2 times, not once"),
         ("{% for %}", "its chat template fails: Expected"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from thinkmid.data.templates import IDS, TEMPLATES, render, tokens
+from thinkmid.data.templates import IDS, TEMPLATES, render, stops, tokens
 from thinkmid.errors import UserError
+from thinkmid.thoughts import before_stop
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 
 QUESTION = "What is {x} in $\\frac{1}{x}=2$?\n\nA. 1\nB. {question}"
@@ -44,3 +45,22 @@ def test_an_opened_tag_has_the_ids_it_has_in_training_data(tmp_path, kind):
     assert woven[: len(ids)] == ids
     assert text.decode(ids).endswith("Answer:<think>")
     assert tokens(text, "1+1?") == text.encode("1+1?")
+
+
+@pytest.mark.parametrize("choice", [False, True])
+@pytest.mark.parametrize("id", IDS)
+def test_an_answer_is_over_where_the_same_template_begins_again(id, choice):
+    following = render(id, "What is 1+1?", choice=choice)
+    found = stops(id, True, ("\n\nQ:",))
+    assert found[-1] == "\n\nQ:"
+    assert stops(id, False, ("\n\nQ:", "\n\nQ:")) == ("\n\nQ:",)
+    if id.startswith("as-is"):
+        assert found == ("\n\nQ:",)
+        return
+    words = " It is 7.\nThe problem: a question.\nSolution: 7"
+    assert before_stop(f"{words}\n\n{following} 2", found).rstrip() == words
+    problem = following[following.index("Problem:" if "Problem:" in following else "Question:") :]
+    assert before_stop(f"{words}\n\n{problem} 2", found).rstrip() == words
+    assert before_stop(words, found) == words
+    if id.startswith("plain"):  # its own lines are one line break apart
+        assert before_stop(f"{words}\n{problem} 2", found).rstrip() == words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import importlib
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -176,7 +177,7 @@ def test_a_card_is_a_document_among_texts_alone(tmp_path, names, texts):
     assert texts_of(files_of(tmp_path, *names)) == texts
 
 
-@pytest.mark.parametrize("other", ["train.00000-of-01024.json.gz", "a.bin", "a.csv", "a.arrow", "a.jsonl.xz"])
+@pytest.mark.parametrize("other", ["train.00000-of-01024.json.gz", "a.bin", "a.csv", "a.feather", "a.jsonl.xz"])
 def test_a_card_beside_files_that_cannot_be_read_is_no_document(tmp_path, other):
     files_of(tmp_path, "README.md", other)
     kind = "*." + ".".join(other.split(".")[-2:] if other.endswith(("gz", "xz")) else other.split(".")[-1:])
@@ -255,6 +256,8 @@ def test_parquet_rows_without_text_are_named(tmp_path):
 @pytest.mark.parametrize(("kind", "value"), [("date32", 3_000_000), ("ns", 1), ("us", 2**62)])
 def test_a_parquet_date_that_python_has_not_is_named_where_it_is_wanted(tmp_path, kind, value):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    if kind == "ns" and importlib.util.find_spec("pandas"):
+        pytest.skip("pyarrow gives nanoseconds as what pandas has for them")
     when = pyarrow.array([value], pyarrow.int32() if kind == "date32" else pyarrow.int64())
     dates = when.cast(pyarrow.date32() if kind == "date32" else pyarrow.timestamp(kind))
     parquet.write_table(pyarrow.table({"text": ["a"], "at": dates}), tmp_path / "a.parquet")

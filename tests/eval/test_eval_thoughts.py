@@ -40,6 +40,7 @@ class Reader:
 
     def generate(self, requests, sampling):
         self.longest = sampling.max_new
+        assert sampling.stop == ("\nQuestion:",)
         for request in requests:
             prompt, s = request.prompt, request.seed
             if len(self.drawn) >= self.stop_after:

@@ -20,7 +20,7 @@ from thinkmid.eval.conditions import KEYS
 from thinkmid.eval.config import EvalRun, EvalSampling
 from thinkmid.model import weights
 from thinkmid.rollout.engine.build import make_engine
-from thinkmid.rollout.engine.protocol import Sampling, seed
+from thinkmid.rollout.engine.protocol import seed
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.types import Sample
 
@@ -260,8 +260,9 @@ def test_a_model_without_hashes_of_its_own_is_hashed(world, capsys):
 
 def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added_to(world, capsys):
     assert call() == 0
-    sampling = Sampling(temperature=0.6, top_p=0.95, max_think=20)
-    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", repr(sampling), 0]))
+    budgets = "max_think=20, max_suffix=16, force_close=False, max_batch=256"
+    sampling = f"Sampling(temperature=0.6, top_k=0, top_p=0.95, {budgets})"
+    Path("out/drawn-by.json").write_text(json.dumps(["model", "plain-think", sampling, 0]))
     found = results()
     assert call() == 2
     line = "error: out: which weights drew what is there is unknown; run.regrade true grades it still\n"
@@ -270,6 +271,24 @@ def test_generations_of_a_model_known_by_its_path_alone_are_graded_and_not_added
     assert results() == found | {"content": None}
     assert call("--run.regrade=true", "--sampling.max_think=21") == 2
     assert call("--run.regrade=true", "--model.folder=moved") == 2
+
+
+@pytest.mark.parametrize(("dtype", "num"), [("bfloat16", 1), ("float32", 0)])
+def test_bf16_on_a_cpu_without_its_units_is_said_and_still_what_runs(world, capsys, monkeypatch, dtype, num):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert call(f"--engine.dtype={dtype}") == 0
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: engine.dtype bfloat16: ")
+    ]
+    assert len(said) == num
+    assert json.loads(Path("out/drawn-by.json").read_text())["engine.dtype"] == dtype
+
+
+def test_what_one_sample_cannot_tell_is_null_in_strict_json(world):
+    assert call("--run.samples=1", "--run.ks=1") == 0
+    found = json.loads(Path("out/results.json").read_text(), parse_constant=pytest.fail)
+    assert found["sets"]["own"]["se_rerun"] is None
+    assert found["sets"]["own"]["mean"] == 0.0  # the first samples are wrong
 
 
 def test_the_table_explains_a_zero(world, capsys):
@@ -298,6 +317,65 @@ def test_an_answer_without_a_thought_has_the_budget_of_both(world, monkeypatch, 
     assert {row["truncated"] for row in graded if row["question"] in ids} == {True}
 
 
+class GoesOn(Scripted):
+    """Answers, then asks and answers the next question, as far as it is let."""
+
+    before = "hm\n\nPuzzle: or not?</think>"
+    after = "\nBecause they are.\n\nPuzzle: How many are 2 and 4?\nAnswer:<think>hm</think>\nAnswer: 6"
+
+    def generate(self, requests, sampling):
+        assert sampling.stop == ("\nQuestion:", "\n\nPuzzle:")
+        for request in requests:
+            i, _ = self.of_seed[request.seed]
+            said = 2 * i + 1 if i < RIGHT else 99
+            tokens = self.text.encode(f"{self.before} {said}{self.after}")
+            n = len(tokens)
+            sample = Sample(
+                tokens=np.array(tokens, np.int32), logp=np.zeros(n, np.float32), drawn=np.ones(n, bool), finish="stop",
+                num_think=n, versions=np.zeros(n, np.int32),
+            )  # fmt: skip
+            yield [(request, sample)]
+
+
+@pytest.mark.parametrize("template", ["plain", "plain-think"])
+def test_an_answer_is_graded_up_to_the_next_question_and_votes_and_shares_go_by_it(world, monkeypatch, template):
+    engine = GoesOn(world.text)
+    if template == "plain":
+        engine.before = ""
+    monkeypatch.setattr(generate, "make_engine", lambda *_, **__: engine)
+    flags = ["--verify.kind=math", f"--data.template={template}", '--sampling.stop=["\\n\\nPuzzle:"]']
+    assert call(*flags) == 0
+    found = results()["sets"]["own"]
+    assert found["mean"] == found["pass@4"] == found["maj@4"] == pytest.approx(RIGHT / len(QUESTIONS))
+    assert found["unparsed"] == found["truncated"] == found["unclosed"] == 0
+    assert results()["stop"] == ["\nQuestion:", "\n\nPuzzle:"]
+    answers = [json.loads(line)["answer"] for line in Path("out/graded/own.jsonl").read_text().splitlines()]
+    assert answers == [str(2 * i + 1 if i < RIGHT else 99) for i in sorted(range(12), key=str) for _ in range(4)]
+
+
+def test_generations_of_before_stop_texts_are_graded_up_to_one_and_not_added_to(world, capsys):
+    assert call(*HALF, "--data.template_stop=false") == 0
+    assert "stop" not in results()
+    mark = json.loads(Path("out/drawn-by.json").read_text())
+    assert mark.pop("sampling.stop") is None  # as if it had never been there
+    Path("out/drawn-by.json").write_text(json.dumps(mark))
+    assert call() == 2
+    assert "out: drawn with sampling.stop = None, now ['\\nQuestion:']; take" in capsys.readouterr().err
+    assert call(*HALF, "--run.regrade=true") == 0
+    assert results()["stop"] == ["\nQuestion:"]
+    assert call("--data.template_stop=false") == 0
+    assert call("--sampling.stop=Q:", "--data.template_stop=false") == 2
+    assert "drawn with sampling.stop = None, now ['Q:']" in capsys.readouterr().err
+
+
+def test_stop_texts_of_the_template_and_ones_own_are_all_stored(world, capsys):
+    assert call('--sampling.stop=["\\n\\nQ:", "\\nQuestion:"]') == 0
+    stop = ["\nQuestion:", "\n\nQ:"]
+    assert results()["stop"] == json.loads(Path("out/drawn-by.json").read_text())["sampling.stop"] == stop
+    assert call() == 2
+    assert "drawn with sampling.stop = ['\\nQuestion:', '\\n\\nQ:'], now ['\\nQuestion:']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mark", ["", "{", "{}", "\xff", '{"run.seed": 0}', None])
 def test_a_damaged_mark_is_named_as_what_it_is(world, capsys, mark):
     path = Path("out/drawn-by.json")
@@ -323,6 +401,75 @@ def test_a_second_process_is_refused_and_the_first_goes_on(world, capsys, monkey
     assert len(world.drawn) == 4 * len(QUESTIONS)
 
 
+CHAT = "{% for m in messages %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}assistant:"
+
+
+def write_shots(answer):
+    Path("shots.jsonl").write_text(json.dumps({"question": "How many are 90 and 91?", "answer": answer}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "other", "line"),
+    [
+        (["--data.template=chat", "--data.system=Count."], "--data.system=Think.", "drawn with data.system = Count."),
+        (["--data.shots=shots.jsonl"], "--data.shots=", "drawn with data.shots = "),
+        (["--data.shots=shots.jsonl"], "", "drawn with data.shots = "),
+        (["--data.template=chat"], "--data.template=chat-think", "drawn with data.template = chat"),
+    ],
+)
+def test_samples_asked_in_other_words_are_not_mixed(world, capsys, flags, other, line):
+    Path("model/chat_template.jinja").write_text(CHAT)
+    write_shots("181")
+    assert call(*HALF, *flags) == 0
+    num = len(world.drawn)
+    if not other:  # the file is another one under its name
+        write_shots("They are 181.")
+    for more in ([], [*HALF, "--run.regrade=true"]):
+        capsys.readouterr()
+        assert call(*flags, *([other] if other else []), *more) == 2
+        assert f"out: {line}" in capsys.readouterr().err
+    assert len(world.drawn) == num
+    write_shots("181")
+    assert call(*flags) == 0
+    assert len(world.drawn) == 2 * num
+
+
+def test_a_mark_of_before_there_were_examples_still_fits(world):
+    assert call(*HALF) == 0
+    mark = json.loads(Path("out/drawn-by.json").read_text())
+    assert mark.pop("data.shots") == mark.pop("data.system") == ""
+    Path("out/drawn-by.json").write_text(json.dumps(mark))
+    assert call() == 0
+
+
+def test_a_chat_is_asked_through_the_models_template_and_graded(world, capsys):
+    Path("model/chat_template.jinja").write_text(CHAT)
+    Path("shots.jsonl").write_text(json.dumps({"question": QUESTIONS[3]["question"], "answer": "7"}))
+    assert call("--data.template=chat-think", "--data.system=Count.", "--data.shots=shots.jsonl") == 0
+    assert results()["sets"]["own"]["mean"] == pytest.approx(RIGHT * 3 / (len(QUESTIONS) * 4))
+    assert results()["system"] == "Count."
+    assert len(results()["shots"]) == 16
+    assert "own: 1 of 12 questions are examples of shots.jsonl too" in capsys.readouterr().out
+    text, end = world.text, [world.text.eos_ids[0]]
+    asked = {row["id"]: row["asked"] for row in generations.stored(Path("out/generations"), "own")}
+    for q in QUESTIONS:
+        shot = [*text.encode(f"user:{QUESTIONS[3]['question']}"), *end, *text.encode("assistant:7"), *end]
+        shot *= q is not QUESTIONS[3]
+        words = [*text.encode("system:Count."), *end, *shot, *text.encode(f"user:{q['question']}"), *end]
+        ids = [*words, *text.encode("assistant:"), *text.open_ids]
+        assert asked[q["id"]] == generate.asked_of(generate.Prompt(id="", tokens=ids))
+
+
+def test_a_thought_that_the_models_template_opens_counts_as_opened(world):
+    Path("model/chat_template.jinja").write_text(CHAT + "<think>\n")
+    world.text = replace(world.text, close_ids=[])  # it never closes a thought: all are wrong
+    assert call("--data.template=chat") == 0
+    assert results()["sets"]["own"]["unclosed"] == 1
+    assert results()["sets"]["own"]["mean"] == 0
+    assert call("--data.template=chat", "--run.regrade=true") == 0
+    assert results()["sets"]["own"]["unclosed"] == 1
+
+
 def tree():
     return {path: path.is_file() and path.read_bytes() for path in Path("..").rglob("*")}
 
@@ -333,6 +480,8 @@ def tree():
         ("--data.sets=set.jsonl", "sets: 'set.jsonl' must be LAYOUT=PATH or NAME:LAYOUT=PATH"),
         ("--data.sets=own:gsm9k=set.jsonl", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
         ("--data.template=boxt", "unknown template 'boxt'"),
+        ("--data.template=chat", "model: no chat template in chat_template.jinja or tokenizer_config.json; expected"),
+        ("--data.shots=none.jsonl", "none.jsonl: no such file or folder"),
         ("--run.samples=0", "run: samples must be at least 1, got 0"),
         ("--run.ks=1,5", "run: ks holds 5, samples is 4: pass@k needs k from 1 to samples; set run.ks"),
         ("--run.ks=0,4", "run: ks holds 0, samples is 4: pass@k needs k from 1 to samples; set run.ks"),
@@ -343,9 +492,11 @@ def tree():
             (f"--data.sets={name}:questions=set.jsonl", "a name is 1 to 60 letters")
             for name in ("", "../../b", "a/b", "a[x]*", ".a", "-a", "a" * 61)
         ],
+        ("--sampling.stop=<think>", "sampling: stop holds '<think>'"),
+        ("--sampling.stop=\\n\\nQ:", "a backslash and an n, no line break"),
         ("--run.seed=-1", "run: seed must be at least 0, got -1"),
         ("--run.regrade=true", "0 of 48 samples of own; eval.run without regrade draws them"),
-        ("--model.folder=nope", "nope/config.json"),
+        ("--model.folder=nope", "nope: no such folder"),
         ("--run.folder=set.jsonl", "set.jsonl: cannot be written (File exists)"),
         ("--run.folder=theirs", "theirs: holds the run of another program; take another folder"),
     ],

@@ -181,7 +181,8 @@ def spoilt(main, argv: list[str], steps, alone: str) -> dict:
     steps.train_step = work
     row["said"] = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")][-2:]
     row["codes"] = [*finish(launch(main, argv, 2))]
-    return row | {"differences": differences(folder, alone)}
+    told = {"export/README.md", "export/stages.json"}  # the card holds run.save_every, which is another here
+    return row | {"differences": [name for name in differences(folder, alone) if name not in told]}
 
 
 def fewer_ranks(rlmt) -> dict:
@@ -208,6 +209,34 @@ def damaged_model(rlmt) -> dict:
         "said": sorted(said),
         "wrote": sorted(path.name for path in Path("refused").glob("[!.]*")),
     }
+
+
+def adapters_run(rlmt) -> dict:
+    """Two ranks that train adapters, killed after the third step; then the same with other weights in its base."""
+    argv = ["rlmt.toml", "--model.lora_rank=3", "--engine.check_every=1", "--run.folder"]
+    assert finish(launch(rlmt, [*argv, "adapters"], 2)) == {0}
+    pids = launch(rlmt, [*argv, "adapters-killed"], 2)
+    while num_steps("adapters-killed") < 3:
+        time.sleep(0.002)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    row = {"killed": [*finish(pids)], "left": saved("adapters-killed")}
+    row["codes"] = [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]
+    row["differences"] = differences("adapters-killed", "adapters")
+    manifest = json.loads(Path("adapters/checkpoints/step-000008/manifest.json").read_text())
+    row["saved"] = sorted(manifest["tensors"])
+    row["moved"] = same_elsewhere(rlmt, argv)
+    shutil.rmtree("base/export")
+    shutil.copytree("whole/export", "base/export")
+    row["other"] = [*finish(launch(rlmt, [*argv, "adapters-killed"], 2))]
+    row["said"] = [line for line in Path("out.txt").read_text().splitlines() if line.startswith("error")][-2:]
+    return row
+
+
+def same_elsewhere(rlmt, argv: list[str]) -> list[int]:
+    """The base at another place is the same base."""
+    shutil.copytree("base/export", "moved")
+    return [*finish(launch(rlmt, [*argv, "adapters", "--model.folder=moved"], 2))]
 
 
 def _rollouts(folder: str, step: int) -> list[dict]:
@@ -238,6 +267,7 @@ def main() -> None:
     results["sft"] = stopped_in_mid_step(sft.main, ["base.toml", *packs], supervised, "text_loss")
     results["spoilt sft"] = spoilt(sft.main, ["base.toml", *packs], supervised, "base-mid-step-alone")
     results |= {"fewer": fewer_ranks(rlmt.main), "damaged": damaged_model(rlmt.main)}
+    results["adapters"] = adapters_run(rlmt.main)
     Path("results.json").write_text(json.dumps(results))
     for number, row in enumerate(results["killed"].pop("kills"), start=1):
         print(f"kill {number:2d} {row['after_s']:5.2f} s, {row['steps']:2d} steps logged, {' '.join(row['saved'])}")

@@ -12,18 +12,20 @@ from thinkmid.types import Pack
 
 # (queries, keys of a shared prefix before them): 1, primes, a rung of the ladder +- 1, one very long among short ones
 PLAIN = [(1, 0), (7, 0), (16, 0), (17, 0), (15, 0), (1, 0), (211, 0), (2, 0)]
+WINDOW = 9  # cuts into the prefix
 SHARED = [(13, 0), (1, 13), (5, 13), (33, 13), (307, 13), (2, 13), (13, 13)]
 
 
-def slow(q, k, v, cu_q, cu_k, kv_rows=None):
-    """One query and one head at a time: the last query of a segment sees the last key."""
+def slow(q, k, v, cu_q, cu_k, kv_rows=None, window=0):
+    """One query and one head at a time: the last query of a segment sees the last key, and `window` keys in all."""
     if kv_rows is not None:
         k, v = k[kv_rows], v[kv_rows]
     out, share = [], q.shape[1] // k.shape[1]
     for s in range(len(cu_q) - 1):
         q0, q1, k0, k1 = (int(x) for x in (cu_q[s], cu_q[s + 1], cu_k[s], cu_k[s + 1]))
         for i in range(q0, q1):
-            seen = slice(k0, k1 - (q1 - 1 - i))
+            end = k1 - (q1 - 1 - i)
+            seen = slice(max(k0, end - window) if window else k0, end)
             rows = []
             for h in range(q.shape[1]):
                 p = (k[seen, h // share] @ q[i, h] / q.shape[2] ** 0.5).softmax(0)
@@ -60,6 +62,37 @@ def test_packed_attention_is_the_loop_over_queries(segments, kv_heads):
     do = torch.randn_like(qkv[0])
     ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows), qkv, do)
     assert_same(ours, with_gradients(lambda *x: slow(*x, cu_q, cu_k, kv_rows), qkv, do))
+
+
+@pytest.mark.parametrize("window", [1, 2, WINDOW, 16, 211, 320, 1000])
+@pytest.mark.parametrize("segments", [PLAIN, SHARED, [(1, 0)]], ids=["plain", "shared", "one token"])
+def test_a_window_hides_what_is_older_wherever_it_is_stored(segments, window):
+    cu_q, cu_k, kv_rows = layout(segments)
+    qkv = random_qkv(int(cu_q[-1]))
+    do = torch.randn_like(qkv[0])
+    ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, window=window), qkv, do)
+    assert_same(ours, with_gradients(lambda *x: slow(*x, cu_q, cu_k, kv_rows, window), qkv, do))
+
+
+def test_a_window_that_hides_nothing_changes_no_bit():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    qkv = random_qkv(int(cu_q[-1]), dtype=torch.float32)
+    wide = varlen_attention(*qkv, cu_q, cu_k, kv_rows, window=320)
+    assert torch.equal(wide, varlen_attention(*qkv, cu_q, cu_k, kv_rows))
+
+
+def test_with_a_window_queries_of_the_padding_see_a_key_too():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    plan = attention._plan(cu_q, cu_k, kv_rows, torch.device("cpu"), 2)
+    assert any(len(b.real) < b.q_rows.numel() for b in plan.buckets)
+    assert all(b.mask is None or b.mask.any(-1).all() for b in plan.buckets)
+
+
+def test_layers_of_different_windows_share_one_attention():
+    cu_q, cu_k, kv_rows = layout(SHARED)
+    attend, qkv = attention.SegmentAttention(cu_q, cu_k, kv_rows), random_qkv(int(cu_q[-1]))
+    for layer, window in enumerate((0, WINDOW, 2, 0)):
+        assert_same({"o": attend(layer, *qkv, window)}, {"o": slow(*qkv, cu_q, cu_k, kv_rows, window)})
 
 
 def test_segments_that_share_nothing_do_not_see_each_other():
@@ -99,6 +132,7 @@ def test_padding_to_buckets_costs_no_accuracy(dtype):
         ({"cu_q": torch.tensor([0, 7])}, "cu_q must end at 8"),
         ({"cu_k": torch.tensor([0, 9])}, "cu_k at 8"),
         ({"kv_rows": torch.arange(7)}, "cu_k at 7"),
+        ({"window": -1}, "window must be 0 or .* got -1"),
     ],
 )
 def test_shapes_that_do_not_belong_together_are_refused(change, said):
@@ -111,8 +145,8 @@ def test_shapes_that_do_not_belong_together_are_refused(change, said):
 # The GPU paths, up to the call of the library: stand-ins with the libraries' signatures that check and compute.
 
 
-def checked(q, k, v, cu_q, cu_k, max_q, max_k, calls):
-    """What the kernels assume of their arguments, then the truth."""
+def checked(q, k, v, cu_q, cu_k, max_q, max_k, calls, left):
+    """What the kernels assume of their arguments, then the truth. left: older keys that a query sees, -1: all."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert type(max_q) is type(max_k) is int
@@ -120,7 +154,7 @@ def checked(q, k, v, cu_q, cu_k, max_q, max_k, calls):
     assert cu_q[-1] == len(q)
     assert cu_k[-1] == len(k) == len(v)
     calls.append((q, k, v))
-    return slow(q, k, v, cu_q, cu_k)
+    return slow(q, k, v, cu_q, cu_k, window=left + 1)
 
 
 def fake_flash_3(calls, monkeypatch, *, with_lse=False):
@@ -131,9 +165,10 @@ def fake_flash_3(calls, monkeypatch, *, with_lse=False):
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
         assert causal
-        assert (seqused_q, seqused_k, softmax_scale, qv, window_size) == (None, None, None, None, (-1, -1))
+        assert (seqused_q, seqused_k, softmax_scale, qv) == (None, None, None, None)
+        assert window_size in ((-1, -1), (WINDOW - 1, 0))
         asked.append(deterministic)
-        out = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
+        out = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls, window_size[0])
         return (out, out.sum(-1).T) if with_lse else out
 
     asked = []
@@ -154,9 +189,10 @@ def fake_flash(calls, monkeypatch):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         assert causal
-        assert (dropout_p, softmax_scale, window_size, return_attn_probs) == (0.0, None, (-1, -1), False)
+        assert (dropout_p, softmax_scale, return_attn_probs) == (0.0, None, False)
+        assert window_size in ((-1, -1), (WINDOW - 1, 0))
         asked.append(deterministic)
-        return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls)
+        return checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, calls, window_size[0])
 
     asked = []
     module = types.ModuleType("flash_attn")
@@ -170,9 +206,9 @@ def fake_torch(calls, monkeypatch):
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
         enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
     ):  # fmt: skip
-        assert window_size == (-1, 0)  # causal, aligned at the bottom right
+        assert window_size in ((-1, 0), (WINDOW - 1, 0))  # causal, aligned at the bottom right
         assert enable_gqa or query.shape[1] == key.shape[1]
-        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
+        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     return "torch-varlen", None
@@ -182,9 +218,9 @@ def fake_old_torch(calls, monkeypatch):
     def varlen_attn(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
     ):
-        assert window_size == (-1, 0)
+        assert window_size in ((-1, 0), (WINDOW - 1, 0))
         assert query.shape[1] == key.shape[1]  # knows no grouped heads
-        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls)
+        return checked(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, calls, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     return "torch-varlen", None
@@ -211,14 +247,23 @@ def test_a_library_is_asked_for_a_deterministic_backward_unless_that_is_switched
 
 
 @pytest.mark.parametrize("segments", [PLAIN[:6], SHARED[:4]], ids=["plain", "shared"])
-def test_a_library_gets_gathered_keys_and_the_causal_convention(segments, library):
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_a_library_gets_gathered_keys_and_the_causal_convention(segments, library, window):
     impl, calls = library
     cu_q, cu_k, kv_rows = layout(segments)
     qkv = random_qkv(int(cu_q[-1]), heads=6)
     do = torch.randn_like(qkv[0])
-    ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, impl=impl), qkv, do)
+    ours = with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, impl=impl, window=window), qkv, do)
     assert len(calls) == 1
-    assert_same(ours, with_gradients(lambda *x: varlen_attention(*x, cu_q, cu_k, kv_rows, impl="sdpa"), qkv, do))
+    assert_same(ours, with_gradients(lambda *x: slow(*x, cu_q, cu_k, kv_rows, window), qkv, do))
+
+
+def test_a_window_that_hides_nothing_is_none_to_a_library(library):
+    impl, _ = library
+    cu = torch.tensor([0, 8, 13], dtype=torch.int32)
+    qkv = random_qkv(13)
+    wide = varlen_attention(*qkv, cu, cu, impl=impl, window=8)  # a stand-in refuses all windows but 9
+    assert_same({"o": wide}, {"o": slow(*qkv, cu, cu)})
 
 
 @pytest.mark.parametrize("segments", [PLAIN[:6], SHARED[:4]], ids=["plain", "shared"])

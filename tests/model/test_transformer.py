@@ -11,6 +11,7 @@ from thinkmid.model.weights import build
 QWEN3 = TINY
 LLAMA = replace(QWEN3, kind="llama", tied=True, head_dim=6)
 QWEN2 = replace(QWEN3, kind="qwen2", tied=True, kv_heads=1)
+OLMO2 = replace(QWEN3, kind="olmo2")
 
 
 def attend_within(segment):
@@ -27,7 +28,7 @@ def attend_within(segment):
     return attend
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3], ids=lambda c: c.kind)
+@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3, OLMO2], ids=lambda c: c.kind)
 def test_two_segments_in_one_row_are_two_forwards(cfg):
     model = random_model(cfg)
     first, second = torch.randint(cfg.vocab, (13,)), torch.randint(cfg.vocab, (7,))
@@ -37,7 +38,7 @@ def test_two_segments_in_one_row_are_two_forwards(cfg):
     torch.testing.assert_close(packed, torch.cat((model.logits(first), model.logits(second))))
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3], ids=lambda c: c.kind)
+@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3, OLMO2], ids=lambda c: c.kind)
 def test_a_later_token_changes_nothing_before_it(cfg):
     model, tokens = random_model(cfg), torch.randint(cfg.vocab, (11,))
     other = tokens.clone()
@@ -124,7 +125,7 @@ def test_llama3_scaling_keeps_fast_pairs_stretches_slow_ones_and_blends_between(
     torch.testing.assert_close(scaled[between], (plain * (blend + (1 - blend) / 8))[between])
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3, replace(QWEN3, attention_bias=True)], ids=lambda c: c.kind)
+@pytest.mark.parametrize("cfg", [LLAMA, QWEN2, QWEN3, replace(QWEN3, attention_bias=True), OLMO2], ids=lambda c: c.kind)
 def test_num_parameters_counts_what_the_model_has(cfg):
     assert cfg.num_parameters == sum(p.numel() for p in Transformer(cfg).parameters())
 
@@ -167,7 +168,7 @@ def test_a_tied_model_starts_with_logits_of_order_one():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "mistral"}, "mistral"),
+        ({"kind": "gemma3"}, "gemma3"),
         ({"kv_heads": 3}, "kv_heads 3"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"layers": 0}, "layers .* 0"),

@@ -20,7 +20,7 @@ from thinkmid.tokenizer import train_tokenizer
 from thinkmid.train import rlmt, rlpt, sft
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))}
-REAL = {name: path for name, path in CONFIGS.items() if not name.startswith("mini-")}
+REAL = {name: path for name, path in CONFIGS.items() if not name.startswith(("mini-", "smol-"))}
 DOCS = (Path(__file__).parents[2] / "docs" / "h100.md").read_text()
 PROGRAMS = {"sft": sft, "rlmt": rlmt, "rlpt": rlpt, "eval": eval_run, "annotate": annotate}
 # as their makers publish them: layers, width, heads, key/value heads, feed-forward, vocabulary, head, tied, positions
@@ -30,7 +30,7 @@ SHAPES = {
     "llama3.2-1b": ("llama", 16, 2048, 32, 8, 8192, 128256, 64, True, 131072),
 }
 PARAMETERS = {"llama3-8b": 8_030_261_248, "qwen3-8b": 8_190_735_360, "llama3.2-1b": 1_235_814_400}  # on their cards
-GPUS = {"llama3-8b": 8, "qwen3-8b": 8, "llama3.2-1b": 1}
+GPUS = {"llama3-8b": 8, "qwen3-8b": 8, "llama3.2-1b": 1, "lora": 1}
 SHOWN = 84.9e9  # bytes of an 80 GB H100: 81559 MiB less what the driver keeps
 FITS = 0.96 * SHOWN  # the rest is for fragmentation and what the plan estimates only
 
@@ -46,7 +46,7 @@ def home(tmp_path, monkeypatch, tokenizer):
     """A place in which every model folder that a configuration names holds a config.json and a tokenizer."""
     for name, path in REAL.items():
         told = tomllib.loads(path.read_text())
-        for folder in {told.get("model", {}).get("folder"), told.get("writer", {}).get("folder")} - {None}:
+        for folder in {told.get(section, {}).get("folder") for section in ("model", "writer", "judge")} - {None, ""}:
             family = model_of(name)
             shutil.copytree(tokenizer, tmp_path / folder, dirs_exist_ok=True)
             (tmp_path / folder / "config.json").write_text(json.dumps(published(family)))
@@ -72,7 +72,7 @@ def published(family):
 
 def dry_run(name, monkeypatch, capsys, *more):
     """What a configuration's program says of it, on the machine that it is for."""
-    monkeypatch.setenv("WORLD_SIZE", str(GPUS[model_of(name)]))
+    monkeypatch.setenv("WORLD_SIZE", str(GPUS["lora" if name.endswith("-lora") else model_of(name)]))
     program = next(PROGRAMS[stage] for stage in PROGRAMS if f"-{stage}" in name)
     capsys.readouterr()
     code = exit_code(program, [str(REAL[name]), *more, "--dry-run"])
@@ -103,7 +103,7 @@ def test_the_shapes_are_the_published_ones(home, family):
 def test_each_plan_fits_its_gpus_and_is_the_one_in_the_docs(home, monkeypatch, capsys, name):
     said = dry_run(name, monkeypatch, capsys)
     found = phases(said)
-    wanted = {"sft": {"training"}, "annotate-engine": {"rollout"}}
+    wanted = {"sft": {"training"}, "sft-lora": {"training"}, "annotate-engine": {"rollout"}}
     assert found.keys() == wanted.get(name.removeprefix(model_of(name) + "-"), {"sync", "rollout", "training"})
     assert all(0.05 * FITS < size < FITS for size in found.values()), found
     assert "an estimate and no measurement" in said
@@ -169,6 +169,9 @@ def test_each_stage_begins_with_what_the_one_before_it_writes():
         sft, rlmt, rlpt, evaluated = (told[f"{family}-{stage}"] for stage in ("sft", "rlmt", "rlpt", "eval"))
         for before, after in ((sft, rlmt), (rlmt, rlpt), (rlpt, evaluated)):
             assert after["model"]["folder"] == before["run"]["folder"] + "/export"
+        if f"{family}-sft-lora" in told:
+            sft_lora, rlmt_lora = told[f"{family}-sft-lora"], told[f"{family}-rlmt-lora"]
+            assert rlmt_lora["model"]["folder"] == sft_lora["run"]["folder"] + "/export"
         annotated = {told[name]["run"]["folder"] for name in told if "-annotate" in name}
         assert {path.rsplit("/", 1)[0] for path in sft["data"]["paths"] + rlmt["data"]["paths"]} <= annotated
         for stage in (rlmt, rlpt):
@@ -190,6 +193,37 @@ def test_the_training_phase_of_llama3_8b_is_what_a_hand_computes(home, monkeypat
     for name, tokens, more in (("llama3-8b-sft", 8192, 0), ("llama3-8b-rlmt", 10_240, 3)):
         hand = shards + tokens * (token + 2 * 8.192) / 1e6 + head + 2 + more  # context and NCCL; a sleeping engine
         assert phases(dry_run(name, monkeypatch, capsys))["training"] == pytest.approx(hand * 1e9, abs=6e7)
+
+
+def test_the_training_phase_of_llama3_8b_rlmt_lora_is_what_a_hand_computes(home, monkeypatch, capsys):
+    # GB. Weights in bf16; rank 32 times in and out of seven projections in 32 blocks: with moments and gradients, fp32
+    both = 4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    frozen, adapters = 2 * 8.030, 16 * 32 * 32 * both / 1e9
+    # KB a token and block as without adapters, and 32 numbers between the factors of each
+    block = 2 * (4 * 4.096 + (4.096 + 2 * 1.024 + 4.096) + 3 * 14.336 + 7 * 0.032) + 4 * 34 / 1000
+    token = 32 * block + 8.192 + 4 * 128 / 1000
+    # the head gathered, without gradient: on one rank there is no buffer. Scores and their gradient
+    head = 2 * 0.5253 + 1.5 * 2.147
+    hand = frozen + adapters + 8192 * (token + 2 * 8.192) / 1e6 + head + 1 + 3  # context; a sleeping engine
+    found = phases(dry_run("llama3-8b-rlmt-lora", monkeypatch, capsys))
+    assert found["training"] == pytest.approx(hand * 1e9, abs=6e7)
+    # a KL asks the same weights without their adapters
+    assert phases(dry_run("llama3-8b-rlmt-lora", monkeypatch, capsys, "--loss.kl=0.01")) == found
+
+
+def test_adapters_make_what_takes_a_node_fit_one_gpu(home, monkeypatch, capsys):
+    for stage in ("sft", "rlmt"):
+        assert "an 80 GB H100 has" not in dry_run(f"llama3-8b-{stage}-lora", monkeypatch, capsys)
+        whole = dry_run(f"llama3-8b-{stage}-lora", monkeypatch, capsys, "--model.lora_rank=0")
+        assert "an 80 GB H100 has" in whole
+
+
+def test_the_hours_of_adapters_are_what_a_hand_computes(home, monkeypatch, capsys):
+    # forward and the gradient of what came in, 4 FLOPs a parameter and token; attention as ever
+    matrices = 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    flops = 2000 * 2**18 * (4 * matrices + 12 * 32 * 4096 * 4096)
+    [said] = re.findall(r"([\d.]+) h for 2,000 steps", dry_run("llama3-8b-sft-lora", monkeypatch, capsys))
+    assert float(said) == pytest.approx(flops / (0.4 * 989e12) / 3600, rel=4e-3)
 
 
 def test_the_hours_of_llama3_8b_sft_are_what_a_hand_computes(home, monkeypatch, capsys):

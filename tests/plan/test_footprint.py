@@ -21,8 +21,9 @@ from thinkmid.kernels import attention, head, launch
 from thinkmid.kernels.attention import SegmentAttention
 from thinkmid.kernels.gpu import rmsnorm, rope, rows, swiglu
 from thinkmid.kernels.streams import Stats
+from thinkmid.model import lora
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.plan import footprint, memory
+from thinkmid.plan import footprint, memory, time
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import fsdp, loss, optim, rlmt, sft
 from thinkmid.train.config import LossConfig, ModelSection
@@ -34,6 +35,7 @@ SMALL = ModelConfig(
     norm_eps=1e-5, tied=False, max_positions=1024, eos_ids=(0,),
 )  # fmt: skip
 WIDE = replace(SMALL, width=160, layers=2, heads=4, kv_heads=4, head_dim=40, ffn=331)
+BF16 = ModelSection(dtype="bfloat16")
 QWEN3_8B = replace(LLAMA3_8B, kind="qwen3", vocab=151936, layers=36, ffn=12288)
 
 
@@ -116,8 +118,11 @@ def segments(prefix, replies):
     return torch.tensor(cu_q, dtype=torch.int32), torch.tensor(cu_k, dtype=torch.int32), torch.cat(kv)
 
 
-def saved_bytes(shape, dtype, attend, tokens, monkeypatch):
+def saved_bytes(shape, dtype, attend, tokens, monkeypatch, section=None):
     model = Transformer(shape).to(dtype)
+    if section:
+        lora.attach(model, section)
+        model.to(dtype)  # factors too, as FSDP2 gathers them
     ids = torch.zeros(tokens, dtype=torch.long)
     with saved_storages(model, monkeypatch) as found:
         out = model(ids, torch.arange(tokens), attend, head=lambda hidden, weight: hidden)
@@ -126,7 +131,7 @@ def saved_bytes(shape, dtype, attend, tokens, monkeypatch):
 
 
 SHAPES = pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
-KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+KINDS = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "olmo2", "smollm3"])
 REPLIES = [40, 61, 33, 57]
 
 
@@ -136,7 +141,7 @@ def test_activations_on_a_gpu_are_what_autograd_saves(as_on_a_gpu, monkeypatch, 
     shape, attend = replace(shape, kind=kind), SegmentAttention(*segments(101, REPLIES), impl="torch-varlen")
     tokens = 101 + sum(REPLIES)
     saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
-    assert tokens * footprint.activation_bytes(shape, "bfloat16", False) == pytest.approx(saved, rel=0.03)
+    assert tokens * footprint.activation_bytes(shape, BF16) == pytest.approx(saved, rel=0.03)
 
 
 @SHAPES
@@ -151,7 +156,7 @@ def test_repeated_keys_are_saved_repeated(as_on_a_gpu, monkeypatch, shape):
     cu = torch.tensor([0, *REPLIES]).cumsum(0).int()
     attend = SegmentAttention(cu, cu, impl="torch-varlen")
     saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch)
-    planned = tokens * footprint.activation_bytes(shape, "bfloat16", False, grouped=False)
+    planned = tokens * footprint.activation_bytes(shape, BF16, grouped=False)
     assert planned == pytest.approx(saved, rel=0.03)
 
 
@@ -167,8 +172,64 @@ def test_activations_in_fp32_are_what_autograd_saves(monkeypatch, kind, shape, p
         kv_rows = None
     saved = saved_bytes(shape, torch.float32, SegmentAttention(cu_q, cu_k, kv_rows), tokens, monkeypatch)
     span = sum(n * (prefix + n) for n in REPLIES) // tokens if prefix else 0
-    planned = tokens * footprint.activation_bytes(shape, "float32", False, span)
+    planned = tokens * footprint.activation_bytes(shape, ModelSection(), span)
     assert planned == pytest.approx(saved, rel=0.05)
+
+
+TARGETS = [ModelSection().lora_targets, ("q_proj", "v_proj"), ("o_proj", "up_proj"), ("down_proj",)]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=["all", "q v", "o up", "down"])
+@SHAPES
+@KINDS
+def test_activations_beside_adapters_are_what_autograd_saves(as_on_a_gpu, monkeypatch, kind, shape, targets):
+    # many layers: the first saves less, for nothing before its first adapter has a gradient
+    shape, attend = replace(shape, kind=kind, layers=40), SegmentAttention(*segments(101, REPLIES), impl="torch-varlen")
+    tokens, section = 101 + sum(REPLIES), replace(BF16, lora_rank=48, lora_targets=targets)
+    saved = saved_bytes(shape, torch.bfloat16, attend, tokens, monkeypatch, section)
+    assert tokens * footprint.activation_bytes(shape, section) == pytest.approx(saved, rel=0.03)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=["all", "q v", "o up", "down"])
+def test_activations_beside_adapters_in_fp32_are_what_autograd_saves(monkeypatch, targets):
+    cu, tokens = torch.tensor([0, *REPLIES]).cumsum(0).int(), sum(REPLIES)
+    section = ModelSection(lora_rank=48, lora_targets=targets)
+    shape, attend = replace(WIDE, layers=24), SegmentAttention(cu, cu, None)
+    saved = saved_bytes(shape, torch.float32, attend, tokens, monkeypatch, section)
+    assert tokens * footprint.activation_bytes(shape, section) == pytest.approx(saved, rel=0.05)
+
+
+def test_adapters_have_as_many_numbers_as_the_plan_counts():
+    for targets in TARGETS:
+        section = ModelSection(lora_rank=5, lora_targets=targets)
+        with torch.device("meta"):
+            lora.attach(model := Transformer(WIDE), section)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert footprint.adapter_parameters(WIDE, section) == trained
+
+
+@pytest.mark.parametrize(("window", "layers"), [(20, (0,)), (20, (0, 1)), (900, (0, 1))])
+@pytest.mark.parametrize("prefix", [0, 301])
+def test_masks_of_windowed_layers_are_counted_in_fp32(monkeypatch, window, layers, prefix):
+    shape = replace(SMALL, kind="olmo3", layers=2, windowed_layers=layers, window=window)
+    replies = [400, 410, 390, 405]
+    tokens, (cu_q, cu_k, kv_rows) = prefix + sum(replies), segments(301, replies)
+    if not prefix:
+        cu_q, kv_rows = torch.tensor([0, *replies]).cumsum(0).int(), None
+        cu_k = cu_q
+    saved = saved_bytes(shape, torch.float32, SegmentAttention(cu_q, cu_k, kv_rows), tokens, monkeypatch)
+    full = sum(n * (prefix + n) for n in replies) // tokens
+    span = footprint.mask_span(shape, full * bool(prefix), full + prefix**2 // tokens, prefix + max(replies))
+    planned = tokens * footprint.activation_bytes(shape, ModelSection(), span)
+    assert planned == pytest.approx(saved, rel=0.05)
+
+
+def test_a_windowed_layer_computes_no_more_pairs_than_its_window():
+    plain = replace(LLAMA32_1B, kind="olmo3")
+    windowed = replace(plain, windowed_layers=(0, 1, 2), window=100)
+    exact = plain.layers - 3 + 3 * 100 / 400
+    assert time.pair_flops(windowed, 400) == pytest.approx(time.pair_flops(plain, 400) / plain.layers * exact)
+    assert time.pair_flops(windowed, 99) == time.pair_flops(plain)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +247,27 @@ def test_activations_in_fp32_are_what_autograd_saves(monkeypatch, kind, shape, p
 def test_the_training_phase_is_the_peak_that_a_tracker_of_fsdp_sees(
     as_on_a_gpu, monkeypatch, shape, tokens, world, checkpointing
 ):
-    section = ModelSection(dtype="bfloat16", checkpointing=checkpointing)
+    check_tracked(shape, replace(BF16, checkpointing=checkpointing), tokens, world, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "world", "checkpointing"),
+    [
+        pytest.param(LLAMA3_8B, 8192, 1, False, marks=pytest.mark.slow, id="llama3-8b"),
+        pytest.param(LLAMA3_8B, 8192, 1, True, marks=pytest.mark.slow, id="llama3-8b checkpointing"),
+        pytest.param(LLAMA32_1B, 16_384, 8, False, marks=pytest.mark.slow, id="llama3.2-1b"),
+        pytest.param(replace(LLAMA3_8B, layers=2), 8192, 1, False, id="two layers"),
+        pytest.param(replace(LLAMA3_8B, layers=4, vocab=640), 8192, 8, True, id="small vocabulary checkpointing"),
+    ],
+)
+def test_the_training_phase_of_adapters_is_the_peak_that_a_tracker_of_fsdp_sees(
+    as_on_a_gpu, monkeypatch, shape, tokens, world, checkpointing
+):
+    section = replace(BF16, checkpointing=checkpointing, lora_rank=64)
+    check_tracked(shape, section, tokens, world, monkeypatch)
+
+
+def check_tracked(shape, section, tokens, world, monkeypatch):
     owners = memory.training_phase(shape, section, tokens, world)
     planned = sum(owners.values()) - sum(footprint.outside("cuda", world).values())
     tracked = tracked_peak(shape, section, tokens, world, monkeypatch)
@@ -208,11 +289,16 @@ def tracked_peak(shape, section, tokens, world, monkeypatch) -> int:
     monkeypatch.setattr(loss, "attend_pack", lambda pack, **options: lambda layer, q, k, v: Varlen.apply(q, k, v))
     with FakeTensorMode():
         with torch.device("meta"):
+            # fake parameters cannot be converted
+            torch.set_default_dtype(torch.bfloat16 if section.lora_rank else torch.float32)
             model = Transformer(shape, checkpointing=section.checkpointing)
+            torch.set_default_dtype(torch.float32)
+            if section.lora_rank:
+                lora.attach(model, section)
         fsdp.shard(model, ranks, compute_dtype=torch.bfloat16)
         model.to_empty(device="cpu")
         optimizer = optim.adamw(model, optim.OptimConfig(lr=1e-6))
-        for p in model.parameters():
+        for p in optimizer.state:
             p.grad = torch.zeros_like(p)
         ids, floats = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)
         streams = {"ce_w": floats, "pg_w": floats, "adv": floats, "logp_old": floats, "reply": ids, "owner": []}
@@ -311,3 +397,11 @@ def test_the_miniature_grows_by_what_its_plan_says(home, capsys, tmp_path, env, 
     ]  # fmt: skip
     planned, grown, _ = planned_and_grown("rlmt", argv, capsys, **env)
     assert total(planned, without=without) == pytest.approx(grown, rel=rel)
+
+
+@pytest.mark.slow
+def test_a_process_that_trains_adapters_grows_by_what_the_plan_says(home, capsys, tmp_path):
+    assert exit_code(sft, [str(home / "16M.toml"), f"--run.folder={home}/16M-base"]) == 0
+    flags = [f"--model.folder={home}/16M-base/export", "--model.lora_rank=8", f"--run.folder={tmp_path}/run"]
+    planned, grown, _ = planned_and_grown("sft", [str(home / "16M.toml"), *flags], capsys, **NO_HOLES)
+    assert total(planned, without="holes") == pytest.approx(grown, rel=0.1)

@@ -226,6 +226,6 @@ def test_tables_and_pictures_need_no_script(chromium, tmp_path):
         assert "0.3837" in chromium.find_element("id", "paper").text
         picture = chromium.find_element("css selector", "#curves img")
         assert picture.is_displayed()
-        assert int(picture.get_property("naturalWidth")) > 500
+        assert int(picture.get_property("naturalWidth")) > 300
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

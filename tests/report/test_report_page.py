@@ -1,5 +1,6 @@
 """The report without a browser: its numbers are those of the runs, and a mistake is named in one line."""
 
+import base64
 import json
 import re
 import subprocess
@@ -7,8 +8,8 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
-import matplotlib.image
 import numpy as np
 import pytest
 from report_runs import eval_run, jsonl, rl_run
@@ -193,16 +194,68 @@ def test_the_page_names_no_place_outside_itself(tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_every_picture_is_in_the_page_and_beside_it(tmp_path, capsys):
+def tree(folder):
+    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+def test_every_picture_is_in_the_page_and_beside_it_and_the_runs_are_only_read(tmp_path, capsys):
     runs = [rl_run(tmp_path / "a" / "rlmt"), rl_run(tmp_path / "b" / "rlmt"), rl_run(tmp_path / "rlpt", "rlpt", "x")]
+    before = [tree(run) for run in runs]
     _, text = report(tmp_path, *runs)
-    beside = [tmp_path / "out" / "report-png" / name for name in ("rlmt.png", "rlpt.png")]
-    printed = [*beside, *(run / "curves.png" for run in runs), tmp_path / "out" / "report.html"]
-    assert capsys.readouterr().out.splitlines() == list(map(str, printed))
-    assert text.count("data:image/png;base64,") == 5
-    for path in printed[:-1]:
-        pixels = matplotlib.image.imread(path)[..., :3]
-        assert 0.005 < (pixels.min(-1) < 0.9).mean() < 0.5  # neither blank nor black
+    assert [tree(run) for run in runs] == before
+    overlays = ["rlmt-reward.svg", "rlmt-thinking-length.svg", "rlpt-reward.svg"]
+    own = [f"run-{n}-{panel}.svg" for n in (1, 2, 3) for panel in ("reward", "thinking-length")]
+    beside = sorted((tmp_path / "out" / "report-svg").iterdir())
+    assert [path.name for path in beside] == sorted(overlays + own)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/out/report-svg: 9 pictures", f"{tmp_path}/out/report.html",
+    ]  # fmt: skip
+    inside = re.findall(r"data:image/svg\+xml;base64,([^\"]*)", text)
+    assert sorted(map(base64.b64decode, inside)) == sorted(path.read_bytes() for path in beside)
+
+
+def test_a_picture_has_one_panel_as_wide_as_a_phone_and_a_line_through_all_its_points(tmp_path):
+    report(tmp_path, rl_run(tmp_path / "rl", steps=30))
+    for path in (tmp_path / "out" / "report-svg").iterdir():
+        root = ElementTree.parse(path).getroot()
+        assert float(root.get("width").removesuffix("pt")) <= 390 * 0.75  # CSS has 0.75 pt a pixel
+        groups = [group.get("id", "") for group in root.iter("{http://www.w3.org/2000/svg}g")]
+        assert sum(name.startswith("axes_") for name in groups) == 1
+    rewards = ElementTree.parse(tmp_path / "out" / "report-svg" / "run-1-reward.svg")
+    lines = [g for g in rewards.iter("{http://www.w3.org/2000/svg}g") if g.get("id", "").startswith("line2d")]
+    dots = max(len(list(line.iter("{http://www.w3.org/2000/svg}use"))) for line in lines)
+    assert dots == 30
+
+
+def test_only_what_a_run_belongs_in_is_shown(tmp_path):
+    _, text = report(tmp_path, rl_run(tmp_path / "rl"))
+    assert not re.search("The paper|Table 8|post-training by|what it cost|Evaluations", text)
+    _, text = report(tmp_path, eval_run(tmp_path / "own", sets=("own",)))
+    assert "Table 8" not in text
+    assert "Table 8" in report(tmp_path, eval_run(tmp_path / "gsm8k"))[1]
+
+
+def test_one_model_is_no_point_to_compare(tmp_path):
+    (tmp_path / "model").mkdir()
+    run = eval_run(tmp_path / "eval", model=tmp_path / "model")
+    assert "not shown: one model, so nothing to compare" in report(tmp_path, run)[1]
+    rl = rl_run(tmp_path / "rl", start=tmp_path / "model")
+    (rl / "export").mkdir()
+    save_file({"a": np.zeros(3)}, rl / "export" / "model.safetensors")
+    _, text = report(tmp_path, run, eval_run(tmp_path / "after", model=rl / "export"))
+    assert "nothing to compare" not in text
+    assert {"accuracy-tokens.svg", "accuracy-flop.svg"} == {
+        path.name for path in (tmp_path / "out" / "report-svg").glob("accuracy-*")
+    }
+
+
+def test_a_folder_that_is_no_run_is_skipped_with_a_line(tmp_path, capsys):
+    run = rl_run(tmp_path / "rl")
+    (tmp_path / "notes").mkdir()
+    page, _ = report(tmp_path, tmp_path / "notes", run)
+    assert page.row(str(run))
+    none = f"{tmp_path}/notes: no run: neither metrics.jsonl nor results.json, here or in its folders"
+    assert capsys.readouterr().out.splitlines()[0] == none
 
 
 @pytest.mark.parametrize("metrics", ["", '{"step": 1, "rew', '{"step": 1, "reward": null}\n'])

@@ -100,7 +100,8 @@ def test_other_ranks_leave_no_trace(tmp_path, capsys):
         run.write(0, {"reward": 1.0})
         run.event("save")
         run.rollouts(0, [{"a": 1}])
-        run.progress("rollout", 1, 2)
+        run.phase("rollout")
+        run.progress(1, 2)
         run.say("hello")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -137,7 +138,8 @@ def test_pipes_get_one_plain_line_per_step(tmp_path, capsys):
     row = {"reward": 0.1234, "thinking_tokens": 181.7, "entropy": 1.5, "dead_groups": 0.19, "groups": 64, "kl": 9.0}
     with Log(tmp_path, num_steps=200) as run:
         for step in range(2):
-            run.progress("rollout", 3, 64)
+            run.phase("rollout")
+            run.progress(3, 64)
             run.write(step, {**row, "tokens_per_s": 12345.6, "rollout_s": 18.24, "sync_s": 0.0, "train_s": 9.0})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
@@ -146,6 +148,17 @@ def test_pipes_get_one_plain_line_per_step(tmp_path, capsys):
     )
     assert lines[1].startswith(seen)
     assert lines[1].endswith(" left")
+
+
+def test_what_is_shown_is_the_phase_that_began_last_and_its_own_count(tmp_path, capsys):
+    with Log(tmp_path) as run:
+        for phase, done in (("rollout", 3), ("train", 1), ("validation: rollout", 2)):
+            run.phase(phase)
+            run.progress(done - 1, 4)  # too early for a line
+            run.screen.next_print = 0.0
+            run.progress(done, 4)
+        run.phase("export")
+    assert capsys.readouterr().out == "  rollout 3/4\n  train 1/4\n  validation: rollout 2/4\n"
 
 
 def test_a_null_metric_is_not_shown_and_does_no_harm(tmp_path, capsys):
@@ -179,7 +192,8 @@ def test_a_terminal_gets_a_live_table_and_its_cursor_back(tmp_path):
     program = f"""
 from thinkmid.run.log import Log
 run = Log({str(tmp_path)!r}, num_steps=200)
-run.progress("rollout", 128, 512)
+run.phase("rollout")
+run.progress(128, 512)
 run.write(40, dict(reward=0.125, thinking_tokens=182.0, rollout_s=18.2))
 run.say({NASTY!r})
 run.screen.live.refresh()

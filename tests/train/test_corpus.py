@@ -12,13 +12,14 @@ import torch
 from conftest import join_ranks, spawn
 
 from thinkmid.data import store
-from thinkmid.data.sequences import read_sequences
+from thinkmid.data.sequences import Sequences, read_sequences
 from thinkmid.data.source import read_documents
 from thinkmid.errors import UserError
 from thinkmid.run.config import RunConfig
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
 from thinkmid.train import corpus
+from thinkmid.train.config import SFTData
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 TEXTS = [f"{n} apples.<think> {n} - 5 = {n - 5}</think> So {n - 5} remain." for n in range(6, 30)]
@@ -36,10 +37,11 @@ def write(home, texts):
 
 
 def sequences(home, ranks=ALONE, folder="run", fresh=False, interrupt=None):
-    paths, text = [str(home / "corpus.jsonl")], Tokenizer.load(home / "tokenizer")
+    data, text = SFTData(paths=(str(home / "corpus.jsonl"),), max_len=16), Tokenizer.load(home / "tokenizer")
     run = RunConfig(folder=str(home / folder), steps=1, fresh=fresh)
     interrupt = interrupt or SimpleNamespace(requested=False)
-    found, digest = corpus.stored_sequences(paths, text, 16, run, ranks, interrupt)
+    stored = corpus.stored_documents(data, text, run, ranks, interrupt)
+    found, digest = Sequences(stored, 16), stored.digest
     return [found[i].tolist() for i in range(len(found))], digest
 
 
@@ -156,7 +158,7 @@ def test_a_stop_while_documents_are_read_ends_with_75_and_leaves_nothing_behind(
     monkeypatch.setattr(store, "BLOCK_DOCUMENTS", 1)
     interrupt = corpus.Interrupt()
 
-    def interrupted(paths):
+    def interrupted(paths, column):
         for number, doc in enumerate(read_documents(paths)):
             assert number < 7, "it reads on"
             if number == 5:
@@ -175,7 +177,7 @@ def test_what_a_killed_run_left_goes_before_more_is_written(home, monkeypatch):
     left = home / "run" / "store" / "0123abcd-00000.bin"
     left.parent.mkdir(parents=True)
     left.touch()
-    monkeypatch.setattr(corpus, "read_documents", lambda paths: [] if left.exists() else read_documents(paths))
+    monkeypatch.setattr(corpus, "read_documents", lambda paths, column: [] if left.exists() else read_documents(paths))
     assert sequences(home)[0] == in_memory(home)
 
 
@@ -198,7 +200,7 @@ def two_ranks_worker(rank, home):
     ranks.barrier()
     read = []
 
-    def slowly(paths):
+    def slowly(paths, column):
         for doc in read_documents(paths):
             read.append(doc)
             time.sleep(0.01 if rank == 0 else 0)

@@ -17,6 +17,7 @@ from thinkmid.errors import UserError
 from thinkmid.files import read_rows
 from thinkmid.model import weights
 from thinkmid.run import checkpoint
+from thinkmid.run.config import ExportConfig
 from thinkmid.run.folder import LOCK
 from thinkmid.run.ranks import Ranks
 from thinkmid.train import corpus, job, rlmt, sft
@@ -267,10 +268,12 @@ def test_an_export_that_fails_says_where_the_run_goes_on(tmp_path, monkeypatch, 
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(weights, "save", full)
-    monkeypatch.setattr(weights, "stream", lambda model: [])
+    monkeypatch.setattr(weights, "stream", lambda model, dtype: [])
     run = SimpleNamespace(
         folder=tmp_path, source=SimpleNamespace(folder=tmp_path), model=SimpleNamespace(cfg=None), saved_step=saved_step
     )
+    run.cfg, run.same, run.export_dtype = SimpleNamespace(export=ExportConfig()), None, "float32"
+    run.ranks = SimpleNamespace(rank=1)  # rank 0 has the card
     run.refuse_broken = lambda step: None
     with pytest.raises(UserError, match=rf"resumes from step {saved_step}$"):
         job.Job.export(run)

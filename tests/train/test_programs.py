@@ -1,12 +1,15 @@
 """A user's mistake is one line that names it, exit code 2, and nothing written over."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import exit_code
-from world import rlmt_flags, sft_flags
+from world import TEXTS, rlmt_flags, sft_flags
 
+from thinkmid import cli
 from thinkmid.data.sequences import read_sequences
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import rlmt, sft
@@ -98,7 +101,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home, capsys):
         (["--data.paths", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--sampling.max-think", "125"], "context"),
         (["--data.max-prefix", "8"], "corpus.jsonl:1"),
-        (["--model.folder", "nowhere"], "nowhere/config.json"),
+        (["--model.folder", "nowhere"], "nowhere: no such folder"),
         (["--batch.siblings", "1"], "siblings"),
     ],
 )
@@ -161,3 +164,19 @@ def test_a_run_folder_is_not_taken_over_by_another_run(spoilt, capsys):
     (spoilt / "corpus.jsonl").write_text(text)
     assert "data" in refused(capsys, rlmt, rlmt_flags(spoilt, "mine", steps=2))
     assert exit_code(rlmt, [*rlmt_flags(spoilt, "mine", steps=2), "--run.fresh", "true"]) == 0
+
+
+def test_the_recipe_for_text_without_thoughts_has_no_dead_group_where_a_judge_has_many(home, tmp_path):
+    texts = [re.sub("<think>.*</think>", "", text) for text in TEXTS]
+    (tmp_path / "raw.txt").write_text("\n".join(texts))
+    recipe = str(Path(cli.__file__).parents[1] / "configs" / "mini-text.toml")
+    flags = [recipe, f"--data.paths={tmp_path}/raw.txt", f"--model.folder={home}/sft/export", "--data.max_prefix=64"]
+    flags += ["--run.steps=2", "--batch.prompts=4"]
+    rows = {}
+    for name, more in (("recipe", []), ("judged", ["--reward.judge=1", "--reward.gain=0", "--loss.scope=all"])):
+        assert exit_code(rlmt, [*flags, *more, f"--run.folder={tmp_path}/{name}"]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    assert [row["dead_groups"] for row in rows["recipe"]] == [0, 0]
+    assert all(row["gain"] != 0 and row["reward"] != 0 and row["grad_norm"] > 0 for row in rows["recipe"])
+    assert sum(row["dead_groups"] for row in rows["judged"]) > 0

@@ -11,7 +11,7 @@ def drill(tmp_path_factory):
     """What drill.py found; in a process of its own, whose forks inherit no threads of torch's."""
     folder = tmp_path_factory.mktemp("drill")
     program = Path(__file__).parents[1] / "helpers" / "drill.py"
-    done = subprocess.run([sys.executable, program, "--folder", folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program, "--folder", folder], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + (folder / "out.txt").read_text()
     return json.loads((folder / "results.json").read_text())
 
@@ -64,3 +64,22 @@ def test_what_one_rank_finds_wrong_every_rank_says_and_none_waits(drill):
     assert (damaged["codes"], damaged["wrote"]) == ([2], ["store"])
     line = "flipped/model.safetensors: does not match its sha256 in thinkmid.json"
     assert [said.partition(";")[0] for said in damaged["said"]] == [f"error (rank {r}): {line}" for r in (0, 1)]
+
+
+def test_adapters_of_two_ranks_resume_bitwise_and_a_checkpoint_holds_nothing_of_the_base(drill):
+    run = drill["adapters"]
+    assert -9 in run["killed"]
+    assert "step-000002" in run["left"]
+    assert (run["codes"], run["differences"]) == ([0], [])
+    names = [f"layers.{i}.{path}_proj.{factor}" for i in (0, 1) for path in PATHS for factor in ("lora_a", "lora_b")]
+    assert run["saved"] == sorted(f"{kind}.{n}" for n in names for kind in ("model", "exp_avg", "exp_avg_sq", "step"))
+
+
+PATHS = [*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up", "down"))]
+
+
+def test_the_base_of_adapters_may_move_and_not_change(drill):
+    run = drill["adapters"]
+    assert (run["moved"], run["other"]) == ([0], [2])
+    said = "base/export: not the weights that this run began with; --run.fresh starts over"
+    assert sorted(run["said"]) == [f"error (rank {rank}): {said}" for rank in (0, 1)]

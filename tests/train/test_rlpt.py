@@ -1,13 +1,19 @@
 """Questions through the loop: what is asked, what is rewarded, what a mistake earns."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from conftest import exit_code
 from world import sft_flags
 
+from thinkmid import config
+from thinkmid.data.templates import TEMPLATES
 from thinkmid.files import read_rows
+from thinkmid.rollout.grade import reward
 from thinkmid.train import rlpt, sft
+from thinkmid.train.config import RLPTConfig
 
 QUESTIONS = [
     {"id": f"q{i}", "question": f"Ana has {i} coins. Ben finds 1 more. So there are", "answer": str(i + 1)}
@@ -60,6 +66,40 @@ def test_a_run_asks_the_questions_and_rewards_by_their_answers(home, kind):
             assert asked[s["prompt_id"]]["answer"] in s["suffix"]
     if kind == "math":
         assert all("verify_exact" in row for row in rows)
+
+
+def test_samples_end_with_the_token_that_completes_a_stop_text_of_the_template_or_ones_own(home, monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "plain", replace(TEMPLATES["plain"], stop=("1", "2")))
+    given = []
+
+    class Noting(reward.AnswerReward):
+        def __init__(self, *args, **more):
+            given.append(more["stops"])
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(reward, "AnswerReward", Noting)
+    more = ['--sampling.stop=["3", " coins"]', "--sampling.max_suffix=30", "--run.steps=1", "--batch.pack_tokens=512"]
+    assert exit_code(rlpt, flags(home, "stop", *more)) == 0
+    samples = read_rows(home / "stop" / "rollouts" / "step-000001.jsonl")
+    stopped = [s for s in samples if s["finish"] == "stop"]
+    assert stopped
+    for s in samples:
+        assert (s["finish"] == "stop") == bool(re.search("[123]| coins", s["suffix"]))
+        assert not re.search("([123]| coins).{4}", s["suffix"])
+    assert {s["suffix"].strip()[-1] for s in stopped} & {"1", "2"}
+    assert given == [("1", "2", "3", " coins")]
+
+
+def test_the_templates_own_stop_texts_are_given_to_the_engine_unless_they_are_turned_off():
+    where = ["--model.folder=m", "--data.path=q", "--run.folder=r", "--run.steps=1", "--loss.denom=1", "--optim.lr=1"]
+    for more, stop in [
+        (["--data.template=plain"], ("\nQuestion:",)),
+        (["--data.template=plain", "--sampling.stop=Q:"], ("\nQuestion:", "Q:")),
+        (["--data.template=plain", "--sampling.stop=Q:", "--data.template_stop=false"], ("Q:",)),
+        (["--data.template=as-is"], ()),
+    ]:
+        cfg, _ = config.load(RLPTConfig, [*where, *more], prog="", description="")
+        assert cfg.drawn == replace(cfg.sampling, stop=stop)
 
 
 def test_questions_that_are_too_long_are_left_out_and_counted(home, capsys):

@@ -5,20 +5,27 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import exit_code, join_ranks, spawn
+from safetensors.numpy import load_file
 from world import rlmt_flags, sft_flags
 
+from thinkmid.data.sequences import read_sequences
 from thinkmid.errors import UserError
 from thinkmid.model import weights
 from thinkmid.rollout.engine import weight_sync
 from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.run import checkpoint
 from thinkmid.run.interrupt import Interrupt
+from thinkmid.run.log import Log
 from thinkmid.run.ranks import start_ranks
+from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import metrics, rl, rlmt, sft, supervised
 from thinkmid.train.optim import Offload
 from thinkmid.train.rollouts import STEPS_BETWEEN_POLLS, rollouts
@@ -359,3 +366,89 @@ def test_neighbours_that_share_an_engine_stop_at_the_same_step_and_other_engines
     assert not found[0]["whole"]
     assert found[2:] == [{"steps": 37, "whole": True, "saves": True}] * (world - 2)
     assert all(f["saves"] for f in found)
+
+
+# what the console says
+
+
+def test_a_run_begins_with_what_it_is_and_a_stop_ends_with_what_is_saved(home, capsys, monkeypatch):
+    flags = [*rlmt_flags(home, "said", steps=3), "--run.save-every", "0", "--loss.entropy", "0.01"]
+    with monkeypatch.context() as patch:
+        signal_in(patch, rl, "policy_loss", home / "said", lambda packs, _: packs.count(1) == 1)
+        assert exit_code(rlmt, flags) == 75
+    lines = capsys.readouterr().out.splitlines()
+    num = sum(math.prod(tensor.shape) for tensor in load_file(home / "sft/export/model.safetensors").values())
+    # 24 documents with a thought each, 3 steps of 5
+    assert lines[0] == (
+        f"RLMT of {home}/sft/export: {num:,} parameters, float32 on cpu, 1 rank; 24 prompts of at most 13 tokens, "
+        "5 x 4 a step; 3 steps = 0.625 epochs, from step 0"
+    )
+    assert lines[-1] == "stopped: saved step 2; the same command resumes"
+    assert exit_code(rlmt, flags) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("3 steps = 0.625 epochs, from step 2")
+
+
+def test_bf16_on_a_cpu_without_its_units_is_said(home, capsys, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    flags = [*rlmt_flags(home, "half", steps=1), "--model.dtype", "bfloat16", "--engine.check-every", "0"]
+    assert exit_code(rlmt, flags) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "bf16 units" in line]
+    assert [line.split(": ")[1] for line in said] == ["model.dtype bfloat16"]
+
+
+def test_sft_begins_with_its_documents_tokens_and_epochs(home, capsys):
+    flags = [*sft_flags(home), "--run.steps=0", "--data.epochs=2", "--run.folder", f"{home}/headline"]
+    assert exit_code(sft, flags) == 0
+    (first,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SFT of ")]
+    tokenizer = Tokenizer.load(home / "sft/export")
+    lengths = [len(tokens) for tokens, _ in read_sequences([f"{home}/corpus.jsonl"], tokenizer, 64)]
+    epochs = len(rows_of(home / "headline")) * 256 / sum(lengths)
+    assert f"; 24 documents, {sum(lengths):,} tokens, at most 256 a step; " in first
+    assert f"{epochs:.3g} epochs, from step 0" in first
+
+
+def test_a_stop_that_could_save_nothing_does_not_claim_to(home, capsys, monkeypatch):
+    def full(*_, **__):
+        raise checkpoint.CheckpointError("no space")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    signal_in(monkeypatch, rl, "policy_loss", home / "full", lambda packs, _: len(packs) == 1)
+    assert exit_code(rlmt, [*rlmt_flags(home, "full", steps=3), "--loss.entropy", "0.01"]) == 75
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped: nothing is saved; the same command resumes"
+
+
+@pytest.mark.parametrize("which", ["rlmt", "sft"])
+def test_checkpoints_by_the_clock_change_nothing_but_where_a_killed_run_resumes(home, programs, monkeypatch, which):
+    program, flags, *_ = programs[which]
+    alone, timed, minutes = home / f"{which}-unsaved", home / f"{which}-timed", ["--run.save-minutes", "10"]
+    assert exit_code(program, [*flags, "--run.folder", str(alone)]) == 0
+    real, save, saves = time.monotonic, checkpoint.save, []
+
+    def late():
+        # six minutes a step: the first checkpoint is due after two
+        return real() + 360 * (len(rows_of(timed)) if (timed / "metrics.jsonl").exists() else 0)
+
+    def noted(root, step, *args, **options):
+        saves.append(step)
+        return save(root, step, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", late)
+        patch.setattr(checkpoint, "save", noted)
+        assert exit_code(program, [*flags, *minutes, "--run.folder", str(timed)]) == 0
+    assert saves == [2, 3]  # and the last
+    assert left(timed) == left(alone)
+
+
+def test_the_phase_on_the_console_is_the_one_in_the_watch_file(home, monkeypatch):
+    seen, phase = [], Log.phase
+
+    def noted(self, name):
+        phase(self, name)
+        seen.append(name)
+
+    monkeypatch.setattr(Log, "phase", noted)
+    flags = [*rlmt_flags(home, "phases", steps=2), "--data.val-paths", str(home / "corpus.jsonl")]
+    assert exit_code(rlmt, flags) == 0
+    step = ["sync", "rollout", "reward", "train"]
+    assert seen == [*(f"validation: {name}" for name in step[:3]), *step, *step, "save", "export"]

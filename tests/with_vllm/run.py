@@ -130,10 +130,10 @@ def compared(train):
     def run(job, cfg, sampler, prompts, *given):
         train(job, cfg, sampler, prompts, *given)
         engine = sampler._engine
-        native = NativeEngine(job.model.cfg, job.tokenizer)
+        native = NativeEngine(job.model.cfg, job.tokenizer, dtype=cfg.engine.dtype)
         engine.wake_weights()
         for e in (engine, native):
-            sums = weight_sync.push(job.model, e, cfg.run.steps, torch.float32)
+            sums = weight_sync.push(job.model, e, cfg.run.steps, getattr(torch, cfg.engine.dtype))
             assert weight_sync.difference(e, sums, {}) == ""
         engine.wake_cache()
         greedy = Sampling(temperature=0, max_think=20, max_suffix=8)

@@ -28,6 +28,10 @@ FAMILIES = [
     # the second rank holds padding alone; vLLM takes the width for heads * head_dim
     replace(BASE, kind="qwen2", kv_heads=2, vocab=37, width=128, tied=True, attention_bias=False),
     replace(BASE, kind="qwen3", kv_heads=4, vocab=640, attention_bias=False),
+    replace(BASE, kind="mistral", kv_heads=2, attention_bias=False, window=9, windowed_layers=(0, 1)),
+    replace(BASE, kind="smollm3", tied=True, no_rope_layers=(1,)),
+    replace(BASE, kind="olmo2", kv_heads=2),
+    replace(BASE, kind="olmo3", kv_heads=4, rope_theta=5e5, window=9, windowed_layers=(0,)),
 ]
 
 

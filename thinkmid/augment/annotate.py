@@ -14,7 +14,7 @@ from thinkmid.run.interrupt import Interrupt
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(AnnotateConfig, argv, prog="python -m thinkmid.augment.annotate", description=__doc__)
+    cfg, dry_run = config.load(AnnotateConfig, argv, prog="thinkmid annotate", description=__doc__)
     if dry_run and cfg.annotator.kind != "engine":
         print(config.to_toml(cfg), end="")
         return 0

@@ -26,7 +26,9 @@ class AnnotateRun:
 class AnnotateData:
     """What is annotated."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -37,7 +39,7 @@ class AnnotateData:
 class ChunkConfig:
     """How documents are cut."""
 
-    tokenizer: str  # Hugging Face folder of the model to be trained: its tokens are counted
+    tokenizer: str  # folder of the model to be trained, or its name on the Hub: its tokens are counted
     max_tokens: int = 2048  # L: of a chunk, without thoughts; cut at paragraph or sentence ends
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class EndpointConfig:
 class WriterConfig:
     """The annotator's model, for kind 'engine'."""
 
-    folder: str = ""  # Hugging Face folder of a model that follows instructions; its chat template is used
+    # Hugging Face folder, or name on the Hub, of a model that follows instructions; its chat template is used
+    folder: str = ""
     temperature: float = 0.8
     top_p: float = 1.0
     max_tokens: int = 4096  # of one answer

@@ -12,6 +12,7 @@ from thinkmid.augment.config import AnnotateConfig, WriterConfig
 from thinkmid.augment.shards import Piece
 from thinkmid.data.chat import Chat
 from thinkmid.errors import UserError
+from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.plan import memory
@@ -39,6 +40,7 @@ class EngineAnnotator:
             check_vllm()
         self._model_cfg, self._tokenizer = read_config(self._folder), Tokenizer.load(self._folder)
         self._chat = Chat(self._folder, self._tokenizer, thinking=cfg.writer.thinking)
+        self._tokenizer = self._chat.tokenizer  # an answer ends with its turn
         self._max_len = longest(cfg, self._model_cfg.max_positions)
         self._ranks = start_ranks()
         self._known = identity.verified(self._folder, self._ranks)
@@ -48,7 +50,9 @@ class EngineAnnotator:
 
     def outcomes(self, pieces: Iterator[Piece]) -> Generator[tuple[Piece, Outcome]]:
         """Pieces with what became of them; once interrupted, what was unfinished is left out."""
-        cfg = self._cfg
+        cfg, ranks = self._cfg, self._ranks
+        for line in launch.slow_dtypes(ranks.device, {"engine.dtype": cfg.engine.dtype}) if ranks.rank == 0 else ():
+            print(f"warning: {line}", flush=True)
         engine = make_engine(
             cfg.engine, self._folder, self._model_cfg, blind(self._tokenizer),
             device=self._ranks.device, max_len=self._max_len, rows=cfg.writer.max_batch,

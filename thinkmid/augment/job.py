@@ -1,6 +1,6 @@
 """One job of an annotation run: its chunks go to an annotator, their outcomes into journals, whole parts to files."""
 
-import json
+import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -18,7 +18,8 @@ from thinkmid.augment.progress import Progress
 from thinkmid.augment.shards import Piece
 from thinkmid.data.source import left_out, read_documents
 from thinkmid.errors import UserError
-from thinkmid.files import write_whole
+from thinkmid.files import write_json
+from thinkmid.run import progress
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.tokenizer import Tokenizer
 
@@ -66,9 +67,13 @@ class Job:
         self.cfg, self.folder, self._annotator, self._interrupt = cfg, Path(cfg.run.folder), annotator, interrupt
         self._tokenizer = Tokenizer.load(cfg.chunks.tokenizer)
         claim(cfg, self._tokenizer, annotator.model)
-        self._split = split.ensure(self.folder, cfg.data.paths, cfg.split)
+        self._split = split.ensure(self.folder, cfg.data.paths, cfg.split, cfg.data.column)
         job, jobs = share(cfg.shard)
         self.progress = Progress(f"annotate {job}/{jobs}", self._split.documents, cfg.run.progress_s)
+        # ranks share a console, jobs of a cluster do not
+        rank, every_s = int(os.environ.get("RANK", "0")), cfg.run.progress_s
+        bar = progress.Progress(self.progress.title, self.progress.total, "documents", rank=rank, every_s=every_s)
+        self._bar = stack.enter_context(bar)
         self._journals: dict[int, shards.Journal] = {}
         again = self._is_fruitless(shards.merge(self.folder, cfg.run.parts))
         for part in range(job, cfg.run.parts, jobs):
@@ -80,7 +85,7 @@ class Job:
     def pieces(self) -> Iterator[Piece]:
         """Chunks that no journal holds, in source order. Notes every document of these parts as it passes."""
         seen = set()
-        for doc in read_documents(self.cfg.data.paths) if self._journals else ():
+        for doc in read_documents(self.cfg.data.paths, self.cfg.data.column) if self._journals else ():
             self.progress.documents += 1
             key = split.key(doc.text)
             part = shards.part_of(key, self.cfg.run.parts)
@@ -122,12 +127,12 @@ class Job:
             yield piece, outcome if chunks_fault else replace(outcome, refused="", failed=outcome.refused)
 
     def record(self, piece: Piece, outcome: Outcome) -> None:
-        """Write an outcome down, and now and then a line of progress."""
+        """Write an outcome down, and show how far the job is."""
         self.progress.count(outcome)
         if row := as_row(piece.place, outcome):
             self._journals[piece.part].add(row)
+        self._bar.at(self.progress.documents, self.progress.counts())
         if self.progress.due():
-            self.progress.say(self.progress.line())
             for journal in self._journals.values():
                 journal.sync()
 
@@ -150,7 +155,7 @@ class Job:
         total["cost"] = round(sum(total.get(name, 0) * price / 1e6 for name, price in prices.items()), 4)
         total["left_out"] = self._split.left_out
         total["last_run"] = self.progress.row() | {"endpoint_failures": dict(self._annotator.failures)}
-        write_whole(self.folder / "report.json", json.dumps(total, indent=1) + "\n")
+        write_json(self.folder / "report.json", total)
         for line in [self.progress.line(), *summary(self.cfg, total)]:
             self.progress.say(line)
         return total

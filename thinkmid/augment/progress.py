@@ -1,4 +1,4 @@
-"""How far a process is with its chunks: counts, rates, a line now and then."""
+"""How far a process is with its chunks: counts and rates, on the console as they change."""
 
 import time
 from collections import Counter
@@ -41,12 +41,13 @@ class Progress:
         return {name: round(value, 3) for name, value in about.items()} | {"unanswered": self.unanswered}
 
     def line(self) -> str:
+        return f"{self.documents}/{self.total} documents read, {self.counts()}"
+
+    def counts(self) -> str:
         row = self.row()
         unanswered = f", {self.unanswered.total()} unanswered" if self.unanswered else ""
-        return (
-            f"{self.documents}/{self.total} documents read, {self.chunks} chunks ({self.refused} refused{unanswered}), "
-            f"{row['chunks_per_s']:.1f} chunks/s, {row['written_tokens_per_s']:.0f} tokens/s written"
-        )
+        rates = f"{row['chunks_per_s']:.1f} chunks/s, {row['written_tokens_per_s']:.0f} tokens/s written"
+        return f"{self.chunks} chunks ({self.refused} refused{unanswered}), {rates}"
 
     def due(self) -> bool:
         if due := time.monotonic() - self.said >= self.every_s:

@@ -64,7 +64,7 @@ class Split:
     documents: int  # read, the ones left out included
 
 
-def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
+def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, column: str = "text") -> Split:
     """The split in folder; made if it is not there, while other processes wait.
 
     UserError: it was made with other settings or from other files.
@@ -75,7 +75,7 @@ def ensure(folder: Path, paths: tuple[str, ...], cfg: SplitConfig) -> Split:
     with locked(folder / "split" / ".lock"):
         manifest = read_manifest(folder / "split")
         if manifest is None:
-            manifest = make(folder / "split", paths, cfg, wanted)
+            manifest = make(folder / "split", read_documents(paths, column), cfg, wanted)
     if manifest | wanted != manifest:
         raise UserError(f"{folder}/split was made with other settings or from other files; name another run.folder")
     with (folder / "split" / "documents.jsonl").open(encoding="utf-8") as lines:
@@ -102,9 +102,9 @@ def read_manifest(folder: Path) -> Row | None:
     return manifest if good and sha256(listed).hexdigest() == manifest.get("sha256") else None
 
 
-def make(folder: Path, paths: tuple[str, ...], cfg: SplitConfig, wanted: Row) -> Row:
+def make(folder: Path, documents: Iterable[Document], cfg: SplitConfig, wanted: Row) -> Row:
     pools, about = evaluation(cfg)
-    rows, kept = first_pass(read_documents(paths), cfg, pools)
+    rows, kept = first_pass(documents, cfg, pools)
     near_duplicates(rows, kept, cfg)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     dropped = Counter(row["dropped"] for row in rows if "dropped" in row)

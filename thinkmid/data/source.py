@@ -1,5 +1,6 @@
 """Documents out of files and folders, and the seeded order in which a program takes them."""
 
+import glob
 import gzip
 import importlib
 import io
@@ -8,7 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -19,34 +20,42 @@ from typing import Any
 import numpy as np
 
 from thinkmid.errors import UserError, plain
+from thinkmid.files import read_json
 
-ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-SUFFIXES = (*ROWS, ".txt", ".md")
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+SAVED, SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk: one set in its folder, or several below
+TEXTS = (".txt", ".md")
+TEXT_ENDS = tuple(f"{ending}:1" for ending in TEXTS)  # of `where` in a file that is one text
+SUFFIXES = (*ROWS, *TEXTS)
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 # files that describe a data set
 CARD = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|data(set)?[_-]?card)([._-][a-z]{2}){0,2}\.(md|txt)", re.I
 )
+IN_CACHE = re.compile(r".*/(?=datasets--[^/]+/snapshots/)")  # the place of the Hub's cache
 BOM = b"\xef\xbb\xbf"
+BATCH = 1024  # rows of a table in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """A text and where it came from."""
 
-    id: str  # the row's own, else `where`
+    id: str  # the row's own, else `where`, without the place of the Hub's cache
     text: str  # not blank; otherwise as it stands in the file: line ends, NUL bytes and all
     where: str  # "file:line", for messages; "file:row" in parquet, "file:1" for a file that is one text
+    messages: Sequence[Mapping[str, str]] = ()  # of a conversation, whose text is only counted; see conversations.py
 
 
-def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+def read_documents(paths: Sequence[str | Path], column: str = "text") -> Iterator[Document]:
     """Documents of the given files and folders, in that order; those with blank text are left out.
 
-    UserError names the file and line: as in read_rows; no "text", or not a string; nothing left at all.
+    column: of rows, the field that holds the text. UserError names the file and line: as in read_rows; no such field,
+    or not a string; nothing left at all.
     """
     empty = True
-    for where, row in read_rows(paths, only=("id", "text")):
-        document = as_document(where, row)
+    for where, row in read_rows(paths, only=("id", column)):
+        document = as_document(where, row, "text" if where.endswith(TEXT_ENDS) else column)
         if document.text.strip():
             empty = False
             yield document
@@ -55,15 +64,16 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
         raise UserError("; ".join([f"{', '.join(map(str, paths))}: no document with text", *others]))
 
 
-def as_document(where: str, row: dict[str, Any]) -> Document:
-    if "text" not in row:
-        raise UserError(f'{where}: no "text" in this row; it has {", ".join(row) or "nothing"}')
-    if not isinstance(row["text"], str):
-        raise UserError(f'{where}: "text" must be a string, not {json_kind(row["text"])}')
+def as_document(where: str, row: dict[str, Any], column: str = "text") -> Document:
+    if column not in row:
+        raise UserError(f'{where}: no "{column}" in this row; it has {", ".join(row) or "nothing"}')
+    if not isinstance(row[column], str):
+        raise UserError(f'{where}: "{column}" must be a string, not {json_kind(row[column])}')
     if not isinstance(row.get("id", ""), str | int | None):
         raise UserError(f'{where}: "id" must be a string, not {json_kind(row["id"])}')
     own = row.get("id")
-    return Document(id=where if own is None or own == "" else str(own), text=row["text"], where=where)
+    found = IN_CACHE.sub("", where)  # the same on another machine
+    return Document(id=found if own is None or own == "" else str(own), text=row[column], where=where)
 
 
 def json_kind(value: Any) -> str:
@@ -72,17 +82,18 @@ def json_kind(value: Any) -> str:
 
 
 def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of every row in .jsonl (also .gz, .zst) and .parquet files; a .txt or .md file is one {"text": ...}.
+    """(where, row) of every row in .jsonl (also .gz, .zst), .parquet and .arrow files, with all of its fields; a .txt
+    or .md file is one {"text": ...}.
 
     A folder stands for the files that data_files() finds in it. UserError names file and line: missing path, unknown
     kind, file or row that cannot be read.
-    only: the columns that a parquet file is read for, if it has the last of these.
+    only: the columns that a parquet or arrow file is read for, if it has the last of these.
     """
     for file in [file for path in paths for file in data_files(Path(path))]:
         name = file.name.lower()
-        if name.endswith(".parquet"):
-            yield from parquet_rows(file, only)
-        elif name.endswith((".txt", ".md")):
+        if name.endswith((".parquet", ".arrow")):
+            yield from table_rows(file, only)
+        elif name.endswith(TEXTS):
             yield f"{file}:1", {"text": decode(file, b"".join(lines(file)))}
         else:
             for number, line in enumerate(lines(file), start=1):
@@ -91,7 +102,8 @@ def read_rows(paths: Sequence[str | Path], only: Sequence[str] = ()) -> Iterator
 
 
 def data_files(path: Path, kinds: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The file, or those of these kinds below the folder, sorted by path; left_out() names the others.
+    """The file, or those of these kinds below the folder, sorted by path; left_out() names the others. A path with `*`
+    that is none itself stands for all that it matches, `**` for folders of any depth.
 
     Hidden files are none. Links are followed, under their own names: caches and users' folders are made of them. One
     that leads nowhere is an error if it is called as data is. Cards (README.md) are documents among texts alone.
@@ -118,18 +130,45 @@ def _look(path: Path, kinds: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
     """Files that are read, and those that are not."""
     if not os.path.isdir(path):  # these take a path of any length; a pipe, which may never end, is no file
         if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file or folder")
+            if not (matched := sorted(glob.glob(str(path), recursive=True)) if "*" in str(path) else []):
+                raise UserError(f"{path}: no such file or folder")
+            return [file for name in matched for file in data_files(Path(name), kinds)], []
         if not path.name.lower().endswith(kinds):
             raise UserError(f"{path}: unknown kind of file; known are {', '.join(kinds)}")
         return [path], []
     files, closed = _walk(path)
     read = [file for file in files if file.name.lower().endswith(kinds)]
+    _refuse_splits(files)
+    beside = _beside([file for file in read if file.name.endswith(".arrow")])
+    read = [file for file in read if file not in beside]
     bare = [file for file in read if not _is_card(file)]
     # beside rows, or where nothing else could be read, a card is no document
     if any(file.name.lower().endswith(ROWS) for file in bare) or (not bare and len(read) < len(files)):
         read = bare
     others = sorted({*files, *closed} - {*read}, key=lambda file: (_is_card(file), file))
     return [file for name in read for file in data_files(name, kinds)], others
+
+
+def _refuse_splits(files: Iterable[Path]) -> None:
+    """UserError for a DatasetDict of several splits: which would be meant?"""
+    for folder in (file.parent for file in files if file.name == SPLITS):
+        splits = read_json(folder / SPLITS).get("splits")
+        if isinstance(splits, list) and len(splits) > 1:
+            raise UserError(f"{folder}: holds the splits {', '.join(map(str, splits))}; name one: {folder}/{splits[0]}")
+
+
+def _beside(tables: Sequence[Path]) -> set[Path]:
+    """Those of these .arrow files that are no part of the data set which save_to_disk wrote: results of its map()."""
+    beside = set[Path]()
+    for folder in {file.parent for file in tables if (file.parent / SAVED).is_file()}:
+        state = read_json(folder / SAVED)
+        parts = [str(part.get("filename")) for part in state.get("_data_files") or () if isinstance(part, dict)]
+        if lost := [name for name in parts if not (folder / name).is_file()]:
+            raise UserError(f"{folder / lost[0]}: no such file; {SAVED} names it")
+        if state.get("_indices_files"):
+            raise UserError(f"{folder}: an older datasets saved it with a mapping of indices; save it again")
+        beside |= {file for file in tables if file.parent == folder and file.name not in parts}
+    return beside
 
 
 def _is_card(file: Path) -> bool:
@@ -221,19 +260,39 @@ def json_row(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def parquet_rows(file: Path, only: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    pyarrow, parquet = optional("pyarrow", file), optional("pyarrow.parquet", file)
-    number = 0
+def table_rows(file: Path, only: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a .parquet or .arrow file."""
+    pyarrow, number = optional("pyarrow", file), 0
+    batches = parquet_batches if file.name.lower().endswith(".parquet") else arrow_batches
     try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = [name for name in only if name in names] if only and only[-1] in names else None
-            batches = table.iter_batches(batch_size=1024, columns=columns)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, start=1):
-                yield f"{file}:{number}", row
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches(file, only))
+        for number, row in enumerate(rows, start=1):
+            yield f"{file}:{number}", row
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:  # a year that Python has not
         raise UserError(f"{file}:{number + 1}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def parquet_batches(file: Path, only: Sequence[str]) -> Iterator[Any]:
+    with optional("pyarrow.parquet", file).ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=BATCH, columns=_columns(table.schema_arrow.names, only))
+
+
+def arrow_batches(file: Path, only: Sequence[str]) -> Iterator[Any]:
+    """Of a stream, as datasets writes it, or of a file with a footer (Feather)."""
+    pyarrow, ipc = optional("pyarrow", file), optional("pyarrow.ipc", file)
+    with pyarrow.memory_map(str(file)) as source:
+        has_footer = source.read(6) == b"ARROW1"
+        source.seek(0)
+        with ipc.open_file(source) if has_footer else ipc.open_stream(source) as table:
+            columns = _columns(table.schema.names, only) or table.schema.names
+            batches = map(table.get_batch, range(table.num_record_batches)) if has_footer else table
+            for batch in batches:  # of any size
+                for at in range(0, batch.num_rows, BATCH):
+                    yield batch.slice(at, BATCH).select(columns)
+
+
+def _columns(names: Sequence[str], only: Sequence[str]) -> list[str] | None:
+    return [name for name in only if name in names] if only and only[-1] in names else None
 
 
 def optional(package: str, file: Path) -> ModuleType:

@@ -6,7 +6,6 @@ The runs are folders of thinkmid.eval.run with the same questions; differences a
 """
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ from thinkmid import config
 from thinkmid.data.questions import NAME
 from thinkmid.errors import UserError
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words
-from thinkmid.files import Row, check_row, is_count, is_text, read_json, read_rows, write_whole
+from thinkmid.files import Row, check_row, is_count, is_text, read_json, read_rows, write_json
 
-ALIKE = ("template", "samples", "temperature", "top_p", "max_new", "max_direct")  # should be the same in both
+# should be the same in both
+ALIKE = ("template", "system", "shots", "samples", "temperature", "top_p", "max_new", "max_direct", "stop")
 FIELDS = {f.name for f in fields(Graded)}
 KINDS = {"question": is_text, "sample": is_count, "num_think": is_count}
 
@@ -31,9 +31,8 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    usage = "python -m thinkmid.eval.compare"
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=usage, description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog="thinkmid compare", description=__doc__, formatter_class=form)
     parser.add_argument("a", metavar="RUN_A", type=Path)
     parser.add_argument("others", metavar="RUN_B", type=Path, nargs="+")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write the numbers to this file too")
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
         show(a.folder, row)
     if args.json:
         about = {"a": str(a.folder), "others": differences}
-        write_whole(args.json, json.dumps(about, indent=2, allow_nan=False) + "\n")
+        write_json(args.json, about)
     return 0
 
 

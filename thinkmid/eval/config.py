@@ -1,10 +1,10 @@
 """What is evaluated, on which questions, how: the configuration that the programs of this folder share."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from thinkmid.data import questions
-from thinkmid.data.templates import find
+from thinkmid.data import questions, templates
+from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.grade.config import VerifyConfig
@@ -32,19 +32,20 @@ class EvalRun:
 class EvalModel:
     """What is evaluated."""
 
-    folder: str  # Hugging Face folder
+    folder: str  # Hugging Face folder, or ORG/NAME[@REVISION] on the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalData:
+class EvalData(WordingConfig):
     """The sets of questions and the words around them."""
 
-    # layout=path, or name:layout=path: gsm8k, math500, amc23, olympiadbench, gpqa-diamond, questions, ...
+    # layout=path, or name:layout=path, where path may be hf://datasets/ORG/NAME[@REVISION][/PATH]: gsm8k,
+    # math500, amc23, olympiadbench, gpqa-diamond, questions, ...
     sets: tuple[str, ...]
-    template: str = "boxed-think"  # with "-think" the model starts inside its thought
     strict: bool = False  # a set that differs from its public copy is an error, not a note
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for entry in self.sets:
             if not entry.partition("=")[2]:
                 raise ValueError(f"sets: {entry!r} must be LAYOUT=PATH or NAME:LAYOUT=PATH")
@@ -79,14 +80,19 @@ class EvalConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
+    @property
+    def drawn(self) -> EvalSampling:
+        """How samples are drawn: the sampling with the template's stop texts beside its own."""
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
+
 
 def name_of(entry: str) -> str:
     return entry.partition("=")[0].partition(":")[0]
 
 
 def load_sets(cfg: EvalData) -> dict[str, questions.QuestionSet]:
-    """Sets by name, with a line on the console for each. UserError: the template or a set cannot be used."""
-    find(cfg.template)
+    """Sets by name, with a line on the console for each. UserError: a set cannot be used."""
     sets = {}
     for entry in cfg.sets:
         head, _, path = entry.partition("=")

@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from thinkmid import hub
 from thinkmid.data.questions import Question
+from thinkmid.data.wording import digest, read_shots
 from thinkmid.errors import UserError
 from thinkmid.eval.config import EvalConfig
 from thinkmid.files import Kinds, Row, check_row, is_count, is_text, read_json, read_rows
 from thinkmid.rollout.engine.protocol import Sampling
 
 MARK = "drawn-by.json"
+NEWER = {"data.system": "", "data.shots": ""}  # settings that marks of older versions lack
 PATH_ALONE = "model, template, sampling and seed"
 KEYS: Kinds = {"id": is_text, "sample": is_count}  # fields that identify a sample, of a row and of its prompt's meta
 DRAWN: Kinds = {"text": is_text, "finish": is_text, "num_think": is_count}
@@ -54,8 +57,11 @@ def whole(folder: Path, name: str, questions: Iterable[Question], samples: int) 
 def settings(cfg: EvalConfig) -> dict[str, Any]:
     """The settings that decide generations, beside the model."""
     sampling = {f"sampling.{name}": value for name, value in vars(cfg.sampling).items()}
+    sampling["sampling.stop"] = list(cfg.drawn.stop) or None  # None: as in the marks of versions without stop texts
     engine = {f"engine.{name}": getattr(cfg.engine, name) for name in ("kind", "dtype")}
-    return {"data.template": cfg.data.template, **sampling, **engine, "run.seed": cfg.run.seed}
+    words = {"data.template": cfg.data.template, "data.system": cfg.data.system}
+    words["data.shots"] = digest(read_shots(cfg.data))
+    return {**words, **sampling, **engine, "run.seed": cfg.run.seed}
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
@@ -87,6 +93,8 @@ def check_folder(folder: Path, cfg: EvalConfig) -> None:
         if not cfg.run.regrade:
             raise UserError(f"{folder}: which weights drew what is there is unknown; run.regrade true grades it still")
     elif cfg.run.regrade:
-        now |= {"model.folder": cfg.model.folder}
-    if odd := [name for name in now if was and was.get(name) != now[name]]:
+        now |= {"model.folder": hub.asked(cfg.model.folder)}
+        if was and not was.get("sampling.stop"):  # their texts go on; each is graded up to a stop text all the same
+            del now["sampling.stop"]
+    if odd := [name for name in now if was and (NEWER | was).get(name) != now[name]]:
         raise UserError(f"{folder}: drawn with {odd[0]} = {was.get(odd[0])}, now {now[odd[0]]}; take another folder")

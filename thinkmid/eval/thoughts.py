@@ -6,15 +6,15 @@ torchrun --nproc-per-node 2 -m thinkmid.eval.thoughts configs/mini-eval.toml
 CONFIG and flags are those of the evaluation (thinkmid.eval.run) whose stored generations are probed.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.data.questions import Question, posed
+from thinkmid.data.wording import Wording
 from thinkmid.errors import UserError
 from thinkmid.eval import conditions, stats
 from thinkmid.eval.conditions import CONDITIONS, KEYS
@@ -24,16 +24,15 @@ from thinkmid.eval.grade import grade
 from thinkmid.eval.prompts import prompts_of
 from thinkmid.eval.summary import Graded, as_row, compare_sets, in_words, tabulate
 from thinkmid.eval.swap import swap
-from thinkmid.files import write_rows, write_whole
+from thinkmid.files import write_json, write_rows
 from thinkmid.rollout.grade.answers import squeezed
 from thinkmid.rollout.grade.grader import Grader, make_grader
 from thinkmid.thoughts import CLOSE
-from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(EvalConfig, argv, prog="torchrun -m thinkmid.eval.thoughts", description=__doc__)
+    cfg, dry_run = config.load(EvalConfig, argv, prog="thinkmid thoughts", description=__doc__)
 
     # it imports torch, which --help does without
     from thinkmid.eval import generate
@@ -45,13 +44,13 @@ def main(argv: list[str]) -> int:
         print(config.to_toml(cfg))
         return 0
     check_folder(folder, cfg)
-    model_cfg, tokenizer = generate.model_of(cfg)
+    model_cfg, wording = generate.model_of(cfg)
     room = model_cfg.max_positions
-    probes = {name: probe_of(cfg, name, found.questions, tokenizer, room) for name, found in sets.items()}
+    probes = {name: probe_of(cfg, name, found.questions, wording, room) for name, found in sets.items()}
     with closing(make_grader(cfg.verify)) as grader:
         if ranks := generate.start(cfg):
             # the engine sees no closing tag in what it draws: its budget of thought is that of the answer
-            sampling = replace(cfg.sampling, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
+            sampling = replace(cfg.drawn, max_think=cfg.sampling.max_suffix, max_suffix=0, force_close=False)
             prompts = {name: probe.prompts for name, probe in probes.items() if probe.prompts}
             generate.draw(cfg, prompts, sampling, folder / "thoughts", ranks, KEYS)
         if not ranks or ranks.rank == 0:
@@ -60,9 +59,9 @@ def main(argv: list[str]) -> int:
                 rows = (asdict(g) | {"condition": c} for c, samples in by_condition.items() for g in samples)
                 write_rows(folder / "graded-thoughts" / f"{name}.jsonl", rows)
             content = read_mark(folder).get("model")
-            about = {"model": cfg.model.folder, "content": content, "template": cfg.data.template}
+            about = {"model": hub.asked(cfg.model.folder), "content": content, "template": cfg.data.template}
             results = about | summarise(probes, graded, cfg.run.seed)
-            write_whole(folder / "thoughts.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+            write_json(folder / "thoughts.json", results)
             show(results)
             print(f"({folder}/thoughts.json)")
         if ranks:
@@ -78,18 +77,16 @@ class Probe:
     about: dict[str, Any]  # numbers of samples and thoughts; notes
 
 
-def probe_of(
-    cfg: EvalConfig, name: str, questions: Sequence[Question], tokenizer: Tokenizer, max_positions: int
-) -> Probe:
+def probe_of(cfg: EvalConfig, name: str, questions: Sequence[Question], wording: Wording, max_positions: int) -> Probe:
     """The probe of a set whose generations are there. UserError: samples are missing, the context is too short."""
-    opened = cfg.data.template.endswith("-think")
+    tokenizer, prompts = wording.tokenizer, prompts_of(cfg, questions, wording, max_positions)
+    opened = tokenizer.opens(prompts[0].tokens)
     rows = whole(Path(cfg.run.folder, "generations"), name, questions, cfg.run.samples)
     found = {(r["id"], r["sample"]): conditions.thought_of(r, tokenizer, opened) for r in rows}
     thoughts = {sample: thought for sample, thought in found.items() if thought}
     known = {q.id: q for q in questions}
     golds = {(id, k): squeezed(posed(known[id], k).gold) for id, k in thoughts}
     donors = swap(golds, cfg.run.seed)
-    prompts = prompts_of(cfg, questions, tokenizer, max_positions)
     asked = {(p.meta["id"], p.meta["sample"]): p for p in prompts}
     room = max_positions - cfg.sampling.max_suffix
     about = {
@@ -119,7 +116,7 @@ def grade_set(
             row["finish"] = "reclosed" if CLOSE in row["text"] else row["finish"]
             row |= {"text": row["thought"] + row["text"], "num_think": row["given"]}
         if rows:
-            graded[condition] = grade(cfg.data.template, rows, questions, grader)
+            graded[condition] = grade(cfg, rows, questions, grader)
     return graded
 
 

@@ -46,22 +46,25 @@ class SharedKeys(NamedTuple):
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, kv_rows: Tensor | None = None,
-    *, impl: str = "auto", deterministic: bool = True,
+    *, impl: str = "auto", deterministic: bool = True, window: int = 0,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each segment's queries over its keys, aligned at the bottom right.
 
     q (T, H, C); k, v (Tk, K, C) with H a multiple of K; cu_q, cu_k (S+1,) int32; kv_rows (Tk',) int64 gathers keys
     and values so that several segments may share rows (a prefix and its continuations). Returns (T, H, C).
     impl: "auto", "flash-attn-3", "flash-attn", "torch-varlen" or "sdpa". deterministic: a GPU's backward adds up in a
-    fixed order. Same as softmax(q k^T / sqrt(C)) v per segment. ValueError for shapes that do not fit.
+    fixed order. window: newest keys that a query sees, its own included; 0: all. Same as softmax(q k^T / sqrt(C)) v per
+    segment. ValueError for shapes that do not fit and a negative window.
     """
     _check(q, k, v, cu_q, cu_k, kv_rows)
-    return SegmentAttention(cu_q, cu_k, kv_rows, impl=impl, deterministic=deterministic)(0, q, k, v)
+    if window < 0:
+        raise ValueError(f"window must be 0 or the number of keys that a query sees, got {window}")
+    return SegmentAttention(cu_q, cu_k, kv_rows, impl=impl, deterministic=deterministic)(0, q, k, v, window)
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentAttention:
-    """varlen_attention of the same segments in every layer. What lengths alone decide is worked out once, at first use.
+    """varlen_attention of the same segments in every layer. What lengths and window decide is worked out at first use.
 
     To find longest and shared, where they are not given, waits for the device that holds cu_q and cu_k, or kv_rows.
     """
@@ -73,21 +76,25 @@ class SegmentAttention:
     deterministic: bool = True
     longest: tuple[int, int] | None = None  # (queries, keys) of the longest segment
     shared: SharedKeys | None = None  # of kv_rows
-    _ready: dict[tuple[str, torch.device, int], _Plan | _Library] = field(default_factory=dict, init=False, repr=False)
+    _ready: dict[tuple[str, torch.device, int, int], _Plan | _Library] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, C), k, v (Tk, K, C) -> (T, H, C). Every layer attends alike."""
-        key = launch.attention_path(q) if self.impl == "auto" else self.impl, q.device, len(k)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+        """q (T, H, C), k, v (Tk, K, C) -> (T, H, C). Layers of one window attend alike."""
+        key = launch.attention_path(q) if self.impl == "auto" else self.impl, q.device, len(k), window
         if key not in self._ready:
             self._ready[key] = self._prepare(*key)
         return self._ready[key](q, k, v)
 
-    def _prepare(self, impl: str, device: torch.device, num_keys: int) -> _Plan | _Library:
+    def _prepare(self, impl: str, device: torch.device, num_keys: int, window: int) -> _Plan | _Library:
         if impl == "sdpa":
-            return _plan(self.cu_q, self.cu_k, self.kv_rows, device)
+            return _plan(self.cu_q, self.cu_k, self.kv_rows, device, window)
         longest = self.longest or (_longest(self.cu_q), _longest(self.cu_k))
         lengths = Lengths(self.cu_q.to(device), self.cu_k.to(device), *longest)
-        return _Library(impl, lengths, self.shared or _shared(self.kv_rows, num_keys), self.deterministic)
+        shared = self.shared or _shared(self.kv_rows, num_keys)
+        # a window that holds every key is none, for which the libraries have faster kernels
+        return _Library(impl, lengths, shared, self.deterministic, (window,) if 0 < window < lengths.max_k else ())
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, kv_rows: Tensor | None) -> None:
@@ -119,14 +126,15 @@ class _Library:
     lengths: Lengths
     shared: SharedKeys | None
     deterministic: bool
+    window: tuple[int, ...]  # keys that a query sees; (): all
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attend = LIBRARIES[self.impl]
+        attend, given = LIBRARIES[self.impl], (self.lengths, self.deterministic, *self.window)
         if self.shared is None:
-            return attend(q, k, v, self.lengths, self.deterministic)
+            return attend(q, k, v, *given)
         all_k, all_v = (_Gather.apply(x, *self.shared) for x in (k, v))  # type: ignore[no-untyped-call]
         with _kept_once({all_k: (k, self.shared.rows), all_v: (v, self.shared.rows)}):
-            return attend(q, all_k, all_v, self.lengths, self.deterministic)
+            return attend(q, all_k, all_v, *given)
 
 
 class _Gather(torch.autograd.Function):
@@ -176,20 +184,24 @@ def _gathered_again(kept: Tensor | Gathered) -> Tensor:
     return source.index_select(0, rows.flatten()).as_strided(shape, stride)
 
 
-def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, deterministic: bool) -> Tensor:
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, deterministic: bool, window: int = 0, *, module: str
+) -> Tensor:
     library = importlib.import_module(module)
-    out = library.flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=deterministic)
+    # keys beside a query's own: how many before it, how many after; -1: all, which `causal` takes back
+    sides: dict[str, Any] = {"window_size": (window - 1, 0)} if window else {}
+    out = library.flash_attn_varlen_func(q, k, v, *lengths, causal=True, deterministic=deterministic, **sides)
     attended: Tensor = out[0] if isinstance(out, tuple) else out  # the first releases of 3 return log-sum-exp as well
     return attended
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, deterministic: bool) -> Tensor:
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, deterministic: bool, window: int = 0) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # here, because it imports torch's compiler: seconds
 
     grouped: dict[str, Any] = {"enable_gqa": True}
     if not _knows_gqa(varlen_attn):
         grouped, (k, v) = {}, (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, *lengths, window_size=(-1, 0), **grouped)
+    out = varlen_attn(q, k, v, *lengths, window_size=(window - 1, 0), **grouped)
     assert isinstance(out, Tensor)
     if deterministic and out.grad_fn is not None:
         _DeterministicMode(out.grad_fn)
@@ -201,9 +213,9 @@ def _knows_gqa(varlen_attn: Any) -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
 
 
-LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, Lengths, bool], Tensor]] = {
-    "flash-attn-3": partial(_flash_attn, "flash_attn_interface"),
-    "flash-attn": partial(_flash_attn, "flash_attn"),
+LIBRARIES: dict[str, Callable[..., Tensor]] = {  # q, k, v, lengths, deterministic, window
+    "flash-attn-3": partial(_flash_attn, module="flash_attn_interface"),
+    "flash-attn": partial(_flash_attn, module="flash_attn"),
     "torch-varlen": _torch_varlen,
 }
 
@@ -266,14 +278,15 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
     return batched.transpose(1, 2)
 
 
-def _plan(cu_q: Tensor, cu_k: Tensor, kv_rows: Tensor | None, device: torch.device) -> _Plan:
+def _plan(cu_q: Tensor, cu_k: Tensor, kv_rows: Tensor | None, device: torch.device, window: int) -> _Plan:
     """Few calls for many segments: lengths that round up to the same step of a sqrt(2) ladder share a batch."""
     groups = defaultdict(list)
     for q0, q1, k0, k1 in zip(*(cu.tolist() for cu in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:])), strict=True):
         if q1 > q0:
             groups[_rung(q1 - q0), _rung(k1 - k0), q1 - q0 == k1 - k0].append((q0, q1, k0, k1))
     buckets = [
-        _bucket(torch.tensor(spans), square, kv_rows, device) for (_, _, square), spans in sorted(groups.items())
+        _bucket(torch.tensor(spans), square, kv_rows, device, window)
+        for (_, _, square), spans in sorted(groups.items())
     ]
     rows = torch.cat([b.q_rows.flatten()[b.real] for b in buckets]) if buckets else torch.empty(0, dtype=torch.long)
     return _Plan(buckets, rows.argsort())
@@ -286,7 +299,7 @@ def _rung(n: int) -> int:
     return step
 
 
-def _bucket(spans: Tensor, square: bool, kv_rows: Tensor | None, device: torch.device) -> _Bucket:
+def _bucket(spans: Tensor, square: bool, kv_rows: Tensor | None, device: torch.device, window: int) -> _Bucket:
     q0, q1, k0, k1 = spans.unbind(1)  # (B,)
     len_q, len_k = q1 - q0, k1 - k0
     i, j = torch.arange(int(len_q.max())), torch.arange(int(len_k.max()))
@@ -294,8 +307,11 @@ def _bucket(spans: Tensor, square: bool, kv_rows: Tensor | None, device: torch.d
     q_rows = torch.where(in_q, q0[:, None] + i, q0[:, None])
     k_rows = torch.where(in_k, k0[:, None] + j, k0[:, None])
     k_rows = k_rows if kv_rows is None else kv_rows.cpu()[k_rows]
-    mask = None
-    if not square:
-        seen = j <= i[:, None] + (len_k - len_q)[:, None, None]  # (B, mq, mk)
-        mask = (seen & in_k[:, None, :])[:, None].to(device)
+    mask, is_cut = None, 0 < window < int(len_k.max())
+    if is_cut or not square:
+        newest = i + (len_k - len_q)[:, None]  # (B, mq) the last key that each query sees
+        seen = (j <= newest[..., None]) & in_k[:, None, :]  # (B, mq, mk)
+        if is_cut:  # a query of the padding sees what the segment's last one does: of no key a softmax may be NaN
+            seen &= j > (newest.minimum(len_k[:, None] - 1) - window)[..., None]
+        mask = seen[:, None].to(device)
     return _Bucket(q_rows.to(device), k_rows.to(device), in_q.flatten().nonzero()[:, 0].to(device), mask)

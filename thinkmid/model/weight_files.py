@@ -14,6 +14,7 @@ from thinkmid.errors import UserError
 from thinkmid.files import digest, read_json, regular
 
 SINGLE, INDEX, SEAL = "model.safetensors", "model.safetensors.index.json", "thinkmid.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a PEFT folder
 Sources = dict[str, tuple[Path, Any]]  # tensor name -> file that holds it, open handle
 
 
@@ -63,9 +64,11 @@ def open_all(folder: Path) -> Sources:
 def _open(folder: Path, file: str) -> Any:
     """A safetensors file, open for slices; a regular file of the folder itself."""
     path, home = folder / file, Path(os.path.realpath(folder))  # unlike resolve, it lives through a loop of links
-    # a snapshot in Hugging Face's cache holds links to the blobs beside it
-    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
-    if Path(os.path.realpath(path)).parent not in homes:
+    real = Path(os.path.realpath(path))
+    # a snapshot in Hugging Face's cache holds links to the blobs of its repository, which may be links to those that
+    # repositories share, in folders by the first two letters of a hash
+    homes = (home.parents[1] / "blobs", home.parents[2] / "blobs") if home.parent.name == "snapshots" else ()
+    if real.parent not in (home, *homes) and real.parent.parent not in homes[1:]:
         raise UserError(f"{path}: links to a file outside its folder")
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")

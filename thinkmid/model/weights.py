@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,31 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import thinkmid
 from thinkmid.errors import UserError
-from thinkmid.files import digest, fsync, swap_in
-from thinkmid.model import weight_files
+from thinkmid.files import digest, fsync, read_json, swap_in
+from thinkmid.model import lora, weight_files
 from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
 from thinkmid.model.weight_files import INDEX, SEAL, SINGLE, Sources, Stamp
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# what an export keeps of the folder that the run began with, byte by byte: nothing in them depends on the weights
+KEPT = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+# computed from config.json; older versions of transformers and other trainers wrote them beside the weights
+BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+MAX_SHARD_BYTES = 5e9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Dtype = str | torch.dtype
@@ -70,10 +82,11 @@ def load_model(folder: str | Path, dtype: Dtype = "float32", device: Device = "c
 def matched(model: Transformer, folder: str | Path) -> tuple[dict[str, Tensor], Sources]:
     """A model's parameters by Hugging Face name, and the open file of each tensor in a folder.
 
-    UserError unless these tensors are the model's. A meta model will do: a wrong config.json asks for no memory.
+    RoPE's buffers are left out, as transformers and vLLM do. UserError unless the other tensors are the model's. A meta
+    model will do: a wrong config.json asks for no memory.
     """
-    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in model.named_parameters()}
-    sources = weight_files.open_all(Path(folder))
+    parameters: dict[str, Tensor] = {hf_name(name): p for name, p in lora.base_parameters(model)}
+    sources = {name: at for name, at in weight_files.open_all(Path(folder)).items() if not BUFFER.fullmatch(name)}
     twin = {HEAD: parameters[EMBEDDING]} if model.cfg.tied and HEAD in sources else {}
     _compare(Path(folder), parameters | twin, sources)
     return parameters, sources
@@ -98,6 +111,14 @@ def load_into(model: Transformer, folder: str | Path) -> None:
         _check_finite(sources[name][0], name, local)
     if HEAD in sources.keys() - parameters.keys():
         _check_twin(folder, sources, *local_rows(parameters[EMBEDDING]))
+
+
+def dtype_of(folder: str | Path) -> str:
+    """The dtype of a folder's weights; where they have several, the narrowest that holds all. UserErrors as in
+    matched."""
+    _, sources = matched(build(read_config(folder), device="meta"), folder)
+    found = {handle.get_slice(name).get_dtype() for name, (_, handle) in sources.items()}
+    return name_of(reduce(torch.promote_types, (FILE_DTYPES[dtype] for dtype in found)))
 
 
 def stream_folder(
@@ -143,7 +164,7 @@ def _compare(folder: Path, expected: dict[str, Tensor], sources: Sources) -> Non
         for name, t in shared.items()
         if t.get_shape() != list(expected[name].shape)
     }
-    odd = {f"{name} {t.get_dtype()}" for name, t in shared.items() if t.get_dtype() not in ("F32", "BF16", "F16")}
+    odd = {f"{name} {t.get_dtype()}" for name, t in shared.items() if t.get_dtype() not in FILE_DTYPES}
     problems = {
         "missing": expected.keys() - sources.keys(),
         "unexpected": sources.keys() - expected.keys(),
@@ -171,7 +192,12 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
     return p.to_local(), offset[0] if offset else 0
 
 
-def reshard(model: Transformer) -> None:
+def whole_tensor(x: Tensor) -> Tensor:
+    """All rows of a tensor, gathered where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def reshard(model: nn.Module) -> None:
     """Back to shards in the master dtype: a unit that a forward left whole shows copies, no optimiser knows them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -184,12 +210,17 @@ def stream(model: Transformer, dtype: Dtype | None = None, *, tied_twice: bool =
 
     One tensor at a time is gathered, already in dtype, from the master weights. Collective for a sharded model: every
     rank must exhaust it. Tensors of a plain model may be the parameters themselves: copy what should outlive a step.
-    tied_twice yields a tied head under its own name too, as engines want it.
+    tied_twice yields a tied head under its own name too, as engines want it. Adapters are merged into their
+    projections, in fp32 before dtype.
     """
     reshard(model)
-    for name, p in model.named_parameters():
-        whole = p.detach() if dtype is None else p.detach().to(_dtype(dtype))
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    adapted = {f"{path}.weight": module for path, module in lora.adapted(model).items()}
+    for name, p in lora.base_parameters(model):
+        if module := adapted.get(name):
+            whole = module.merged(*(whole_tensor(x.detach()) for x in (p, module.lora_a, module.lora_b)))
+            whole = whole if dtype is None else whole.to(_dtype(dtype))
+        else:
+            whole = whole_tensor(p.detach() if dtype is None else p.detach().to(_dtype(dtype)))
         yield hf_name(name), whole
         if tied_twice and model.cfg.tied and hf_name(name) == EMBEDDING:
             yield HEAD, whole
@@ -210,41 +241,56 @@ def save(
     *,
     dtype: Dtype,
     extra_files: str | Path | None = None,
-    max_shard_bytes: float = 5e9,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a Hugging Face folder from stream()'s tensors. Collective: every rank calls it, rank 0 writes.
 
+    Values are rounded to dtype, to nearest even; UserError names a tensor that has values beyond its range.
     An older export at the same place stays until the new one is whole; UserError for a folder that is not an export.
-    extra_files: a folder whose tokenizer files, as far as it has them, come along.
+    extra_files: a folder whose KEPT files, as far as it has them, come along; texts: others, by name, on rank 0.
     """
     folder, many = replaceable(folder), dist.is_available() and dist.is_initialized()
     if many and dist.get_rank():
         for _ in named:
             pass
     else:
-        tmp = _fresh(folder)
-        files = _write_shards(tmp, named, _dtype(dtype), max_shard_bytes)
+        tmp = fresh_folder(folder)
+        files = _write_shards(tmp, named, _dtype(dtype))
         hashes = {file: digest(tmp / file) for file in files}
-        _write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
-        _write_configs(tmp, cfg, str(_dtype(dtype)).removeprefix("torch."))
-        for file in TOKENIZER_FILES:
-            if extra_files is not None and (Path(extra_files) / file).is_file():
-                shutil.copyfile(Path(extra_files) / file, tmp / file)
-        _promote(tmp, folder)
+        write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": hashes})
+        source = Path(extra_files or tmp)
+        if extra_files is not None:
+            _keep(source, tmp)
+        _write_configs(tmp, cfg, name_of(dtype), source)
+        for name, text in (texts or {}).items():
+            (tmp / name).write_text(text, encoding="utf-8")
+        promote(tmp, folder)
     if many:
         dist.barrier()
 
 
-def _write_configs(tmp: Path, cfg: ModelConfig, dtype: str) -> None:
-    _write_json(tmp / "config.json", config_dict(cfg) | {"dtype": dtype, "torch_dtype": dtype})
-    _write_json(tmp / "generation_config.json", {k: v for k, v in token_ids(cfg).items() if v is not None})
+def _keep(source: Path, tmp: Path) -> None:
+    for path in (path for pattern in KEPT for path in source.glob(pattern) if path.is_file()):
+        place = tmp / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
 
 
-def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float) -> list[str]:
+def _write_configs(tmp: Path, cfg: ModelConfig, dtype: str, source: Path) -> None:
+    """config.json, and generation_config.json where the source has none. Padding is as in the source."""
+    was = source / "config.json"
+    pad = {"pad_token_id": read_json(was).get("pad_token_id")} if was.is_file() else {}
+    ids = {key: value for key, value in (token_ids(cfg) | pad).items() if value is not None}
+    write_json(tmp / "config.json", config_dict(cfg) | ids | {"dtype": dtype, "torch_dtype": dtype})
+    if not (tmp / "generation_config.json").exists():
+        write_json(tmp / "generation_config.json", ids)
+
+
+def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[str]:
     """Write tensors to model*.safetensors as they come, one file in memory at a time; file names, index written too."""
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(named, dtype, max_bytes):
+    for shard in _shards(tmp, named, dtype):
         save_file(shard, tmp / f"{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(t.nbytes for t in shard.values())
@@ -254,23 +300,24 @@ def _write_shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.d
         (tmp / f"{i}").rename(tmp / file)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return files
 
 
-def _shards(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float) -> Iterator[dict[str, Tensor]]:
-    """Group tensors, on the CPU and in dtype, into dicts of at most max_bytes, or of one tensor."""
+def _shards(tmp: Path, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Group tensors, on the CPU and in dtype, into dicts of at most MAX_SHARD_BYTES, or of one tensor."""
     shard: dict[str, Tensor] = {}
     for name, tensor in named:
         tensor = tensor.detach().to("cpu", dtype).contiguous()
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+        _check_finite(tmp, name, tensor)
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = tensor
     yield shard
 
 
-def _fresh(folder: Path) -> Path:
+def fresh_folder(folder: Path) -> Path:
     """An empty folder.tmp. Puts back an older export that a crash left half renamed."""
     tmp, old = folder.with_name(folder.name + ".tmp"), _aside(folder)
     if old.exists() and not folder.exists():
@@ -281,9 +328,9 @@ def _fresh(folder: Path) -> Path:
     return tmp
 
 
-def _promote(tmp: Path, folder: Path) -> None:
+def promote(tmp: Path, folder: Path) -> None:
     """Make tmp durable, then put it in folder's place."""
-    for path in (*tmp.iterdir(), tmp):
+    for path in (*tmp.rglob("*"), tmp):
         fsync(path)
     swap_in(tmp, folder, _aside(folder))
     shutil.rmtree(_aside(folder), ignore_errors=True)
@@ -294,8 +341,13 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def name_of(dtype: Dtype) -> str:
+    """Its name in DTYPES."""
+    return str(_dtype(dtype)).removeprefix("torch.")
 
 
 def _dtype(dtype: Dtype) -> torch.dtype:

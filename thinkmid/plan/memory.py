@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from thinkmid import config
+from thinkmid.errors import counted
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.transformer import ModelConfig, fresh_model_cfg
 from thinkmid.plan import time
-from thinkmid.plan.footprint import outside, scoring, training_phase
+from thinkmid.plan.footprint import mask_span, outside, scoring, training_phase
 from thinkmid.plan.time import BYTES, block_parameters, cache_bytes
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.judge.ask import resident_engine
@@ -59,22 +60,30 @@ def dry_run_rl(cfg: Any, model_cfg: ModelConfig, max_prefix: int, judge: dict[st
     b, s = cfg.batch, cfg.sampling
     samples = b.prompts * b.siblings
     device, copies = device_of(cfg.model.dtype, cfg.engine), cfg.keeps_frozen + bool(cfg.ema_decay)
-    # the tokens of a group's prefix need no mask
-    replies = b.siblings * s.max_new
-    span = replies * (max_prefix + s.max_new) // (max_prefix + replies) * b.share_prefix
+    copies *= not cfg.model.lora_rank  # the base without its adapters is no copy
+    # the tokens of a group's prefix need no mask, but where a window hides a part of it
+    replies, longest = b.siblings * s.max_new, max_prefix + s.max_new
+    span = replies * longest // (max_prefix + replies) * b.share_prefix
+    prefixes = max_prefix**2 // (max_prefix + replies)
+    span = mask_span(model_cfg, span, span + prefixes if b.share_prefix else longest, longest)
     train = training_phase(model_cfg, cfg.model, b.pack_tokens, world, copies, device=device, span=span)
     if cfg.loss.next_token:
         second = BYTES[cfg.model.dtype] * model_cfg.width * (model_cfg.vocab + b.pack_tokens)
         train["head: gradients of the policy loss beside those of the next-token loss"] = second
     rows = min(s.max_batch, -(-samples // world))
     rollout = rollout_phase(model_cfg, s, cfg.engine, max_prefix, rows, -(-b.prompts // world))
-    resident = {k: v for k, v in train.items() if "master" in k or ("moments" in k and not cfg.optim.offload)}
+    resident = {
+        k: v for k, v in train.items() if "master" in k or "frozen" in k or ("moments" in k and not cfg.optim.offload)
+    }
     resident |= outside(device, world)
     check = {}
     if cfg.engine.check_every:
         scored = min(cfg.engine.check_samples * s.max_new, b.pack_tokens)
         check["samples scored again (engine.check_every)"] = scoring(model_cfg, cfg.model, scored, world, device)
     gathered = {"one gathered tensor": BYTES[cfg.engine.dtype] * model_cfg.vocab * model_cfg.width}
+    if cfg.model.lora_rank:  # as it came, merged in fp32, and in the engine's dtype
+        merged = (BYTES[cfg.model.dtype] + 4 + BYTES[cfg.engine.dtype]) * model_cfg.ffn * model_cfg.width
+        gathered["one gathered tensor"] = max(merged, gathered["one gathered tensor"])
     always = ("weights", "graphs", "KV")
     judge_kept = _kept(judge, always)
     resident |= judge_kept
@@ -95,7 +104,7 @@ def _rl_arithmetic(cfg: Any, max_prefix: int, world: int) -> list[str]:
     shared = b.prompts * max_prefix + samples * s.max_new
     return [
         f"P {b.prompts} prompts x G {b.siblings} siblings = {samples} samples a step, "
-        f"{-(-b.prompts // world)} prompts a rank ({world} ranks)",
+        f"{-(-b.prompts // world)} prompts a rank ({counted(world, 'rank')})",
         f"loss of one token is divided by P*G*denom = {b.prompts // b.updates} * {b.siblings} * {cfg.loss.denom:g} "
         f"= {b.prompts // b.updates * b.siblings * cfg.loss.denom:g}"
         + (f" in each of {b.updates} updates" if b.updates > 1 else ""),
@@ -111,12 +120,13 @@ def dry_run_sft(cfg: Any) -> int:
     folder, fresh = cfg.model.folder, cfg.fresh
     model_cfg = read_config(folder) if folder else fresh_model_cfg(fresh, fresh.vocab, ())
     arithmetic = [
-        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank ({world} ranks), "
-        f"packs of {cfg.data.pack_tokens:,}",
+        f"{cfg.data.batch_tokens:,} tokens a step, {-(-cfg.data.batch_tokens // world):,} a rank "
+        f"({counted(world, 'rank')}), packs of {cfg.data.pack_tokens:,}",
         f"{cfg.run.steps:,} steps: {cfg.run.steps * cfg.data.batch_tokens:,} tokens",
     ]
     device = device_of(cfg.model.dtype)
-    training = training_phase(model_cfg, cfg.model, cfg.data.pack_tokens, world, device=device)
+    span = mask_span(model_cfg, 0, cfg.data.max_len, cfg.data.max_len)
+    training = training_phase(model_cfg, cfg.model, cfg.data.pack_tokens, world, device=device, span=span)
     _print(cfg, model_cfg, arithmetic, {"training": training}, device)
     if cfg.model.dtype == "bfloat16":
         _print_time(time.of_sft(cfg, model_cfg, world), cfg.run.steps, "step")

@@ -23,9 +23,11 @@ def block_parameters(model_cfg: ModelConfig) -> int:
     return model_cfg.num_parameters - model_cfg.vocab * model_cfg.width * (1 if model_cfg.tied else 2) - model_cfg.width
 
 
-def pair_flops(model_cfg: ModelConfig) -> float:
-    """FLOPs of one query-key pair over all layers, forward."""
-    return model_cfg.layers * 4 * model_cfg.heads * model_cfg.head_dim
+def pair_flops(model_cfg: ModelConfig, span: float = 0) -> float:
+    """FLOPs of one query-key pair over all layers, forward; of span keys a windowed layer sees no more than its
+    window."""
+    unseen = max(0.0, 1 - model_cfg.window / span) if model_cfg.window and span else 0
+    return (model_cfg.layers - unseen * len(model_cfg.windowed_layers)) * 4 * model_cfg.heads * model_cfg.head_dim
 
 
 def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
@@ -35,17 +37,19 @@ def cache_bytes(model_cfg: ModelConfig, dtype: str) -> int:
 
 def forward_flops(model_cfg: ModelConfig, tokens: float, span: float, rows: float) -> float:
     """FLOPs of tokens that each attend to `span` keys; `rows` of them pass the head. 2 per parameter, and attention."""
-    blocks = tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg))
+    blocks = tokens * (2 * block_parameters(model_cfg) + span * pair_flops(model_cfg, span))
     return blocks + rows * 2 * model_cfg.vocab * model_cfg.width
 
 
 def training_seconds(
     model_cfg: ModelConfig, section: ModelSection, world: int, *, tokens: float, span: float, rows: float
 ) -> float:
-    """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed."""
+    """Forward and backward, 6 FLOPs a parameter and token; 8 in blocks that are recomputed; 2 less where it is frozen,
+    the adapters themselves not counted."""
     head = forward_flops(model_cfg, 0, 0, rows)
     blocks = forward_flops(model_cfg, tokens, span, 0)
-    return (3 * head + (4 if section.checkpointing else 3) * blocks) / (world * TRAIN * PEAK)
+    frozen = head + forward_flops(model_cfg, tokens, 0, 0) if section.lora_rank else 0
+    return (3 * head + (4 if section.checkpointing else 3) * blocks - frozen) / (world * TRAIN * PEAK)
 
 
 def of_sft(cfg: Any, model_cfg: ModelConfig, world: int) -> dict[str, float]:

@@ -24,15 +24,21 @@ ACCURACY = (
 )
 
 
+THIN = "Thin: each step, bold: moving average; held out: the same prompts each time, dashed: before the first step."
+
+
 class Picture(NamedTuple):
+    """Figures of one panel each, under one title."""
+
     title: str
     caption: str
-    path: Path | None  # None: it could not be drawn, and the caption gives the reason
+    paths: list[tuple[str, Path]]  # title and SVG file of each; none: the caption gives the reason
     folded: bool = False
 
     @property
-    def base64(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode() if self.path else ""
+    def figures(self) -> list[tuple[str, str]]:
+        """Title and base64 of each."""
+        return [(title, base64.b64encode(path.read_bytes()).decode()) for title, path in self.paths]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,28 +52,33 @@ class Point:
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Picture]:
-    """Pictures of all runs, in `folder`; each training run's own curves also go into its folder, as curves.png."""
+    """Pictures of all runs, in `folder`; a kind of picture that no run belongs in is left out."""
     trainings = [run for run in runs if isinstance(run, Training)]
     rlmt, rlpt = ([run for run in trainings if run.kind == kind] for kind in ("rlmt", "rlpt"))
-    over_rlmt = "Mean reward and thinking length over RLMT steps."
-    over_rlpt = "Mean reward over RLPT steps, by the run it began from."
-    return [
-        overlay("RL mid-training", over_rlmt, rlmt, folder / "rlmt.png", ["Reward", "Thinking length"]),
-        overlay("RL post-training by starting point", over_rlpt, rlpt, folder / "rlpt.png", ["Reward"]),
-        accuracy([run for run in runs if isinstance(run, Evaluation)], folder / "accuracy.png"),
-        *map(own_curves, trainings),
-    ]
+    over_rlmt = "Mean reward and thinking length over RLMT steps. " + THIN
+    over_rlpt = "Mean reward over RLPT steps, by the run it began from. " + THIN
+    evaluations = [run for run in runs if isinstance(run, Evaluation)]
+    out = []
+    if rlmt:
+        out.append(overlay("RL mid-training", over_rlmt, rlmt, folder / "rlmt", ["Reward", "Thinking length"]))
+    if rlpt:
+        out.append(overlay("RL post-training by starting point", over_rlpt, rlpt, folder / "rlpt", ["Reward"]))
+    if evaluations:
+        out.append(accuracy(evaluations, folder))
+    # the only training run is what the page is about
+    return out + [own_curves(run, folder / f"run-{n}", len(trainings) > 1) for n, run in enumerate(trainings, start=1)]
 
 
-def own_curves(run: Training) -> Picture:
-    title, path = f"All curves of {run.folder}", run.folder / "curves.png"
+def own_curves(run: Training, stem: Path, is_folded: bool) -> Picture:
+    title = f"All curves of {run.folder}"
     try:
-        return Picture(title, str(path), curves.draw(run.folder, path), folded=True)
+        own = {plain(run.folder.resolve().name): curves.columns(run.folder)}
+        return Picture(title, THIN, curves.paint_each(own, stem.parent, stem.name), folded=is_folded)
     except UserError as error:
-        return Picture(title, f"not shown: {error}", None, folded=True)
+        return Picture(title, f"not shown: {error}", [], folded=is_folded)
 
 
-def overlay(title: str, caption: str, runs: Sequence[Training], path: Path, panels: Sequence[str]) -> Picture:
+def overlay(title: str, caption: str, runs: Sequence[Training], stem: Path, panels: Sequence[str]) -> Picture:
     """Runs over one another; runs of one name (seeds of a row) are averaged over the steps that all of them have."""
     named: dict[str, list[curves.Columns]] = {}
     for run in runs:
@@ -78,8 +89,8 @@ def overlay(title: str, caption: str, runs: Sequence[Training], path: Path, pane
     many = {f"{name} ({len(each)} runs)" if len(each) > 1 else name: mean(each) for name, each in named.items() if each}
     many = {name: columns for name, columns in many.items() if "reward" in columns}
     if not many:
-        return Picture(title, "not shown: no such run with rewards", None)
-    return Picture(title, caption, curves.paint(many, path, panels))
+        return Picture(title, "not shown: no such run with rewards", [])
+    return Picture(title, caption, curves.paint_each(many, stem.parent, stem.name, panels))
 
 
 def called(run: Training) -> str:
@@ -106,7 +117,7 @@ def mean(runs: Sequence[curves.Columns]) -> curves.Columns:
     return out
 
 
-def accuracy(runs: Sequence[Evaluation], path: Path) -> Picture:
+def accuracy(runs: Sequence[Evaluation], folder: Path) -> Picture:
     """Mean over an evaluation's sets against mid-training tokens and against compute."""
     title, points, missing = "Accuracy against what it cost", [], []
     for run in runs:
@@ -116,16 +127,21 @@ def accuracy(runs: Sequence[Evaluation], path: Path) -> Picture:
             missing.append(f"{run.folder} ({reason})")
     not_shown = "not shown: " + "; ".join(missing) if missing else ""
     if not points:
-        return Picture(title, not_shown or "not shown: no evaluation run given", None)
+        return Picture(title, not_shown, [])
+    if len({(p.cost, p.is_after) for p in points}) == 1:
+        return Picture(title, "not shown: one model, so nothing to compare. " + not_shown, [])
     differ = len({tuple(run.sets) for run in runs}) > 1
-    with curves.figure_for(path) as figure:
-        figure.set_size_inches(11, 4.2)
-        left, right = figure.subplots(1, 2, sharey=True)
-        draw_points(left, points, "cost.tokens", "mid-training tokens")
-        draw_points(right, points, "cost.flop", "compute after the base model, FLOP")
-        left.set_ylabel("mean accuracy")
-        left.legend(frameon=False, loc="best")
-    return Picture(title, ACCURACY + "The evaluations are not all on the same sets. " * differ + not_shown, path)
+    paths = []
+    for of, label in (("tokens", "mid-training tokens"), ("flop", "compute after the base model, FLOP")):
+        path = folder / f"accuracy-{of}.svg"
+        with curves.figure_for(path) as figure:
+            figure.set_size_inches(3.9, 3)
+            axis = figure.add_subplot()
+            draw_points(axis, points, f"cost.{of}", label)
+            axis.set_ylabel("mean accuracy")
+            axis.legend(frameon=False, loc="best")
+        paths.append((f"accuracy against {label}", path))
+    return Picture(title, ACCURACY + "The evaluations are not all on the same sets. " * differ + not_shown, paths)
 
 
 def point(run: Evaluation) -> Point:

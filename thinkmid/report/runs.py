@@ -92,10 +92,14 @@ def average(sets: Iterable[Scores]) -> stats.Estimate | None:
     return stats.average(found) if found else None
 
 
-def find(folders: Sequence[str | Path]) -> list[Run]:
-    """Runs in the order given; a folder that is none stands for the runs in it, two levels deep. UserError: no run."""
-    found = dict.fromkeys(path for folder in folders for path in expand(Path(folder)))
-    return [read(path) for path in found]
+def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """Runs in the order given, and a line for each folder that is skipped. A folder that is no run stands for the runs
+    in it, two levels deep. UserError: there is no such folder."""
+    expanded = {folder: expand(Path(folder)) for folder in folders}
+    none = "no run: neither metrics.jsonl nor results.json, here or in its folders"
+    skipped = [f"{folder}: {none}" for folder, paths in expanded.items() if not paths]
+    found = dict.fromkeys(path for paths in expanded.values() for path in paths)
+    return [read(path) for path in found], skipped
 
 
 def expand(folder: Path) -> list[Path]:
@@ -103,10 +107,7 @@ def expand(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    inside = [path for pattern in ("*/", "*/*/") for path in sorted(folder.glob(pattern)) if is_run(path)]
-    if not inside:
-        raise UserError(f"{folder}: no run: neither metrics.jsonl nor results.json, here or in its folders")
-    return inside
+    return [path for pattern in ("*/", "*/*/") for path in sorted(folder.glob(pattern)) if is_run(path)]
 
 
 def is_run(folder: Path) -> bool:

@@ -84,6 +84,22 @@ def paint(runs: dict[str, Columns], out: Path, titles: Sequence[str] = ()) -> Pa
     return out
 
 
+def paint_each(runs: dict[str, Columns], folder: Path, stem: str, titles: Sequence[str] = ()) -> list[tuple[str, Path]]:
+    """Each panel of paint() as a picture of its own, folder/STEM-PANEL.svg, with its title. As wide as a phone, so that
+    its letters are legible there."""
+    out = []
+    for panel in _panels(runs):
+        if not titles or panel.title in titles:
+            path = folder / f"{stem}-{re.sub(r'[^a-z0-9]+', '-', panel.title.lower())[:60]}.svg"
+            with figure_for(path) as figure:
+                figure.set_size_inches(3.9, 2.5 if len(runs) == 1 else 2.5 + 0.2 * len(runs))
+                _draw_panel(figure.add_subplot(), panel, runs)
+                if len(runs) > 1:
+                    figure.legend(*_legend(runs), loc="outside upper left", frameon=False)
+            out.append((panel.title, path))
+    return out
+
+
 @contextmanager
 def figure_for(out: Path) -> Iterator[Any]:
     """An empty figure in our style, in the end written as `out`. UserError: no matplotlib, or it cannot be written."""
@@ -197,6 +213,8 @@ def _draw_panel(axis: Any, panel: Panel, runs: dict[str, Columns]) -> None:
     if axis.get_subplotspec().is_last_row():
         axis.set_xlabel("step")
     axis.margins(x=0.01)
+    if panel.unit.startswith("%"):
+        axis.set_ylim(bottom=0)
     _ticks(axis)
     _end_labels(axis, ends)
 
@@ -229,8 +247,10 @@ def _stack(axis: Any, run: Columns, phases: list[str]) -> list[End]:
     axis.set_ylim(0, 1.05 * bold.sum(0).max() or 1)
     axis.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     middles = np.cumsum(bold[:, -1]) - bold[:, -1] / 2
+    # a label beside an area too thin to be seen would name another one
+    seen = bold.max(1) >= 0.02 * bold.sum(0).max()
     labels = zip(middles, heights, [*colours[: len(phases)], GREY], strict=False)
-    return [End(steps[-1], y, name, colour) for (y, name, colour), row in zip(labels, bold, strict=True) if row.any()]
+    return [End(steps[-1], y, name, colour) for (y, name, colour), is_seen in zip(labels, seen, strict=True) if is_seen]
 
 
 def _at(curve: Curve, steps: np.ndarray) -> np.ndarray:
@@ -273,8 +293,6 @@ def _end_labels(axis: Any, ends: list[End]) -> None:
 
 
 def _head(figure: Any, runs: dict[str, Columns]) -> None:
-    from matplotlib.lines import Line2D
-
     steps = max((curve[0] for run in runs.values() for curve in run.values()), key=len)
     about = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}"
     if window_of(len(steps)) > 1:
@@ -287,5 +305,12 @@ def _head(figure: Any, runs: dict[str, Columns]) -> None:
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), x=0.008, ha="left", fontsize=14, fontweight="bold", color="#1f2937")
         return
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5) for i in range(len(runs))]
-    figure.legend(handles, list(runs), loc="outside upper left", ncols=min(len(runs), 4), frameon=False, fontsize=11)
+    shown = {"loc": "outside upper left", "ncols": min(len(runs), 4), "frameon": False, "fontsize": 11}
+    figure.legend(*_legend(runs), **shown)
+
+
+def _legend(runs: dict[str, Columns]) -> tuple[list[Any], list[str]]:
+    """A line in each run's colour, and their names."""
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=2.5) for i in range(len(runs))], list(runs)

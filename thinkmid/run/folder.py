@@ -10,26 +10,28 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from thinkmid import config
+from thinkmid import config, hub
 from thinkmid.errors import UserError
 from thinkmid.kernels import launch
 from thinkmid.model import weights
 from thinkmid.run.config import ProgramConfig, RunConfig
+from thinkmid.run.push import check_push
 from thinkmid.run.ranks import ALLOCATOR_VARIABLES, Ranks
 
 # a run may be resumed with other values of these; changes of its learning rate and length are reported, and what paths
 # lead to is compared by content
 FREE_KEYS = (
-    *("run.folder", "run.steps", "run.save_every", "run.keep", "run.fresh", "run.trackers", "run.rollouts_every"),
-    *("run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
+    *("run.folder", "run.steps", "run.save_every", "run.save_minutes", "run.keep", "run.fresh", "run.trackers"),
+    *("run.rollouts_every", "run.max_failed", "run.timeout_s", "optim.offload", "optim.lr", "optim.weight_decay"),
     *("data.epochs", "data.tokens", "data.paths", "data.path", "data.val_paths", "data.probe_paths"),
-    *("data.probe_parts", "model.folder", "judge.folder"),
+    *("data.probe_parts", "data.shots", "model.folder", "judge.folder"),
     *("engine.kv_gb", "engine.sleep", "engine.check_every", "engine.check_samples", "engine.max_gap"),
+    *("export.dtype", "export.lora", "export.push", "export.private"),
     *("judge.kv_gb", "judge.url", "judge.workers", "judge.timeout_s", "judge.retries", "judge.canary_every"),
 )
 # what a run writes into its folder, and what --run.fresh forgets; a start from nothing writes MADE anew
 FOLDERS = ("checkpoints", "rollouts", "export", "watch")
-FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png")
+FILES = ("metrics.jsonl", "events.jsonl", "config.toml", "env.json", "curves.png", hub.RECORD)
 MADE = ("init", "tokenizer")
 STORE = "store"  # --run.fresh leaves it, for the next run may learn from the same
 LOCK = ".train.lock"  # held by the one process that trains here
@@ -37,7 +39,14 @@ LOCK = ".train.lock"  # held by the one process that trains here
 
 def claim_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
     """Refuse a folder that another run began. Nothing in it changes. Collective."""
+    check_commits(cfg, ranks)
     ranks.run_on_first(_claim, Path(cfg.run.folder), cfg)
+
+
+def check_commits(cfg: Any, ranks: Ranks) -> None:
+    """UserError where a name of the Hub's means another commit to another rank. Collective."""
+    if len(set(ranks.gather_bytes(json.dumps(hub.record(cfg)).encode()))) > 1:
+        raise UserError("the Hub named other commits to other ranks: a branch moves; the same command tries again")
 
 
 def clear_folder(cfg: ProgramConfig, ranks: Ranks) -> None:
@@ -64,6 +73,7 @@ def _describe(folder: Path, cfg: ProgramConfig, ranks: Ranks) -> None:
 
 
 def _claim(folder: Path, cfg: ProgramConfig) -> None:
+    check_push(cfg.export.push)
     values = _flat(tomllib.loads(config.to_toml(cfg)))
     _refuse_own_files(folder, values)
     if (folder / "config.toml").exists() and not any((folder / name).exists() for name in (LOCK, "metrics.jsonl")):
@@ -131,7 +141,7 @@ def has_moved(cfg: ProgramConfig) -> bool:
     """True if the run folder's config.toml names another model.folder."""
     written = Path(cfg.run.folder, "config.toml")
     was: dict[str, Any] = config.read_toml(written).get("model", {}) if written.exists() else {}
-    return bool(was.get("folder", cfg.model.folder) != cfg.model.folder)
+    return bool(was.get("folder", hub.pinned(cfg.model.folder)) != hub.pinned(cfg.model.folder))
 
 
 def _clear(folder: Path, cfg: ProgramConfig) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
-from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thinkmid.errors import UserError, plain
-from thinkmid.files import Row, reopen, write_whole
+from thinkmid.files import Row, finite, reopen, write_whole
 
 # what a person watches: (name in the row, name on screen, format)
 SHOWN = (
@@ -102,10 +101,15 @@ class Log:
             with self._survive(path):
                 write_whole(path, "".join(map(_json_line, rows)))
 
-    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
-        """What the run is doing now, and how much of it is done where that is known."""
+    def phase(self, name: str) -> None:
+        """What the run is doing from now on."""
         if self.on:
-            self.screen.progress(phase, done, total)
+            self.screen.phase(name)
+
+    def progress(self, done: int, total: int) -> None:
+        """How much of the phase is done."""
+        if self.on:
+            self.screen.progress(done, total)
 
     def say(self, text: str) -> None:
         """Print text of any origin, a model's included: no control characters, no markup."""
@@ -153,37 +157,26 @@ def _json_line(row: Row) -> str:
     return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """A JSON value: arrays, tensors and tuples as lists and numbers, NaN and infinities as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-# Two screens with the same four methods: lines for files and pipes, a live table for terminals.
+# Two screens with the same five methods: lines for files and pipes, a live table for terminals.
 
 
 class _Lines:
     def __init__(self, num_steps: int):
         self.num_steps, self.pace, self.next_print = num_steps, _Pace(num_steps), 0.0
-        self.phase = ""
+        self.now = ""  # the phase
 
     def step(self, row: Row) -> None:
         total = f"/{self.num_steps}" if self.num_steps else ""
         cells = [f"step {row['step']}{total}"] + [f"{name} {value}" for name, value in _cells(row)]
         self.say("  ".join([*cells, _phase_seconds(row), self.pace.step(row["step"])]).rstrip())
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if phase != self.phase:
-            self.phase, self.next_print = phase, now + 30  # a phase shorter than this prints nothing
-        elif now >= self.next_print:
+    def phase(self, name: str) -> None:
+        self.now, self.next_print = name, time.monotonic() + 30  # a phase shorter than this prints nothing
+
+    def progress(self, done: int, total: int) -> None:
+        if (now := time.monotonic()) >= self.next_print:
             self.next_print = now + 30
-            self.say(f"  {phase}" + (f" {done}/{total}" if total else ""))
+            self.say(f"  {self.now} {done}/{total}")
 
     def say(self, text: str) -> None:
         with suppress(OSError):  # no reader, or a full disk: the run continues, lines wait in their buffer
@@ -201,23 +194,24 @@ class _Live:
         self.title, self.num_steps, self.pace = title, num_steps, _Pace(num_steps)
         self.row: Row = {}
         self.left = ""
-        self.phase, self.done, self.total, self.since = "starting", 0, 0, time.monotonic()
+        self.phase("starting")
         self.live = Live(get_renderable=self._render, refresh_per_second=2)
         self.live.start()
 
     def step(self, row: Row) -> None:
         self.row, self.left = row, self.pace.step(row["step"])
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        if phase != self.phase:
-            self.since = time.monotonic()
-        self.phase, self.done, self.total = phase, done, total
+    def phase(self, name: str) -> None:
+        self.now, self.done, self.total, self.since = name, 0, 0, time.monotonic()
+
+    def progress(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
 
     def say(self, text: str) -> None:
         self.live.console.print(Text(text))  # a Text is printed as it is, brackets and all
 
     def close(self) -> None:
-        self.phase = "done"
+        self.phase("done")
         self.live.stop()
 
     def _render(self) -> Group:
@@ -229,7 +223,7 @@ class _Live:
             table.add_column(Text(name), justify="right")
         table.add_row(*(Text(value, "bold") for _, value in cells))
         count = f" {self.done}/{self.total}" if self.total else ""
-        now = f"{self.phase}{count}, {_duration(time.monotonic() - self.since)}"
+        now = f"{self.now}{count}, {duration(time.monotonic() - self.since)}"
         head = Text.assemble((self.title, "bold"), "   ", (step + total, "cyan"), "   ", self.left)
         tail = Text.assemble(("now ", "dim"), (now, "green"), "   ", (_phase_seconds(self.row), "dim"))
         return Group(Text(), head, *([table] if cells else []), tail)
@@ -245,7 +239,7 @@ class _Pace:
         self.times.append(time.monotonic())
         mean_s = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
         left = self.num_steps - step
-        return f"{_duration(mean_s * left)} left" if left > 0 else ""
+        return f"{duration(mean_s * left)} left" if left > 0 else ""
 
 
 def _cells(row: Row) -> list[tuple[str, str]]:
@@ -257,7 +251,7 @@ def _phase_seconds(row: Row) -> str:
     return ", ".join(f"{name} {s:.1f} s" for name, s in spent if isinstance(s, (int, float)) and s >= 0.05)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"

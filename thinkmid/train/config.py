@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from thinkmid.data import templates
+from thinkmid.data.wording import WordingConfig
 from thinkmid.errors import at_least, positive
 from thinkmid.model.init import FreshConfig, ModelSection
 from thinkmid.rollout.engine.protocol import EngineConfig, Sampling
 from thinkmid.rollout.grade.config import VerifyConfig
 from thinkmid.rollout.judge.config import JudgeConfig
-from thinkmid.run.config import RunConfig
+from thinkmid.run.config import ExportConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,10 @@ def read_parts(texts: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
 class SFTData:
     """What is learnt."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders; thoughts stand between <think> and </think>
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]; thoughts stand between
+    # <think> and </think>
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     val_paths: tuple[str, ...] = ()  # held-out documents
     val_every: int = 200  # steps between validations; there is one at the end too
     probe_paths: tuple[str, ...] = ()  # documents with full thoughts: is RLMT worth starting?
@@ -72,6 +77,10 @@ class SFTData:
     batch_tokens: int = 4096  # tokens of an optimiser step, over all ranks
     pack_tokens: int = 4096  # tokens of one forward on one rank
     max_len: int = 512  # longer documents are cut into sequences of this many tokens
+    # rows: as-is, a "text" as it stands; chat, "messages" through the model's chat template
+    template: Literal["as-is", "chat"] = "as-is"
+    system: str = ""  # chat: system message of conversations without one; empty: the template's own, if it has one
+    loss: Literal["all", "assistant"] = "all"  # chat: tokens that carry loss; assistant: its messages, end of turn too
     # with run.steps 0, how long the run is: passes over the data, or tokens
     epochs: float = 0.0
     tokens: int = 0
@@ -83,9 +92,18 @@ class SFTData:
         if self.max_len > min(self.batch_tokens, self.pack_tokens):
             rooms = f"batch_tokens {self.batch_tokens} or pack_tokens {self.pack_tokens}"
             raise ValueError(f"max_len {self.max_len} exceeds {rooms}")
+        if self.template != "chat" and (self.system or self.loss != "all"):
+            raise ValueError(f"system and loss {self.loss!r} need template 'chat', got {self.template!r}")
+        if self.template == "chat" and self.column != "text":
+            raise ValueError(f"column {self.column!r} is of texts; with template 'chat' conversations are \"messages\"")
         read_parts(self.probe_parts)
         if self.epochs > 1e4 or self.tokens > 1e15:
             raise ValueError(f"epochs {self.epochs:g} or tokens {self.tokens:g}: more than 1e4 or 1e15 have no end")
+
+
+def _check_adapters(export: ExportConfig, model: ModelSection) -> None:
+    if export.lora == "adapter" and not model.lora_rank:
+        raise ValueError("export.lora 'adapter' needs model.lora_rank above 0: no adapter is trained without")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +115,16 @@ class SFTConfig:
     fresh: FreshConfig = field(default_factory=FreshConfig)
     data: SFTData
     optim: OptimConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
     keeps_frozen: ClassVar[bool] = False
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
+        _check_adapters(self.export, self.model)
+        if self.model.lora_rank and not self.model.folder:
+            raise ValueError("model.lora_rank needs model.folder: adapters of weights that are drawn learn nothing")
+        if self.data.template == "chat" and not self.model.folder:
+            raise ValueError("data.template 'chat' needs model.folder: the folder with the chat template")
         given = {"run.steps": self.run.steps, "data.epochs": self.data.epochs, "data.tokens": self.data.tokens}
         if sum(map(bool, given.values())) > 1:
             both = ", ".join(f"{name} {value}" for name, value in given.items() if value)
@@ -196,8 +220,10 @@ class RLConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig
     optim: OptimConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        _check_adapters(self.export, self.model)
         if not self.model.folder:
             raise ValueError("missing key 'model.folder': the Hugging Face folder to start from")
         if not self.sampling.temperature:
@@ -206,6 +232,11 @@ class RLConfig:
             raise ValueError("sampling.top_p and top_k: vLLM's log-probs would be those of the cut distribution")
         if self.loss.is_level == "sequence" and self.batch.updates > 1:
             raise ValueError("loss.is_level 'sequence' is for one update per rollout, got batch.updates above 1")
+
+    @property
+    def drawn(self) -> Sampling:
+        """How samples are drawn: the sampling with all stop texts, a template's too."""
+        return self.sampling
 
     @property
     def keeps_frozen(self) -> bool:
@@ -222,7 +253,9 @@ class RLConfig:
 class RLMTData:
     """Where prefixes come from."""
 
-    paths: tuple[str, ...]  # jsonl, parquet, txt files or folders
+    # jsonl, parquet, arrow, txt files or folders, or hf://datasets/ORG/NAME[@REVISION][/PATH]
+    paths: tuple[str, ...]
+    column: str = "text"  # of rows, the field that holds the text
     # where a prefix ends: at an annotated thought; in raw text at a sentence end, after a fixed or a drawn length
     prefix: Literal["thought", "sentence", "fixed", "random"] = "thought"
     length: int = 0  # fixed: tokens of text in a prefix
@@ -256,6 +289,8 @@ class RLMTConfig(RLConfig):
         if self.reward.prefix and self.reward.prefix_tokens > self.sampling.max_suffix:
             sizes = f"{self.reward.prefix_tokens} exceed sampling.max_suffix {self.sampling.max_suffix}"
             raise ValueError(f"reward.prefix_tokens {sizes}")
+        if self.ema_decay and self.model.lora_rank:
+            raise ValueError("model.lora_rank with reward.scorer or baseline 'ema': averages are kept of whole weights")
 
     @property
     def keeps_frozen(self) -> bool:
@@ -267,15 +302,15 @@ class RLMTConfig(RLConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLPTData:
+class RLPTData(WordingConfig):
     """Where questions come from and how they are put."""
 
-    path: str  # jsonl or parquet, a file or a folder of shards
+    path: str  # jsonl, parquet or arrow, a file or a folder of shards, or hf://datasets/ORG/NAME[@REVISION][/PATH]
     task: str = "questions"  # its layout: questions ({"question", "answer"} rows), gsm8k-train, dapo, ...
-    template: str = "boxed-think"  # words around a question; with "-think" the model starts inside its thought
     max_prompt: int = 0  # tokens of the longest prompt, longer ones are left out; 0: what the model's context leaves
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, max_prompt=0)
 
 
@@ -290,6 +325,11 @@ class RLPTConfig(RLConfig):
         super().__post_init__()
         if self.loss.next_token:
             raise ValueError(f"loss.next_token {self.loss.next_token} is for RLMT: an answer has no true suffix")
+
+    @property
+    def drawn(self) -> Sampling:
+        stop = templates.stops(self.data.template, self.data.template_stop, self.sampling.stop)
+        return replace(self.sampling, stop=stop)
 
 
 TrainConfig = SFTConfig | RLConfig

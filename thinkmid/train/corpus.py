@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thinkmid.data import prompts, questions, sequences, store, templates
+from thinkmid.data import prompts, questions, sequences, store
+from thinkmid.data.conversations import Conversations
 from thinkmid.data.source import Document, data_files, left_out, read_documents
 from thinkmid.data.store import Store
+from thinkmid.data.wording import Wording, in_letters
 from thinkmid.errors import UserError
 from thinkmid.files import digest
 from thinkmid.run.config import RunConfig
@@ -23,7 +25,7 @@ from thinkmid.run.folder import LOCK, STORE, begun, hold, same_data
 from thinkmid.run.interrupt import EXIT, Interrupt
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData
+from thinkmid.train.config import RLMTConfig, RLMTData, RLPTData, SFTData
 from thinkmid.types import Prompt
 
 REPORT_S = 10  # between lines of progress
@@ -37,14 +39,29 @@ def name_left_out(paths: Sequence[str], ranks: Ranks) -> None:
         print(line, flush=True)
 
 
-def stored_sequences(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, run: RunConfig, ranks: Ranks, interrupt: Interrupt
-) -> tuple[sequences.Sequences, str]:
-    """Token sequences of all documents, and a digest of them. Collective."""
-    encode = partial(sequences.records, tokenizer=tokenizer)
-    stored = _Writing(paths, encode, "document of two tokens or more", run, ranks, interrupt)
-    documents = stored.store({"tokens": tokenizer.digest})
-    return sequences.Sequences(documents, max_len), documents.digest
+def stored_documents(
+    data: SFTData,
+    tokenizer: Tokenizer,
+    run: RunConfig,
+    ranks: Ranks,
+    interrupt: Interrupt,
+    chats: Conversations | None = None,
+) -> Store:
+    """Tokens of all documents. chats: how rows of messages are read; None: documents are texts. Collective."""
+    encode = partial(sequences.records, tokenizer=tokenizer, chats=chats)
+    read = chats.read if chats else partial(_read_texts, tokenizer=tokenizer, column=data.column)
+    writing = _Writing(data, encode, "document of two tokens or more", run, ranks, interrupt, read)
+    return writing.store({"tokens": tokenizer.digest} | (chats.decides if chats else {}))
+
+
+def _read_texts(paths: Sequence[str], tokenizer: Tokenizer, column: str) -> Iterable[Document]:
+    """The documents, with a line on the console for the first that spells a special token in letters."""
+    warned = bool(int(os.environ.get("RANK", 0)))
+    for doc in read_documents(paths, column):
+        if not warned and (name := tokenizer.spelled(doc.text)):
+            print(f"warning: {doc.where}: {in_letters(name)}", flush=True)
+            warned = True
+        yield doc
 
 
 def _prompt_records(documents: Iterable[Document], make: MakePrompts) -> Iterable[tuple[bytes, tuple[int, int]]]:
@@ -66,31 +83,31 @@ def read_prompts(
         make = partial(cut, tokenizer=tokenizer, max_prefix=max_prefix)
     held_out = ranks.run_on_all(_read_held_out, data, make) if data.val_paths else []
     what = f"prefix (data.prefix = {data.prefix!r})"
-    writing = _Writing(data.paths, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt)
+    read = partial(_read_texts, tokenizer=tokenizer, column=data.column)
+    writing = _Writing(data, partial(_prompt_records, make=make), what, cfg.run, ranks, interrupt, read)
     stored = writing.store(decides)
     return prompts.StoredPrompts(stored), stored.digest, held_out
 
 
 def _read_held_out(data: RLMTData, make: MakePrompts) -> list[Prompt]:
     """val_prompts prefixes spread evenly over the held-out text."""
-    found = [prompt for block in store.blocks(read_documents(data.val_paths)) for prompt in make(block)]
+    found = [prompt for block in store.blocks(read_documents(data.val_paths, data.column)) for prompt in make(block)]
     if not found:
         raise UserError(f"{', '.join(data.val_paths)}: no prefix (data.prefix = {data.prefix!r})")
     return found[:: max(1, len(found) // data.val_prompts)][: data.val_prompts]
 
 
-def read_questions(data: RLPTData, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Prompt], list[str]]:
+def read_questions(data: RLPTData, wording: Wording, max_prompt: int) -> tuple[list[Prompt], list[str]]:
     """One prompt per question that fits, and lines about the others. UserError if none does."""
     loaded = questions.load(data.task, data.path)
     found = []
     for q in loaded.questions:
-        posed = questions.posed(q)
-        tokens = templates.tokens(tokenizer, templates.render(data.template, posed.text, choice=q.kind == "choice"))
+        posed, tokens = questions.posed(q), wording.tokens(q)
         if len(tokens) <= max_prompt:
             found.append(Prompt(id=q.id, tokens=tokens, meta={"gold": posed.gold, "question": posed.text}))
     if not found:
         raise UserError(f"{data.path}: no question fits into {max_prompt} tokens")
-    notes = list(loaded.notes)
+    notes = [*loaded.notes, *wording.notes(loaded.questions)]
     if left := len(loaded.questions) - len(found):
         notes.append(f"{left} of {len(loaded.questions)} questions exceed {max_prompt} tokens and are left out")
     return found, notes
@@ -100,12 +117,13 @@ def read_questions(data: RLPTData, tokenizer: Tokenizer, max_prompt: int) -> tup
 class _Writing:
     """A store in a run's folder, written if it is not there yet."""
 
-    paths: Sequence[str]
+    data: SFTData | RLMTData
     encode: store.Encode
     what: str  # the data must have, for people
     run: RunConfig
     ranks: Ranks
     interrupt: Interrupt
+    read: Callable[[Sequence[str]], Iterable[Document]]
     reported: float = field(default_factory=time.monotonic)  # when a line of progress was last printed
 
     @property
@@ -115,6 +133,8 @@ class _Writing:
     def store(self, decides: dict[str, Any]) -> Store:
         """Collective. UserError: what is wrong with the data; then nothing is left behind."""
         ranks = self.ranks
+        if self.data.column != "text":
+            decides = decides | {"column": self.data.column}
         made_of = decides | {"files": ranks.run_on_all(self._files)}
         manifest = store.find(self.folder, made_of)
         if ranks.any(manifest is None):
@@ -166,7 +186,7 @@ class _Writing:
 
     def _files(self) -> list[list[Any]]:
         """Path, bytes and times of the last changes of every file: of what is in it, which can be set, and of any."""
-        stats = [(str(file), os.stat(file)) for path in self.paths for file in data_files(Path(path))]
+        stats = [(str(file), os.stat(file)) for path in self.data.paths for file in data_files(Path(path))]
         return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
     def _hold(self) -> bool:
@@ -182,7 +202,7 @@ class _Writing:
             # on every rank: another node may not see yet what the first one made
             self.folder.mkdir(parents=True, exist_ok=True)
             where = (self.folder, name, self.ranks.rank, self.ranks.world)
-            for counts in store.write(*where, read_documents(self.paths), self.encode):
+            for counts in store.write(*where, self.read(self.data.paths), self.encode):
                 if not self._continues(fault, *counts):
                     break
         except UserError:
@@ -205,7 +225,7 @@ class _Writing:
     def _publish(self, written: Store, manifest: dict[str, Any]) -> None:
         """Unless there is nothing in it, or a run began with something else."""
         if not len(written):
-            raise UserError(f"{', '.join(self.paths)}: no {self.what}")
+            raise UserError(f"{', '.join(self.data.paths)}: no {self.what}")
         if begun(self.run) and (before := store.published(self.folder).get("digest")):
             same_data(before, written.digest, Path(self.run.folder))
         store.publish(self.folder, manifest)

@@ -12,10 +12,10 @@ from thinkmid.run.ranks import Ranks
 def shard(model: Transformer, ranks: Ranks, *, compute_dtype: torch.dtype) -> Transformer:
     """FSDP2 in place: one group per block, tied weights in the root's. Master weights keep their dtype, gradients are
     summed over ranks, in fp32."""
-    master = next(model.parameters()).dtype
+    masters = {p.dtype for p in model.parameters()}  # two where adapters in fp32 stand beside frozen weights
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != master else None,
-        reduce_dtype=torch.float32 if master != torch.float64 else None,
+        param_dtype=compute_dtype if masters != {compute_dtype} else None,
+        reduce_dtype=torch.float32 if torch.float64 not in masters else None,
         cast_forward_inputs=False,  # cos and sin must stay fp32
     )
     for block in model.layers:

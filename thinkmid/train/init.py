@@ -15,9 +15,10 @@ from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, hold
 from thinkmid.run.ranks import Ranks
 from thinkmid.tokenizer import Tokenizer, train_tokenizer
+from thinkmid.train.config import SFTData
 
 
-def make(cfg: FreshConfig, data: tuple[str, ...], run: RunConfig, ranks: Ranks) -> Path:
+def make(cfg: FreshConfig, data: SFTData, run: RunConfig, ranks: Ranks) -> Path:
     """An HF folder with a new tokenizer and drawn weights (Qwen3's form); decided by seed and texts. Collective.
 
     A resumed run keeps what it began with: its text may have changed, which is for the caller to notice.
@@ -36,11 +37,11 @@ def make(cfg: FreshConfig, data: tuple[str, ...], run: RunConfig, ranks: Ranks) 
     return made
 
 
-def _train_tokenizer(cfg: FreshConfig, data: tuple[str, ...], folder: Path) -> None:
-    train_tokenizer(_texts(cfg.tokenizer_data or data, folder.parent), cfg.vocab, folder, cfg.tags)
+def _train_tokenizer(cfg: FreshConfig, data: SFTData, folder: Path) -> None:
+    train_tokenizer(_texts(cfg.tokenizer_data or data.paths, data.column, folder.parent), cfg.vocab, folder, cfg.tags)
 
 
-def _texts(paths: tuple[str, ...], run_folder: Path) -> Iterator[str]:
-    for doc in read_documents(paths):
+def _texts(paths: tuple[str, ...], column: str, run_folder: Path) -> Iterator[str]:
+    for doc in read_documents(paths, column):
         yield doc.text
     hold(run_folder)  # nothing is wrong with them, and what is written comes now

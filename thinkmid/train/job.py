@@ -17,12 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from thinkmid.errors import UserError
-from thinkmid.model import weight_files, weights
+from thinkmid import hub
+from thinkmid.errors import UserError, counted, short
+from thinkmid.files import read_json
+from thinkmid.kernels import launch
+from thinkmid.model import adapters, lora, weight_files, weights
 from thinkmid.model.hf_config import read_config
 from thinkmid.model.init import ModelSection
 from thinkmid.model.transformer import ModelConfig, Transformer
-from thinkmid.run import checkpoint, curves
+from thinkmid.run import checkpoint, curves, push
 from thinkmid.run.config import RunConfig
 from thinkmid.run.folder import begun, clear_folder, describe_run, has_moved, same_data, same_model
 from thinkmid.run.interrupt import EXIT, Interrupt
@@ -30,10 +33,11 @@ from thinkmid.run.log import Log
 from thinkmid.run.ranks import Ranks
 from thinkmid.run.watch import Watch
 from thinkmid.tokenizer import Tokenizer
-from thinkmid.train import fsdp, optim
-from thinkmid.train.config import TrainConfig
+from thinkmid.train import card, fsdp, optim
+from thinkmid.train.config import RLConfig, TrainConfig
 from thinkmid.types import Prompt
 
+GENERATION = "generation_config.json"
 State = dict[str, Any]  # what a checkpoint holds beside its tensors
 
 
@@ -77,7 +81,8 @@ class Job:
     saved_step: int  # of the newest checkpoint, where the loop begins; 0 without one
     saved_state: State  # the loop's, in that checkpoint; {} without one
     ema: Transformer | None  # moving average of the weights, in fp32
-    frozen: Transformer | None  # the starting weights, for a KL or as a scorer
+    frozen: Transformer | lora.Base | None  # the starting weights, for a KL or as a scorer
+    saved_at: float = field(default_factory=time.monotonic)  # when the newest checkpoint was written, or the run began
 
     @property
     def folder(self) -> Path:
@@ -87,12 +92,36 @@ class Job:
     def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer
 
+    def headline(self, stage: str, data: str, epochs: float) -> None:
+        """The first line of a run: what is trained, on what, for how long. stage: what it is called; data: in words."""
+        num, steps, ranks = sum(p.numel() for p in self.model.parameters()), self.same["rate"]["steps"], self.ranks
+        where = f"{self.cfg.model.dtype} on {ranks.device}, {counted(ranks.world, 'rank')}"
+        model = hub.asked(self.cfg.model.folder) or self.source.folder
+        self.log.say(
+            f"{stage} of {model}: {short(num)} parameters, {where}; {data}; "
+            f"{counted(steps, 'step')} = {epochs:.3g} epoch{'s' * (epochs != 1)}, from step {self.saved_step}"
+        )
+
+    def begin(self, phase: str, step: int) -> None:
+        """Another phase of the run begins: console and watch file name it."""
+        self.log.phase(phase)
+        self.watch.beat(phase, step)
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps. Collective."""
+        run = self.cfg.run
+        if run.save_every:
+            return step > 0 and step % run.save_every == 0
+        late = time.monotonic() - self.saved_at > 60 * run.save_minutes
+        return run.save_minutes > 0 and self.ranks.any(self.ranks.rank == 0 and late)
+
     def save(self, step: int, state: State) -> None:
         """A checkpoint of the state before `step`. A full disk costs the checkpoint, not the run. UserError: what would
         be saved is not finite."""
         if step == self.saved_step and state == self.saved_state:
             return
         begin = time.perf_counter()
+        self.saved_at = time.monotonic()
         self.refuse_broken(step)
         # where losses are not finite any more an older checkpoint may be the last that is worth anything
         keep = sys.maxsize if state["skipped"] else self.cfg.run.keep
@@ -142,31 +171,65 @@ class Job:
             raise UserError(f"step {step}: {skipped + 1} updates in a row were not finite; the last in {names}")
         return skipped + 1
 
+    @property
+    def export_dtype(self) -> str:
+        """Name of the dtype that the export's weights get. A run that began when exports were fp32 ends so."""
+        asked = self.cfg.export.dtype
+        return str(self.same["model"].get("dtype", "float32")) if asked == "source" else asked
+
     def export(self) -> Path:
-        """The model as an HF folder, fp32."""
-        folder, named = self.folder / "export", weights.stream(self.model)
+        """The model as an HF folder, adapters merged in; or those alone as a PEFT folder, by export.lora."""
+        folder, dtype, source = self.folder / "export", self.export_dtype, self.source.folder
         self.refuse_broken(self.saved_step)
         try:
-            weights.save(folder, self.model.cfg, named, dtype=torch.float32, extra_files=self.source.folder)
+            if self.cfg.export.lora == "adapter":
+                adapters.save(folder, self.model, self.cfg.model)
+                return folder
+            texts: dict[str, str] = {}
+            if self.ranks.rank == 0:
+                texts = card.files(self.cfg, source, self.same, self.saved_step, dtype) | generation_config(self.source)
+            named = weights.stream(self.model, dtype)
+            weights.save(folder, self.model.cfg, named, dtype=dtype, extra_files=source, texts=texts)
         except (OSError, SafetensorError) as error:
             again = f"the same command resumes from step {self.saved_step}"
             raise UserError(f"{folder}: cannot be written ({error}); {again}") from error
         return folder
 
     def finish(self, exported: Path) -> int:
-        """Draws curves.png and closes the log; exit code 0. Without matplotlib a line reports what is missing."""
-        self.log.say(f"{exported} holds the model")
+        """Draws curves.png, pushes the export and closes the log; exit code 0. Without matplotlib, or where the push
+        fails, a line reports it."""
+        if self.cfg.export.lora == "adapter":
+            self.log.say(f"{exported} holds the adapters, a PEFT folder (export.lora = 'adapter')")
+        else:
+            asked = f"export.dtype = {self.cfg.export.dtype!r}"
+            self.log.say(f"{exported} holds the model in {self.export_dtype} ({asked})")
         if self.ranks.rank == 0:
             try:
                 curves.draw(self.folder, self.folder / "curves.png")
             except UserError as error:
                 self.log.say(f"no picture: {error}")
+            if self.cfg.export.push:
+                self._push(exported)
         self.log.close()
         return 0
 
+    def _push(self, exported: Path) -> None:
+        repository = self.cfg.export.push
+        try:
+            address = push.push(exported, repository, private=self.cfg.export.private)
+        except UserError as error:
+            self.log.event("push_failed", repository=repository, why=str(error))
+            later = f"the same command, or hf upload {repository} {exported} ., pushes it"
+            self.log.say(f"warning: {exported} is whole, but not on the Hub: {error}; {later}")
+        else:
+            self.log.event("push", repository=repository, address=address)
+            self.log.say(f"{address} holds it too")
+
     def stop(self) -> int:
         """Closes the log of a run that was asked to stop, and saved; its exit code."""
-        self.log.say("stopped; the same command resumes")
+        # without a state no save has succeeded
+        done = f"saved step {self.saved_step}" if self.saved_state else "nothing is saved"
+        self.log.say(f"stopped: {done}; the same command resumes")
         self.log.close()
         return EXIT
 
@@ -181,13 +244,17 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     compared = dict(inputs.frozen)
     # a run that reads no weights again compares them where model.folder is another; what it began with is known for
     # nothing where an export's seal holds it
-    if cfg.keeps_frozen or moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
+    is_read = bool(cfg.keeps_frozen or cfg.model.lora_rank)
+    if is_read or moved or (not saved and ranks.run_on_all(weight_files.is_sealed, source.folder)):
         compared["weights"] = source.folder
     parts: State = {part: weights_digest(folder, ranks) for part, folder in compared.items()}
     parts["config.json"] = json.loads(json.dumps(dataclasses.asdict(source.model_cfg)))
     parts["tokenizer"] = source.tokenizer.digest
-    # a checkpoint holds every weight: with one, nothing is read from the source
+    if not saved:
+        parts["dtype"] = ranks.run_on_all(weights.dtype_of, source.folder)
+    # a checkpoint holds every weight that is not frozen: with one, nothing else is read from the source
     model = sharded_model(source, cfg.model, ranks, filled=not saved)
+    adapters.initialise(model, cfg.run.seed)
     optimizer = optim.adamw(model, cfg.optim)
     ema = sharded_model(source, cfg.model, ranks, filled=not saved) if cfg.ema_decay else None
     state: State = {}
@@ -203,9 +270,14 @@ def open_job(cfg: TrainConfig, source: Source, inputs: Inputs, ranks: Ranks, int
     same: State = {"data": inputs.data, "held_out": inputs.held_out, "model": parts, "rate": rate}
     describe_run(cfg, ranks)
     log, watch = _open_log(cfg, rate, ranks, start, state), Watch(folder, ranks.rank, cfg.run.timeout_s)
+    if cfg.model.lora_rank:
+        numbers = sum(p.numel() for p in optimizer.state), source.model_cfg.num_parameters
+        log.say("adapters: {:,} numbers are trained, {:,} are frozen in {}".format(*numbers, cfg.model.dtype))
     watch.beat("start", start)
     state = {key: value for key, value in state.items() if key not in same}
-    frozen = sharded_model(source, cfg.model, ranks) if cfg.keeps_frozen else None
+    frozen: Transformer | lora.Base | None = None
+    if cfg.keeps_frozen:
+        frozen = lora.Base(model) if cfg.model.lora_rank else sharded_model(source, cfg.model, ranks)
     return Job(cfg, source, model, optimizer, ranks, interrupt, log, watch, same, start, state, ema=ema, frozen=frozen)
 
 
@@ -225,7 +297,11 @@ def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: St
     begin, shown = start - ("row" in state), dataclasses.asdict(cfg)
     log = Log(cfg.run.folder, ranks.rank, begin, num_steps=rate["steps"], trackers=cfg.run.trackers, config=shown)
     log.event("start", step=start, world=ranks.world)
-    for line in changes(state.get("rate", {}), rate, cfg.optim.schedule):
+    dtypes = {"model.dtype": cfg.model.dtype} | (
+        {"engine.dtype": cfg.engine.dtype} if isinstance(cfg, RLConfig) else {}
+    )
+    warnings = [*changes(state.get("rate", {}), rate, cfg.optim.schedule), *launch.slow_dtypes(ranks.device, dtypes)]
+    for line in warnings:
         log.say(f"warning: {line}")
     if state and start >= rate["steps"]:
         log.say(f"nothing is left to do: {start} steps are done, the run has {rate['steps']}")
@@ -259,15 +335,32 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 def sharded_model(source: Source, section: ModelSection, ranks: Ranks, *, filled: bool = True) -> Transformer:
     """The source's model, master weights in fp32, of which each rank has its own rows. Collective.
 
+    With adapters, which are not drawn yet, its weights are frozen, in section.dtype, and filled in any case.
     filled: with the weights in the folder. Meta device first, sharded, then memory for each rank's rows.
     """
+    dtype: torch.dtype = getattr(torch, section.dtype)
     with torch.device("meta"):
         model = Transformer(source.model_cfg, checkpointing=section.checkpointing, deterministic=section.deterministic)
-    fsdp.shard(model, ranks, compute_dtype=getattr(torch, section.dtype))
+        if section.lora_rank:
+            lora.attach(model.to(dtype), section)
+    fsdp.shard(model, ranks, compute_dtype=dtype)
     weights.materialise(model, ranks.device)
-    if filled:
+    if filled or section.lora_rank:
         ranks.run_on_all(weights.load_into, model, source.folder)
     return model
+
+
+def generation_config(source: Source) -> dict[str, str]:
+    """Text of generation_config.json where the folder's does not know all ends of the run's texts, as where those of a
+    chat template's turns are ends too: what reads the export would run on. Else {}."""
+    ends, path = source.tokenizer.eos_ids, source.folder / GENERATION
+    if ends == Tokenizer.load(source.folder).eos_ids:
+        return {}
+    values = read_json(path if path.is_file() else path.with_name("config.json"))
+    values = {key: values.get(key) for key in values if path.is_file() or key in ("bos_token_id", "pad_token_id")}
+    listed = values.get("eos_token_id", list(source.model_cfg.eos_ids))
+    ids = [*(listed if isinstance(listed, list) else [listed] if listed is not None else []), *ends]
+    return {GENERATION: json.dumps(values | {"eos_token_id": list(dict.fromkeys(ids))}, indent=2) + "\n"}
 
 
 def check_source(source: Source, run: RunConfig, ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import torch
 from thinkmid.kernels import fused_linear_dr_grpo, linear_cross_entropy, linear_logprob
 from thinkmid.kernels.policy import Metrics
 from thinkmid.model.attention import attend_pack
+from thinkmid.model.lora import Base
 from thinkmid.model.transformer import Transformer
 from thinkmid.train.config import LossConfig
 from thinkmid.types import Pack
@@ -19,7 +20,7 @@ Sums = dict[str, torch.Tensor]  # to log
 Head = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden rows, the head's weight) -> its result
 
 
-def logprobs(model: Transformer, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
+def logprobs(model: Transformer | Base, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
     """logp (R,) fp32 of the pack's targets, through the model's own head."""
     head = partial(linear_logprob, targets=pack.targets, temperature=temperature, wait=False)
     logp: torch.Tensor = _through(model, pack, head)
@@ -40,7 +41,7 @@ def policy_loss(
     *,
     temperature: float,
     first_update: bool,
-    reference: Transformer | None = None,
+    reference: Transformer | Base | None = None,
 ) -> tuple[torch.Tensor, Sums]:
     """DrGRPO on one pack, and next-token loss where ce_w is not 0. With one update per rollout the ratio is 1 and the
     sampler's gap is an importance weight; later updates clip the ratio to the sampler itself, which needs no pass over
@@ -79,7 +80,7 @@ def policy_loss(
 
 
 @torch.no_grad()
-def _frozen_logprobs(reference: Transformer | None, pack: Pack, temperature: float) -> torch.Tensor | None:
+def _frozen_logprobs(reference: Transformer | Base | None, pack: Pack, temperature: float) -> torch.Tensor | None:
     return None if reference is None else logprobs(reference, pack, temperature)
 
 
@@ -106,6 +107,6 @@ def _both(hidden: torch.Tensor, weight: torch.Tensor, policy: Head, text: Head |
     return policy(hidden, weight), text(hidden, weight)[0] if text else 0
 
 
-def _through(model: Transformer, pack: Pack, head: Head) -> Any:
+def _through(model: Transformer | Base, pack: Pack, head: Head) -> Any:
     attend = attend_pack(pack, deterministic=model.deterministic)
     return model(pack.tokens, pack.positions, attend, rows=pack.rows, head=head)

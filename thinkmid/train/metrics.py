@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from thinkmid.files import read_rows
-from thinkmid.run.watch import Watch
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.train import advantage
+from thinkmid.train.config import RLConfig, RLMTConfig
+from thinkmid.train.job import Job
 from thinkmid.train.step import Stats
 from thinkmid.types import Group
 
@@ -78,7 +79,7 @@ def preflight_line(row: dict[str, float]) -> str:
     )
 
 
-def advice(row: dict[str, float]) -> list[str]:
+def advice(row: dict[str, float], cfg: RLConfig) -> list[str]:
     """Warnings from the first samples; none if RL can learn from this start."""
     out = []
     if row["unclosed"] > MOST_UNCLOSED:
@@ -92,6 +93,7 @@ def advice(row: dict[str, float]) -> list[str]:
             out.append(f"{dead} have equal rewards throughout: no sibling is better than another")
         elif row["reward"] < 0.5:
             cure = "more siblings, a milder judge, or a longer SFT first"
+            cure += LIKELIHOOD if isinstance(cfg, RLMTConfig) else ""
             out.append(f"{dead} have no right sample to learn from (mean reward {row['reward']:.3f}): {cure}")
         else:
             out.append(f"{dead} are right throughout: little is left to learn here")
@@ -106,6 +108,10 @@ def zeros_in_a_row(before: int, reward: float) -> int:
 
 
 MOST_UNCLOSED, MOST_DEAD = 0.5, 0.9
+LIKELIHOOD = (
+    "; a reward that needs no right sample, for text without annotated thoughts: reward.judge = 0, reward.gain = 1, "
+    "loss.scope = 'thought'"
+)
 PER_TOKEN = {
     "entropy": "entropy",
     "logp_gap_mean": "gap",
@@ -118,11 +124,11 @@ PER_TOKEN = {
 
 
 class Clock:
-    """Seconds of a step by phase; the watch file names the current one."""
+    """Seconds of a step by phase; console and watch file name the current one."""
 
-    def __init__(self, watch: Watch, step: int, of: str = ""):
+    def __init__(self, job: Job, step: int, of: str = ""):
         """of: what the phases belong to, where that is not a training step."""
-        self._watch, self._step, self._of = watch, step, of
+        self._job, self._step, self._of = job, step, of
         self._began = self._phase_began = time.perf_counter()
         self._phase = ""
         self.seconds: dict[str, float] = {}
@@ -134,7 +140,7 @@ class Clock:
             self.seconds[f"{self._phase}_s"] = now - self._phase_began
         self._phase, self._phase_began = phase, now
         if phase:
-            self._watch.beat(f"{self._of}: {phase}" if self._of else phase, self._step)
+            self._job.begin(f"{self._of}: {phase}" if self._of else phase, self._step)
 
     def row(self, groups: list[Group]) -> dict[str, float]:
         """The step's seconds and tokens; ends the last phase."""
@@ -175,14 +181,21 @@ def summary(folder: Path) -> str:
     tenth = max(1, len(rows) // 10)
     first, last = rows[:tenth], rows[-tenth:]
     before, after = _mean(first, "reward"), _mean(last, "reward")
-    times = f" ({after / before:.2f} times)" if before > 0 else ""
+    # a ratio of shares; nats have no zero to count from
+    times = f" ({after / before:.2f} times)" if before and after is not None and "likelihood" not in rows[0] else ""
+    thinking = [_mean(part, "thinking_tokens") for part in (first, last)]
     return (
-        f"reward {before:.3f} -> {after:.3f}{times}, thinking "
-        f"{_mean(first, 'thinking_tokens'):.1f} -> {_mean(last, 'thinking_tokens'):.1f} tokens "
+        f"reward {_words(before, '.3f')} -> {_words(after, '.3f')}{times}, "
+        f"thinking {_words(thinking[0], '.1f')} -> {_words(thinking[1], '.1f')} tokens "
         f"(means of the first and last {tenth} of {len(rows)} steps)"
     )
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
+def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Mean of a column's numbers; None without any."""
     known = [row[name] for row in rows if isinstance(row.get(name), int | float)]
-    return float(np.mean(known)) if known else float("nan")
+    return float(np.mean(known)) if known else None
+
+
+def _words(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)

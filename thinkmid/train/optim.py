@@ -12,11 +12,12 @@ from thinkmid.train.config import OptimConfig
 
 def adamw(model: torch.nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     """The optimiser with its state in place from the start, so that a checkpoint has somewhere to load into."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), fused=True)
-    for p in model.parameters():
+    for p in trained:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
@@ -60,10 +61,11 @@ class Offload:
 
 
 def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything of model and optimiser that a checkpoint holds, by name; the tensors themselves, not copies."""
+    """Everything of model and optimiser that a checkpoint holds, by name; the tensors themselves, not copies. Frozen
+    weights are in the folder that the run started from."""
     weights.reshard(model)
     out = {}
-    for name, p in model.named_parameters():
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         out[f"model.{name}"] = p.detach()
         out |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     return out

@@ -11,6 +11,7 @@ import torch
 
 from thinkmid.data.pack import Reply, Unit, make_pack
 from thinkmid.data.prompts import split
+from thinkmid.data.sequences import with_loss
 from thinkmid.data.source import read_documents
 from thinkmid.model.attention import attend_pack
 from thinkmid.model.transformer import Transformer
@@ -45,12 +46,12 @@ def validation_loss(
 
 
 def read_thoughts(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]]
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, parts: dict[str, re.Pattern[str]], column: str = "text"
 ) -> list[Unit]:
     """The first max_len tokens of each document of two or more; those of its thoughts that parts match are marked with
     the part's place, counted from 1."""
     units, lead = [], len(tokenizer.decode(tokenizer.open_ids).encode())
-    for doc in read_documents(paths):
+    for doc in read_documents(paths, column):
         tokens, marks = [], [np.zeros(0, np.float32)]
         for is_thought, piece in split(doc):
             [[ids]] = tokenizer.encode_pieces([[(is_thought, piece)]])
@@ -102,8 +103,9 @@ def advice(accuracy: dict[str, float]) -> str:
 
 
 def _unit(name: str, tokens: np.ndarray, marks: np.ndarray) -> Unit:
-    """The text, each token's mark in its weight: 1 and the mark."""
-    return Unit(name=name, prefix=tokens[:1], replies=[Reply.text(tokens[1:], 1 + marks[1:])])
+    """The text, each token's mark in its weight: 1 and the mark; 0 for those without loss."""
+    ids, has_loss = with_loss(tokens)
+    return Unit(name=name, prefix=ids[:1], replies=[Reply.text(ids[1:], (1 + marks[1:]) * has_loss[1:])])
 
 
 def _is_first(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,14 @@ from functools import partial
 
 from thinkmid.data.pack import duplicated
 from thinkmid.data.source import Order
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, counted
+from thinkmid.files import finite
 from thinkmid.model.transformer import ModelConfig
 from thinkmid.rollout.engine.build import make_engine
 from thinkmid.rollout.engine.protocol import check_vllm
 from thinkmid.rollout.judge.ask import Policy
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import Interrupt, Stopped
-from thinkmid.run.log import finite
 from thinkmid.run.ranks import Ranks, start_ranks
 from thinkmid.train import advantage, metrics
 from thinkmid.train.config import RLConfig
@@ -97,6 +97,13 @@ def _new_tokens(cfg: RLConfig) -> str:
     return f"sampling.max_think {cfg.sampling.max_think} + sampling.max_suffix {cfg.sampling.max_suffix}"
 
 
+def headline(job: Job, cfg: RLConfig, stage: str, num_prompts: int, longest: int) -> None:
+    """The first line of a run. longest: tokens of the longest prompt."""
+    b = cfg.batch
+    data = f"{counted(num_prompts, 'prompt')} of at most {longest} tokens, {b.prompts} x {b.siblings} a step"
+    job.headline(stage, data, cfg.run.steps * cfg.batch.prompts / num_prompts)
+
+
 def open_policy(job: Job, cfg: RLConfig, longest: int, question: int = 0) -> Policy:
     """The policy's engine, asleep. longest: tokens of the longest prompt; question: tokens of a judge's longest
     question to the same engine. Collective for vllm."""
@@ -117,10 +124,10 @@ def train(
     """Runs the steps that are left of cfg.run.steps. Stopped when that was requested and the run is saved."""
     order, at = Order(len(prompts), cfg.run.seed), Progress(step=job.saved_step, **job.saved_state)
     if validation and at.step == 0:
-        preflight(job, sampler, validation, at)
+        preflight(job, cfg, sampler, validation, at)
     close_step(job, cfg, sampler, validation, at)  # what a stopped run left to do
     while at.step < cfg.run.steps:
-        clock = Clock(job.watch, at.step)
+        clock = Clock(job, at.step)
         with saved_where_stopped(job, at):
             refuse_stopped(job)
             with sampler.awake(at.step, clock):
@@ -140,7 +147,7 @@ def train(
         job.refuse_broken(at.step)
         row = {**metrics.describe(groups), **metrics.measure(updates), **checks, **judged, **terms}
         at.row = {**row, "lr": lr, "skipped": at.skipped, **clock.row(groups)}
-        warn(job, at, is_preflighted=validation is not None)
+        warn(job, cfg, at, is_preflighted=validation is not None)
         if cfg.run.rollouts_every and at.step % cfg.run.rollouts_every == 0:
             job.log.rollouts(at.step, metrics.rollout_rows(groups, job.tokenizer))
         close_step(job, cfg, sampler, validation, at)
@@ -174,7 +181,7 @@ def update(job: Job, cfg: RLConfig, groups: list[Group], lr: float, *, is_first:
 def validate(job: Job, sampler: Sampler, validation: Validation, step: int) -> dict[str, float]:
     """metrics.describe() of samples of the held-out prompts, drawn with the same seeds each time."""
     refuse_stopped(job)
-    clock = Clock(job.watch, step, of="validation")
+    clock = Clock(job, step, of="validation")
     with sampler.awake(step, clock, check=False):
         groups, _ = sampler.rollout(validation.prompts, range(len(validation.prompts)), 0, clock)
         # no step's row holds the metrics of these verdicts; a judge that fails its examination stops the next step
@@ -184,7 +191,7 @@ def validate(job: Job, sampler: Sampler, validation: Validation, step: int) -> d
     return {**metrics.describe(groups), **terms}
 
 
-def preflight(job: Job, sampler: Sampler, validation: Validation, at: Progress) -> None:
+def preflight(job: Job, cfg: RLConfig, sampler: Sampler, validation: Validation, at: Progress) -> None:
     """Validates the start, and warns where nothing can be learnt from it."""
     try:
         row = validate(job, sampler, validation, at.step)
@@ -193,7 +200,7 @@ def preflight(job: Job, sampler: Sampler, validation: Validation, at: Progress) 
         raise
     job.log.event("gate", **row)
     job.log.say(metrics.preflight_line(row))
-    for line in metrics.advice(row):
+    for line in metrics.advice(row, cfg):
         job.log.say(f"warning: {line}")
 
 
@@ -206,9 +213,8 @@ def close_step(job: Job, cfg: RLConfig, sampler: Sampler, validation: Validation
             at.row = at.row | {f"val_{name}": value for name, value in row.items()}
         job.log.write(at.step, at.row)
         at.row = {}
-    is_due = cfg.run.save_every and at.step % cfg.run.save_every == 0 and at.step > 0
-    if is_due or at.step >= cfg.run.steps:
-        job.watch.beat("save", at.step)
+    if job.is_save_due(at.step) or at.step >= cfg.run.steps:
+        job.begin("save", at.step)
         job.save(at.step, at.state())
 
 
@@ -236,19 +242,20 @@ def count_skips(job: Job, at: Progress, updates: list[Update]) -> int:
     return skipped
 
 
-def warn(job: Job, at: Progress, *, is_preflighted: bool) -> None:
+def warn(job: Job, cfg: RLConfig, at: Progress, *, is_preflighted: bool) -> None:
     """Warns of a reward that is gone, and after the first step of a start from which nothing can be learnt."""
     at.zeros = metrics.zeros_in_a_row(at.zeros, at.row["reward"])
     if at.zeros == ZEROS:
         job.log.event("reward_collapsed", step=at.step)
         job.log.say(f"warning: step {at.step}: every reward of the last {ZEROS} steps is 0, and earlier ones were not")
     if at.step == 1 and not is_preflighted:
-        for line in metrics.advice(at.row):
+        for line in metrics.advice(at.row, cfg):
             job.log.say(f"warning: {line}")
 
 
 def finish(job: Job) -> int:
     """Exports the model and draws the curves; exit code 0."""
+    job.begin("export", job.saved_step)
     exported = job.export()
     if job.ranks.rank == 0:
         job.log.say(metrics.summary(job.folder))

@@ -20,7 +20,7 @@ NOISE = "note: no reward looks at continuations, yet they are trained: loss.scop
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(RLMTConfig, argv, prog="torchrun -m thinkmid.train.rlmt", description=__doc__)
+    cfg, dry_run = config.load(RLMTConfig, argv, prog="thinkmid rlmt", description=__doc__)
 
     from thinkmid.plan import memory
     from thinkmid.rollout.judge import ask
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     frozen = {"judge's weights": Path(cfg.judge.folder)} if judge else {}
     inputs = Inputs(data=digest, held_out=fingerprint_of(held_out), num_steps=cfg.run.steps, frozen=frozen)
     job = open_job(cfg, source, inputs, ranks, interrupt)
-    job.log.say(f"{len(prompts)} prompts, at most {prompts.longest} tokens; starts at step {job.saved_step}")
+    rl.headline(job, cfg, "RLMT", len(prompts), prompts.longest)
     if not (is_judged or cfg.reward.prefix or cfg.loss.scope == "thought"):
         job.log.say(NOISE)
     validation = rl.Validation(prompts=held_out, every=cfg.data.val_every) if held_out else None

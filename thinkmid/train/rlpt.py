@@ -6,14 +6,16 @@ torchrun --nproc-per-node 2 -m thinkmid.train.rlpt configs/mini-rlpt.toml
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 from thinkmid import config
+from thinkmid.data.wording import Wording
 from thinkmid.run.interrupt import Stopped
 from thinkmid.train.config import RLPTConfig
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(RLPTConfig, argv, prog="torchrun -m thinkmid.train.rlpt", description=__doc__)
+    cfg, dry_run = config.load(RLPTConfig, argv, prog="thinkmid rlpt", description=__doc__)
 
     from thinkmid.plan import memory
     from thinkmid.rollout.grade.grader import make_grader
@@ -23,10 +25,12 @@ def main(argv: list[str]) -> int:
     from thinkmid.train.sampler import Sampler
 
     source = Source.read(cfg.model.folder)
+    wording = Wording.read(cfg.data, source.folder, source.tokenizer)
+    source = replace(source, tokenizer=wording.tokenizer)
     max_prompt = rl.longest_prompt(cfg, source.model_cfg, cfg.data.max_prompt, len(source.tokenizer.close_ids))
     if dry_run:
         return memory.dry_run_rl(cfg, source.model_cfg, max_prompt, {})
-    prompts, notes = corpus.read_questions(cfg.data, source.tokenizer, max_prompt)
+    prompts, notes = corpus.read_questions(cfg.data, wording, max_prompt)
     longest = max(len(p.tokens) for p in prompts)
     grader = make_grader(cfg.verify)
 
@@ -34,12 +38,13 @@ def main(argv: list[str]) -> int:
     rl.check_room(cfg, longest)
     inputs = Inputs(data=fingerprint_of(prompts), num_steps=cfg.run.steps)
     job = open_job(cfg, source, inputs, ranks, interrupt)
+    rl.headline(job, cfg, "RLPT", len(prompts), longest)
     for note in notes:
         job.log.say(f"note: {note}")
-    job.log.say(f"{len(prompts)} prompts, at most {longest} tokens; starts at step {job.saved_step}")
     try:
         engine = rl.open_policy(job, cfg, longest).engine
-        with closing(AnswerReward(source.tokenizer, grader, thinks=cfg.data.template.endswith("-think"))) as reward:
+        thinks = source.tokenizer.opens(prompts[0].tokens)
+        with closing(AnswerReward(source.tokenizer, grader, thinks=thinks, stops=cfg.drawn.stop)) as reward:
             rl.train(job, cfg, Sampler(job, cfg, engine, reward), prompts)
     except Stopped:
         return job.stop()

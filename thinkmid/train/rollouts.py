@@ -34,7 +34,7 @@ def rollouts(
     """
     siblings = range(cfg.batch.siblings)
     requests = requests_of(prompts, [[seed(cfg.run.seed, step, p.id, g) for g in siblings] for p in prompts])
-    samples, pending = run.ranks.run_on_all(draw, run, engine, requests, cfg.sampling, reward)
+    samples, pending = run.ranks.run_on_all(draw, run, engine, requests, cfg.drawn, reward)
     if len(samples) < len(requests):
         return None, []
     groups = [Group(prompt=prompt, samples=[samples[p, g] for g in siblings]) for p, prompt in enumerate(prompts)]
@@ -53,7 +53,7 @@ def draw(
             samples[request.key] = sample
             if reward:
                 pending[request.key] = reward(request.prompt, sample)
-            run.log.progress("rollout", len(samples), len(requests))
+            run.log.progress(len(samples), len(requests))
         if stopped(run, number):
             break
     return samples, pending

@@ -10,7 +10,7 @@ from thinkmid.train.config import SFTConfig
 
 
 def main(argv: list[str]) -> int:
-    cfg, dry_run = config.load(SFTConfig, argv, prog="torchrun -m thinkmid.train.sft", description=__doc__)
+    cfg, dry_run = config.load(SFTConfig, argv, prog="thinkmid sft", description=__doc__)
 
     from thinkmid.train import supervised
 

@@ -8,10 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from thinkmid.data.chat import Chat
+from thinkmid.data.conversations import Conversations
 from thinkmid.data.pack import Reply, Unit
-from thinkmid.data.sequences import Sequences, read_sequences
+from thinkmid.data.sequences import Sequences, read_sequences, with_loss
 from thinkmid.data.source import Order
-from thinkmid.errors import UserError
+from thinkmid.errors import UserError, counted, short
 from thinkmid.plan import memory
 from thinkmid.run.folder import claim_folder
 from thinkmid.run.interrupt import Interrupt, Stopped
@@ -37,26 +39,38 @@ def run(cfg: SFTConfig) -> int:
     read = [*cfg.data.paths, *cfg.data.val_paths, *cfg.data.probe_paths]
     corpus.name_left_out(read if cfg.model.folder else [*read, *cfg.fresh.tokenizer_data], ranks)
 
-    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data.paths, cfg.run, ranks))
+    source = Source.read(cfg.model.folder or init.make(cfg.fresh, cfg.data, cfg.run, ranks))
     context = source.model_cfg.max_positions
     if context < cfg.data.max_len:
         raise UserError(f"data.max_len {cfg.data.max_len} exceeds the model's context of {context} tokens")
     check_source(source, cfg.run, ranks)
 
+    if chats := conversations(cfg, source):
+        source = replace(source, tokenizer=chats.chat.tokenizer)
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
-    held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len) if cfg.data.val_paths else []
-    parts = read_parts(cfg.data.probe_parts)
-    probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts) if cfg.data.probe_paths else []
-    sequences, data = corpus.stored_sequences(cfg.data.paths, tokenizer, max_len, cfg.run, ranks, interrupt)
+    column, held_out = cfg.data.column, []
+    if cfg.data.val_paths:
+        held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, column, chats)
+    parts, probed = read_parts(cfg.data.probe_parts), []
+    if cfg.data.probe_paths:
+        probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts, column)
+    stored = corpus.stored_documents(cfg.data, tokenizer, cfg.run, ranks, interrupt, chats)
+    sequences = Sequences(stored, max_len)
 
     steps = num_steps(cfg, sequences.lengths)
-    inputs = Inputs(data=data, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps)
+    inputs = Inputs(
+        data=stored.digest, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps
+    )
     job = open_job(cfg, source, inputs, ranks, interrupt)
+    total, documents = int(sequences.lengths.sum()), counted(sequences.num_documents, "document")
+    data = f"{documents}, {short(total)} tokens, at most {cfg.data.batch_tokens:,} a step"
+    job.headline("SFT", data, steps * cfg.data.batch_tokens / total)
     packing = Packing(cfg.data.pack_tokens, job.model.cfg, ranks)
     try:
         learn(job, of_length(cfg, steps), packing, sequences, held_out)
         exported = job.export()
         if probed:
+            job.begin("probe", job.saved_step)
             accuracy = probe.thought_accuracy(job.model, probed, packing, parts)
             job.log.event("probe", **{name.removesuffix("?"): share for name, share in accuracy.items()})
             job.log.say(probe.advice(accuracy))
@@ -67,6 +81,14 @@ def run(cfg: SFTConfig) -> int:
     return job.finish(exported)
 
 
+def conversations(cfg: SFTConfig, source: Source) -> Conversations | None:
+    """How the rows of messages are read; None where documents are texts. UserError: no chat template, a broken one."""
+    if cfg.data.template != "chat":
+        return None
+    chat = Chat(source.folder, source.tokenizer)
+    return Conversations(chat=chat, system=cfg.data.system, loss=cfg.data.loss)
+
+
 def learn(
     job: Job, cfg: SFTConfig, packing: Packing, sequences: Sequences, held_out: list[tuple[np.ndarray, np.ndarray]]
 ) -> None:
@@ -74,15 +96,15 @@ def learn(
     order, step = Order(len(sequences), cfg.run.seed), job.saved_step
     state = {"cursor": 0, "skipped": 0} | job.saved_state
     while step < cfg.run.steps:
-        job.watch.beat("train", step)
+        job.begin("train", step)
         began = time.perf_counter()
         num, _ = batch_size(order, state["cursor"], sequences.lengths, cfg.data.batch_tokens)
         # what one rank alone reads wrong ends all
         batch = job.ranks.run_on_all(read_batch, sequences, order.take(state["cursor"], num))
-        num_targets = sum(len(tokens) - 1 for tokens in batch)
+        num_targets = sum(int(np.count_nonzero(tokens[1:] >= 0)) for tokens in batch)
         lr = cfg.optim.lr_at(step, cfg.run.steps)
         try:
-            stats = update(job, packing, batch, 1 / num_targets, lr)
+            stats = update(job, packing, batch, 1 / max(1, num_targets), lr)
         except Stopped:
             job.save(step, state)
             raise
@@ -94,19 +116,22 @@ def learn(
         row = {"loss": stats.sums["loss"], "grad_norm": stats.grad_norm, "lr": lr, "tokens": num_targets}
         row |= {"step_s": step_s, "tokens_per_s": num_targets / step_s}
         if held_out and (step % cfg.data.val_every == 0 or step == cfg.run.steps):
+            job.begin("validation", step)
             row |= probe.validation_loss(job.model, held_out, packing)
         job.log.write(step, row)
-        if cfg.run.save_every and step % cfg.run.save_every == 0:
+        if job.is_save_due(step):
+            job.begin("save", step)
             job.save(step, state)
-    job.watch.beat("export", step)
+    job.begin("export", step)
     job.save(step, state)
 
 
 def update(job: Job, packing: Packing, batch: list[np.ndarray], weight: float, lr: float) -> Stats:
     """One optimiser step on the targets of these sequences, which every rank brings; weight: of each target's loss."""
-    texts = [Reply.text(tokens[1:], weight) for tokens in batch]
-    pairs = enumerate(zip(batch, texts, strict=True))
-    units = [Unit(name=f"sequence {i}", prefix=tokens[:1], replies=[text]) for i, (tokens, text) in pairs]
+    pairs = [with_loss(tokens) for tokens in batch]
+    texts = [Reply.text(ids[1:], weight * has_loss[1:]) for ids, has_loss in pairs]
+    both = enumerate(zip(pairs, texts, strict=True))
+    units = [Unit(name=f"sequence {i}", prefix=ids[:1], replies=[text]) for i, ((ids, _), text) in both]
     packs, loss_fn = packing.mine(units), partial(text_loss, job.model)
     clip, interrupt = job.cfg.optim.clip, job.interrupt
     return train_step(job.model, job.optimizer, packs, loss_fn, job.ranks, lr=lr, clip=clip, interrupt=interrupt)

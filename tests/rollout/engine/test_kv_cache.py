@@ -23,10 +23,10 @@ def path(request, monkeypatch):
         _csrc.use_isa(was)
 
 
-def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0):
+def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0, window=0):
     """Attention of rows over prefixes and their own tokens, of any length; yields (out, q, keys, values) of each.
 
-    out, q (H, C); keys, values (H, length, C). scale: of queries.
+    out, q (H, C); keys, values (H, length, C), of them the window's newest. scale: of queries.
     """
     cfg = type("Shape", (), {"kv_heads": kv_heads, "head_dim": size, "layers": TINY.layers})
     like, layer = torch.zeros(0, dtype=dtype), 1
@@ -40,7 +40,7 @@ def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0):
     q, k, v = (torch.randn(num, n, size).to(dtype) for n in (heads, kv_heads, kv_heads))
     q *= scale
     before = cache.k[layer].clone()
-    out = Attention(cache, prefixes.families(owner), count)(layer, q, k, v)
+    out = Attention(cache, prefixes.families(owner), count)(layer, q, k, v, window)
     assert out.dtype == dtype
     for row, p in enumerate(owner):
         here, there = slice(count[row]), slice(PREFIXES[p])
@@ -50,7 +50,7 @@ def decode(heads, kv_heads, size, dtype=torch.float32, scale=1.0):
         values = torch.cat(values, 1).repeat_interleave(heads // kv_heads, 0)
         assert torch.equal(cache.k[layer][row, ..., count[row]], k[row])
         assert torch.equal(cache.v[layer][row, :, count[row]], v[row])
-        yield out[row], q[row], keys, values
+        yield out[row], q[row], keys[:, -window:], values[:, -window:]
 
 
 def slow(q, keys, values, dtype):
@@ -62,6 +62,15 @@ def slow(q, keys, values, dtype):
 @pytest.mark.parametrize("size", [2, 16, 24])
 def test_the_newest_token_attends_to_its_prefix_and_to_its_own(path, heads, kv_heads, size):
     for out, *qkv in decode(heads, kv_heads, size):
+        assert_no_worse(out, slow(*qkv, torch.float64), slow(*qkv, torch.float32) + 2e-7)
+
+
+# 1, 2, around the vectors of csrc and the lengths of prefixes, all but one key of the longest, and all
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 31, 70, 71, 72])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (7, 1)])
+def test_a_window_hides_the_oldest_keys_of_the_prefix_and_then_of_its_own(path, window, heads, kv_heads):
+    for out, *qkv in decode(heads, kv_heads, 16, window=window):
+        assert qkv[1].shape[1] <= window
         assert_no_worse(out, slow(*qkv, torch.float64), slow(*qkv, torch.float32) + 2e-7)
 
 

@@ -342,6 +342,40 @@ def test_the_reward_reads_what_follows_the_thought(grader, text, written, meta, 
     assert set(reward.finish(0)) == {f"verify_{name}" for name in ("asked", "exact", "failed", "cached", "wait_s")}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "written", "thinks", "said"),
+    [
+        ("Q?", "t</think> So \\boxed{4}\n\nQ: 1?\n\\boxed{5}", True, Verdict(1, "identical")),
+        ("Q?", "t\n\nQ: 1?</think> \\boxed{4}", True, Verdict(1, "identical")),
+        ("Q?", "\\boxed{4}\n\nQ: 1?\n\\boxed{5}", False, Verdict(1, "identical")),
+        ("Q?", "<think>t\n\nQ: 1?</think>\\boxed{4}\n\nQ: 1?\n\\boxed{5}", False, Verdict(1, "identical")),
+        ("Q?", "We add.\n\nQ: 1?\n\\boxed{4}", False, Verdict(0, "no answer")),
+        ("Q? Answer:", " 4 apples, of course.", False, Verdict(1, "number")),
+        ("Q? Answer:<think>", "t</think> 4 apples\nor so", True, Verdict(1, "number")),
+        ("Q? Answer: yes. Q?", " 4 apples, of course.", False, Verdict(0, "no answer")),
+    ],
+)
+def test_the_reward_reads_up_to_a_stop_text_and_knows_how_the_prompt_ends(grader, text, prompt, written, thinks, said):
+    reward = AnswerReward(text, grader, thinks=thinks, stops=("\n\nQ:",))
+    asked = Prompt(id="p", tokens=text.encode(prompt), meta={"gold": "4"})
+    assert reward(asked, sample(text, written)).result() == said
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_a_text_answers_is_what_it_votes_for(grader, marked):
+    texts = {
+        " 5": "5", " 5\n\nBecause 2+3=5.": "5", " B\n\nQuestion: 1?\nAnswer: C": "B", " (B)": "B",
+        "t</think> 18\n\nQuestion: Tom has 3 pens. How many?\nAnswer: 3": "18",
+        "\\boxed{18}\n\nProblem: Find 1+1.\n\nSolution: It is \\boxed{2}": "18",
+    }  # fmt: skip
+    for text, answer in texts.items():
+        assert (grader.answer(text, marked), grader(text, answer, "", marked).result().value) == (answer, 1)
+        assert grader(text, "3", "", marked).result().value == 0
+    assert (grader.answer(" even\nfor sure", marked), grader.answer("t\n</think>", marked)) == (
+        "even" if marked else None, None,
+    )  # fmt: skip
+
+
 def test_a_prompt_without_gold_answer_is_named(grader, text):
     for meta in ({}, {"gold": " "}):
         with pytest.raises(UserError, match="prompt p7: no gold"):

@@ -7,7 +7,8 @@ from golds import GOLDS, bare, rewritings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkmid.rollout.grade.answers import extract, normal, squeezed
+from thinkmid.data.templates import render
+from thinkmid.rollout.grade.answers import ends_in_marker, extract, normal, squeezed
 from thinkmid.rollout.grade.limits import refused
 from thinkmid.rollout.grade.numbers import number
 from thinkmid.rollout.grade.rules import canonical, decide, unfinished
@@ -50,7 +51,7 @@ def test_no_rule_takes_one_gold_answer_for_another(layout):
         ("nothing said", None),
         ("", None),
         (r"\boxed{3}</think> The answer is 4.", "4"),
-        (r"\boxed{3}</think> 4", None),
+        (r"\boxed{3}</think> 4", "4"),
         (r"<think>\boxed{3}", None),
         (r"</think>\boxed{3}<think>", None),
         (r"a</think>\boxed{3}</think>\boxed{4}", "4"),
@@ -70,6 +71,95 @@ def test_no_rule_takes_one_gold_answer_for_another(layout):
 )
 def test_the_answer_is_the_last_box_or_the_last_answer_line(text, answer):
     assert extract(text) == answer
+
+
+BOXED = "\n\nProblem: Find 1+1.\n\nSolution: It is \\boxed{2}"
+PLAIN = "\n\nQuestion: Tom has 3 pens. How many?\nAnswer: 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        # a next question is asked and answered
+        (r"We add. \boxed{18}" + BOXED, "18"),
+        (r"We add. \boxed{18}" + 2 * BOXED, "18"),
+        ("We add.\nAnswer: 18" + BOXED.replace("It is", "\nAnswer: 2"), "18"),
+        (" The answer is 18." + PLAIN, "18"),
+        (" 18" + PLAIN, "18"),
+        (" B" + PLAIN, "B"),
+        (" 18" + PLAIN.replace("\n\n", "\n"), "18"),
+        ("t</think> 18" + PLAIN.replace("Answer:", "Answer:<think>u</think>"), "18"),
+        (r"t</think> \boxed{18}" + BOXED.replace("It is", "<think>u</think>"), "18"),
+        (r"\boxed{18}" + "\n\n" + render("boxed", "1+1?") + r" \boxed{2}", "18"),
+        ("Answer: 18\n\n" + render("answer-line", "1+1?", choice=True) + " 2.\nAnswer: 2", "18"),
+        # none is asked: the words belong to the answer
+        ("The poll said\n\nQuestion: who won?\n\nand 18 replied, so \\boxed{18}", "18"),
+        ("\n\nProblem: Find 9+9.\n\nSolution: We add.\nAnswer: 18", "18"),
+        ("Is it \\boxed{3}? Then, Question: is it even? No:\n\\boxed{4}", "4"),
+        ("\\boxed{3}\n\nProblem: it is odd.</think> \\boxed{4}", "4"),  # inside the thought
+        ("<think>\\boxed{3}\n\nProblem: it is odd.</think> \\boxed{4}", "4"),
+        ("<think>\\boxed{3}\n\nProblem: it is odd.", None),
+        ("We add." + BOXED, "2"),  # no answer before: as ever
+    ],
+)
+def test_a_text_that_goes_on_with_a_next_question_is_graded_on_the_first(text, answer):
+    assert extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "alone", "marked"),
+    [
+        (" 5", "5", "5"),
+        (" 5\n", "5", "5"),
+        ("two and three</think> 5", "5", "5"),
+        (" 5\n\nBecause 2+3=5.", "5", "5"),
+        (" $-1,234.50$.\n", "$-1,234.50$", "$-1,234.50$"),
+        ("**18**", "18", "18"),
+        (" (B)", "(B)", "(B)"),
+        (" B.\nFor A is too large.", "B", "B"),
+        # a line that holds more is an answer where the prompt says so
+        (" 5 apples", None, "5 apples"),
+        (r" $\frac{1}{2}$, since it is half", None, r"$\frac{1}{2}$"),
+        (" even\nbecause 2 divides it", None, "even"),
+        (" B. 5 eV", None, "B"),
+        (" A man walks.", None, "A man walks"),
+        (" 5 or 6", None, "5 or 6"),
+        (" 5, 6", None, "5, 6"),
+        # an answer in so many words is the answer wherever it stands
+        (" 5 apples. The answer is 6.", "6", "6"),
+        (" 5\nNo: \\boxed{6}", "6", "6"),
+        (" Answer: 18", "18", "18"),
+        (" She has 3. 3+2=5.\n#### 5", "5", "5"),
+        # nothing is said
+        ("", None, None),
+        (" \n", None, None),
+        ("5</think>", None, None),
+        ("<think> 5", None, None),
+        ("\n\nQuestion: 7?\nNo.", None, None),
+        (r" \boxed{}", None, None),
+    ],
+)
+def test_after_a_prompt_that_ends_in_the_marker_the_first_line_is_the_answer(text, alone, marked):
+    assert (extract(text), extract(text, marked=True)) == (alone, marked)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ends"),
+    [
+        (render("plain", "1+1?"), True),
+        (render("plain-think", "1+1?"), True),
+        ("Q: 1+1?\nFinal answer: ", True),
+        ("Q: 1+1? The answer is", True),
+        ("12 + 3\n####", True),
+        (render("boxed", "What is the answer: 3 or 4?"), False),
+        (render("answer-line-think", "1+1?"), False),
+        ("Answer: in one word. Q: 1+1?", False),
+        ("1+1?", False),
+        ("", False),
+    ],
+)
+def test_a_prompt_ends_in_the_marker_where_the_answer_is_to_follow(prompt, ends):
+    assert ends_in_marker(prompt) == ends
 
 
 GROUPED = st.integers(-(10**12), 10**12)
@@ -240,13 +330,15 @@ def test_a_gold_answer_that_is_refused_fails_and_is_right_as_it_stands():
 def test_no_text_holds_up_the_rules():
     """Rules run in the trainer, where nobody kills them."""
     bricks = ["\\", r"\boxed{", r"\frac", r"\text{", "1,", "x=", "answer:", "answer is ", "a ", "\n", *"{} #1$^(_*"]
+    bricks += ["\nQuestion:", "\n\nProblem: 7", "<think>", "</think>"]
     rng = random.Random(0)
     texts = [brick * 20_000 for brick in bricks] + ["".join(rng.choices(bricks, k=20_000)) for _ in range(5)]
     for text in texts:
-        began = time.perf_counter()
+        began = time.process_time()
         answer = extract(text)
+        extract(text, marked=True), ends_in_marker(text)
         for candidate in (answer, text, text[:500]):
             decide(candidate, "4x", "How many x are in 4x?")
             decide(candidate, "4")
             decide(candidate, "no solution")
-        assert time.perf_counter() - began < 1, text[:40]
+        assert time.process_time() - began < 1, text[:40]

@@ -81,6 +81,13 @@ def test_the_reference_is_cut_as_the_suffix_is(text):
     assert len(cut) < len(reference)
 
 
+def test_continuation_and_reference_end_at_a_stop_text(text):
+    asked, reference = [], " So 7 remain. Mia has 12 apples, and Tom has 5."
+    reward = ContinuationReward(text, listening(asked), max_suffix=99, stops=(". M", "Tom"))
+    reward(*make(text, reference, "12. Mia</think> So 8 remain, Tom"))
+    assert asked == [(" So 8 remain, ", " So 7 remain")]
+
+
 def test_a_suffix_past_the_cut_is_not_shown(text):
     """The engine ends at the cut; a sample that does not, from another engine, must gain nothing by it."""
     suffix, asked = text.encode(" So 7 remain. Mia has 12 apples."), []

@@ -20,7 +20,8 @@ NEVER = -1e30  # bias of a key that is not seen; finite, see partial_attention
 class Attention:
     """attend(layer, q, k, v) of one token per sequence: its key and value enter the cache, at position count (B,).
 
-    q (B, H, C); k, v (B, K, C); returns (B, H, C) in q's dtype.
+    q (B, H, C); k, v (B, K, C); returns (B, H, C) in q's dtype. With a window, keys of the prefix and then of the
+    sequence's own fall out of sight, one a step; they stay in the cache.
     """
 
     def __init__(self, cache: Cache, families: Families, count: NDArray[np.int64]):
@@ -30,14 +31,13 @@ class Attention:
         if not self._is_cpp:
             num, longest = len(count), int(count.max()) + 1
             self._length = min(-(-longest // KEY_STEP) * KEY_STEP, cache.max_len)
-            unseen = torch.arange(self._length, device=self._count.device) > self._count[:, None]
-            self._bias = bias_of(unseen, cache.k[0].shape[1])
+            self._biases: dict[int, tuple[Tensor, Tensor | None]] = {}  # of each window
             self._rows = torch.arange(num, device=self._count.device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._cpp(layer, q, k, v) if self._is_cpp else self._torch(layer, q, k, v)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+        return self._cpp(layer, q, k, v, window) if self._is_cpp else self._torch(layer, q, k, v, window)
 
-    def _cpp(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _cpp(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         _csrc = launch.cpp()
 
         cache, families, prefix, num_keys = self._cache, self._families, self._families.cache, k.shape[1]
@@ -46,27 +46,35 @@ class Attention:
         stored = (cache.k[layer], cache.v[layer], prefix.k[layer], prefix.v[layer])
         tensors = (q, k, v, *stored, self._count, families.slot, families.lengths, out)
         sizes = [len(q), num_keys, q.shape[1] // num_keys, q.shape[2], cache.max_len, prefix.max_len]
-        _csrc.decode_attention(sizes, [launch.address(x) for x in tensors])
+        _csrc.decode_attention(sizes, window, [launch.address(x) for x in tensors])
         return out
 
-    def _torch(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _torch(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         cache, (num, num_keys) = self._cache, k.shape[:2]
         cache.k[layer][self._rows, :, :, self._count] = k
         cache.v[layer][self._rows, :, self._count] = v
         # the heads of a group are queries of one key head
         heads = q.reshape(num * num_keys, -1, q.shape[-1])  # (B*K, H/K, C)
-        own, own_lse = partial_attention(heads, *cache.first(layer, num, self._length), self._bias)
+        if window not in self._biases:
+            self._biases[window] = self._own_bias(window), self._families.bias(self._count, window, heads.shape[1])
+        own_bias, bias = self._biases[window]
+        own, own_lse = partial_attention(heads, *cache.first(layer, num, self._length), own_bias)
         if self._families.length:
-            out, lse = self._families.attention(layer, heads)
+            out, lse = self._families.attention(layer, heads, bias)
             own = own.lerp_(out, (lse - own_lse).sigmoid_())
         return own.view_as(q).to(q.dtype)
+
+    def _own_bias(self, window: int) -> Tensor:
+        at, newest = torch.arange(self._length, device=self._count.device), self._count[:, None]
+        unseen = (at > newest) | (at <= newest - window) if window else at > newest
+        return bias_of(unseen, self._cache.k[0].shape[1])
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention over some of the keys, and the log of its denominator, (N, m, 1), by which parts are weighed; fp32.
 
-    q (N, m, C); k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1, length) is finite, so that a part
-    without keys weighs 0; None: all keys are seen.
+    q (N, m, C); k (N, C, length), v (N, length, C); returns (N, m, C). bias (N, 1 or m, length) is finite, so that a
+    part without keys weighs 0; None: all keys are seen.
     """
     scores, scale = _product(q, k), q.shape[-1] ** -0.5
     scores = scores.mul_(scale) if bias is None else torch.add(bias, scores, alpha=scale)
@@ -182,16 +190,28 @@ class Families:
         read = members[:, None] * num_keys + head[:, None]  # (A, K, most)
         put = (slot_B[:, None] * num_keys + head) * most + place_B[:, None]  # (B, K)
         self._read, self._put = (torch.from_numpy(x.reshape(-1)).to(device) for x in (read, put))
-        self._shape = (len(length_A), num_keys, most)
+        self._shape, self._members = (len(length_A), num_keys, most), torch.from_numpy(members).to(device)
         self._bias = None
         if (length_A < self.length).any():
             unseen = torch.from_numpy(np.arange(self.length) >= length_A[:, None]).to(device)
             self._bias = bias_of(unseen, num_keys)
 
-    def attention(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order."""
+    def bias(self, count: Tensor, window: int, group: int) -> Tensor | None:
+        """Of the prefixes' keys, for attention(); count (B,) of each row's own keys before the newest, group = H/K.
+
+        A window ends elsewhere for each sibling.
+        """
+        if not window or not self.length:
+            return self._bias
+        oldest = (self.lengths + count - window)[self._members, None]  # (A, most, 1) the first key that is not seen
+        gone = torch.arange(self.length, device=count.device) <= oldest
+        bias = gone.repeat_interleave(group, 1).repeat_interleave(self._shape[1], 0) * NEVER  # (A*K, most*m, length)
+        return bias if self._bias is None else bias.minimum(self._bias)
+
+    def attention(self, layer: int, q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """partial_attention of q (B*K, H/K, C) over the prefixes, rows in q's order; bias of bias()."""
         num, num_keys, most = self._shape
         m, size = q.shape[1:]
         q = q.index_select(0, self._read).view(num * num_keys, most * m, size)
-        out, lse = partial_attention(q, *self.cache.first(layer, num, self.length), self._bias)
+        out, lse = partial_attention(q, *self.cache.first(layer, num, self.length), bias)
         return out.view(-1, m, size).index_select(0, self._put), lse.view(-1, m, 1).index_select(0, self._put)

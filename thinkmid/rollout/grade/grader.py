@@ -22,12 +22,13 @@ class MathGrader:
         self._cache = VerdictCache(CACHE_SIZE)
         self.pool = Pool(cfg)
 
-    def __call__(self, text: str, gold: str, question: str = "") -> Pending:
+    def __call__(self, text: str, gold: str, question: str = "", marked: bool = False) -> Pending:
         """The verdict on the answer that a whole text gives; `why` is "no answer" if it gives none.
 
-        With the question known, an answer that only repeats an expression of it is 0.
+        With the question known, an answer that only repeats an expression of it is 0. marked: the prompt ends in the
+        words before an answer, as answers.ends_in_marker() finds.
         """
-        answer = extract(text) or ""
+        answer = extract(text, marked) or ""
         verdict = decide(answer, gold, question)
         if verdict is not None:
             self._cache.counts["exact"] += verdict.value is not None
@@ -37,9 +38,9 @@ class MathGrader:
         key = digest(*pair)
         return self._cache.get(key) or self._cache.add(key, self.pool.ask(*pair))
 
-    def answer(self, text: str) -> str | None:
+    def answer(self, text: str, marked: bool = False) -> str | None:
         """The answer that a text gives, in one spelling of those that rules know to be the same."""
-        answer = extract(text)
+        answer = extract(text, marked)
         return None if answer is None else canonical(answer)
 
     def row(self) -> Tally:
@@ -52,7 +53,7 @@ class MathGrader:
         self.pool.close()
 
 
-# grader(text, gold, question) gives a future; grader.answer(text) is what votes are counted by; row(), close()
+# grader(text, gold, question, marked) is a future; votes are counted by grader.answer(text, marked); row(), close()
 Grader = MathGrader | SentenceGrader
 
 

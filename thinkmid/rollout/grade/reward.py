@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from thinkmid.errors import UserError
+from thinkmid.rollout.grade.answers import ends_in_marker
 from thinkmid.rollout.grade.grader import Grader
 from thinkmid.rollout.verdict import Pending, malformed
+from thinkmid.thoughts import before_stop
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample, Tally
 
@@ -12,9 +16,10 @@ from thinkmid.types import Prompt, Sample, Tally
 class AnswerReward:
     """Grades against meta["gold"] of a prompt, with meta["question"] where it is known."""
 
-    def __init__(self, tokenizer: Tokenizer, grader: Grader, *, thinks: bool = True):
-        """thinks False: samples have no closing tag, their whole text is graded. close() closes the grader."""
-        self._tokenizer, self._grader, self._thinks = tokenizer, grader, thinks
+    def __init__(self, tokenizer: Tokenizer, grader: Grader, *, thinks: bool = True, stops: Sequence[str] = ()):
+        """thinks False: samples need no closing tag, their whole text is graded. stops: an answer is read up to the
+        first of these texts. close() closes the grader."""
+        self._tokenizer, self._grader, self._thinks, self._stops = tokenizer, grader, thinks, stops
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Pending:
         """Not exactly one closing tag is 0. UserError: the prompt has no gold answer."""
@@ -28,7 +33,9 @@ class AnswerReward:
             text = parts.suffix
         else:
             text = self._tokenizer.decode(sample.tokens)
-        return self._grader(text, str(gold), str(prompt.meta.get("question", "")))
+        marked = ends_in_marker(self._tokenizer.decode(prompt.tokens))
+        question = str(prompt.meta.get("question", ""))
+        return self._grader(before_stop(text, self._stops), str(gold), question, marked)
 
     def finish(self, step: int) -> Tally:
         """After the last verdict of a step: the grader's metrics since then."""

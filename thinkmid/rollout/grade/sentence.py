@@ -14,10 +14,10 @@ class SentenceGrader:
     A thought that never closes has no answer.
     """
 
-    def __call__(self, text: str, gold: str, question: str = "") -> Verdict:
+    def __call__(self, text: str, gold: str, question: str = "", marked: bool = False) -> Verdict:
         return match(after_thought(text) or "", gold)
 
-    def answer(self, text: str) -> str | None:
+    def answer(self, text: str, marked: bool = False) -> str | None:
         """The numbers, which may vote; None if there are none."""
         return " ".join(map(str, numbers_of(after_thought(text) or ""))) or None
 

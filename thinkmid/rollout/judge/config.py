@@ -19,7 +19,7 @@ class JudgeConfig:
     # their place after the rollouts; resident: a small model in an engine of its own; remote: OpenAI-compatible
     kind: Literal["match", "policy", "swap", "resident", "remote"] = "match"
     overlap: float = 0.6  # match: word F1 from which sentences without numbers agree
-    folder: str = ""  # swap, resident: Hugging Face folder of the judge
+    folder: str = ""  # swap, resident: Hugging Face folder of the judge, or its name on the Hub
     engine: Literal["native", "vllm"] = "native"  # resident: what runs it
     kv_gb: float = 4.0  # resident, vllm: GB of KV cache on each rank, beside engine.kv_gb
     template: str = "same-meaning"  # of the question: same-meaning, very-similar, semantic-prefix, short

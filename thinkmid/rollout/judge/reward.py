@@ -11,6 +11,7 @@ from thinkmid.rollout.judge.config import JudgeConfig
 from thinkmid.rollout.judge.model import ModelJudge
 from thinkmid.rollout.judge.rule import RuleJudge
 from thinkmid.rollout.verdict import Pending, malformed
+from thinkmid.thoughts import before_stop
 from thinkmid.tokenizer import Tokenizer
 from thinkmid.types import Prompt, Sample, Tally
 
@@ -18,11 +19,20 @@ Judge = RuleJudge | ModelJudge  # of candidate and reference; a judge sees neith
 
 
 class ContinuationReward:
-    """A judge's verdict on continuation and reference, both cut to max_suffix tokens."""
+    """A judge's verdict on continuation and reference, both cut to max_suffix tokens, and at a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, judge: Judge, *, max_suffix: int, examiner: Examiner | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        judge: Judge,
+        *,
+        max_suffix: int,
+        stops: Sequence[str] = (),
+        examiner: Examiner | None = None,
+    ):
         """close() closes the judge."""
         self._tokenizer, self._judge, self._max_suffix, self._examiner = tokenizer, judge, max_suffix, examiner
+        self._stops = stops
         # siblings share their reference; those of the prompts under way fit
         self._reference = lru_cache(maxsize=256)(self._cut)
 
@@ -33,7 +43,7 @@ class ContinuationReward:
             return verdict
         assert parts.num_think is not None  # the tag is there
         cut = self._tokenizer.split_at_close(sample.tokens[: parts.num_think + self._max_suffix])
-        return self._judge(cut.suffix, self._reference(prompt.meta["reference"]))
+        return self._judge(before_stop(cut.suffix, self._stops), self._reference(prompt.meta["reference"]))
 
     def finish(self, step: int) -> Tally:
         """After the last verdict of a step: the judge's metrics since then, and those of its examination if one is due.
@@ -46,7 +56,7 @@ class ContinuationReward:
         self._judge.close()
 
     def _cut(self, text: str) -> str:
-        return self._tokenizer.decode(self._tokenizer.encode(text)[: self._max_suffix])
+        return before_stop(self._tokenizer.decode(self._tokenizer.encode(text)[: self._max_suffix]), self._stops)
 
 
 def make_reward(
@@ -63,9 +73,10 @@ def make_reward(
     model: from ask.read_judge. prompts: the run's, whose references examine a model that judges. note(line): receives
     what happens to an endpoint.
     """
-    tokenizer, max_suffix = policy.tokenizer, policy.sampling.max_suffix
-    if cfg.kind == "match":
-        return ContinuationReward(tokenizer, RuleJudge(cfg.overlap), max_suffix=max_suffix)
-    ask = make_ask(cfg, policy, model, note)
-    examiner = Examiner(cfg=cfg, ask=ask, seed=seed, prompts=prompts)
-    return ContinuationReward(tokenizer, ModelJudge(cfg, ask, seed), max_suffix=max_suffix, examiner=examiner)
+    judge: Judge = RuleJudge(cfg.overlap)
+    examiner = None
+    if cfg.kind != "match":
+        ask = make_ask(cfg, policy, model, note)
+        judge, examiner = ModelJudge(cfg, ask, seed), Examiner(cfg=cfg, ask=ask, seed=seed, prompts=prompts)
+    max_suffix, stops = policy.sampling.max_suffix, policy.sampling.stop
+    return ContinuationReward(policy.tokenizer, judge, max_suffix=max_suffix, stops=stops, examiner=examiner)
