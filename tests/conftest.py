@@ -50,7 +50,7 @@ def _no_process_group_outlives_its_module():
 
 @contextmanager
 def signal_handlers_put_back():
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE)}
     yield
     for number, handler in old.items():
         signal.signal(number, handler)

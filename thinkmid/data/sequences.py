@@ -42,7 +42,7 @@ def with_loss(tokens: Tokens) -> tuple[Tokens, Mask]:
 
 
 def read_sequences(
-    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, column: str = "text", chats: Conversations | None = None
+    paths: Sequence[str], tokenizer: Tokenizer, max_len: int, chats: Conversations | None = None, column: str = "text"
 ) -> list[tuple[Tokens, Mask]]:
     """(tokens, is thought) of every document, cut into pieces of at most max_len as Sequences cuts them."""
     out = []

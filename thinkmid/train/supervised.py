@@ -50,7 +50,7 @@ def run(cfg: SFTConfig) -> int:
     tokenizer, max_len = source.tokenizer, cfg.data.max_len
     column, held_out = cfg.data.column, []
     if cfg.data.val_paths:
-        held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, column, chats)
+        held_out = read_sequences(cfg.data.val_paths, tokenizer, max_len, chats, column)
     parts, probed = read_parts(cfg.data.probe_parts), []
     if cfg.data.probe_paths:
         probed = probe.read_thoughts(cfg.data.probe_paths, tokenizer, max_len, parts, column)

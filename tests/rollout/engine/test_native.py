@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from benchmarks.common import collect
@@ -421,7 +422,12 @@ def test_a_stop_text_may_end_inside_a_token_and_begin_in_the_one_that_closes_the
     pieces = [b"", b"x</", b"thi", b"nk>\n", b"\nPro", b"b: 7", b"<think>", b"</think>", b"\n\nProb: "]
     letters = [bytes([byte]) for byte in range(256)]
     tokenizer = Tokenizer(
-        tokenizer=None, pieces=[*pieces, *letters], eos_ids=(0,), bos_id=None, open_ids=[6], close_ids=[7]
+        tokenizer=tokenizers.Tokenizer(tokenizers.models.BPE()),
+        pieces=[*pieces, *letters],
+        eos_ids=(0,),
+        bos_id=None,
+        open_ids=[6],
+        close_ids=[7],
     )
     sampling = Sampling(max_think=9, max_suffix=9, stop=("\n\nProb:",))
     (sample,) = scripted(tokenizer, [[1, 2, 3, 4, 5, 1]], sampling, prompt=[9, 6])
