@@ -351,7 +351,7 @@ def draws(rank, world, folder):
     quiet = SimpleNamespace(beat=lambda: None, progress=lambda *_: None)
     run = SimpleNamespace(ranks=ranks, interrupt=interrupt, watch=quiet, log=quiet)
     part = SimpleNamespace
-    cfg = part(run=part(seed=0), batch=part(siblings=2), sampling=None, engine=part(tensor_parallel=2))
+    cfg = part(run=part(seed=0), batch=part(siblings=2), drawn=None, engine=part(tensor_parallel=2))
     groups, _ = rollouts(run, engine, [Prompt(id="p", tokens=[1])], cfg, 0)
     found = {"steps": engine.done, "whole": groups is not None, "saves": ranks.any(groups is None)}
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
