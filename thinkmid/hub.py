@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import importlib
-import json
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from thinkmid.errors import UserError
-from thinkmid.files import Row, read_json, write_whole
+from thinkmid.files import Row, read_json, write_json
 
 HF = "hf://"
 NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
@@ -32,7 +31,7 @@ SETS = "data.sets"
 DATA = (
     SETS, "data.paths", "data.path", "data.val_paths", "data.probe_paths", "split.evals", "fresh.tokenizer_data",
 )  # fmt: skip
-# what is downloaded, by the ends of names: beside a model's weights, and of data. Neither pickles nor scripts
+# what is downloaded beside a model's weights, and the endings of data files; nothing in either is code
 BESIDE = ("*.json", "*.jinja", "merges.txt", "tokenizer.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TABLES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv", ".json", ".txt", ".md")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,7 +121,7 @@ def record(cfg: Any) -> Row:
 def write_record(folder: str | Path, cfg: Any) -> None:
     """Write the record into a run's folder, if there is something to record."""
     if found := record(cfg):
-        write_whole(Path(folder, RECORD), json.dumps(found, indent=2) + "\n")
+        write_json(Path(folder, RECORD), found)
 
 
 def model(text: str, known: Row | None = None, *, weights: bool = True) -> str:

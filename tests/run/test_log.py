@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from terminal import on_terminal
 
 from thinkmid.errors import UserError, plain
 from thinkmid.files import read_rows, write_whole
@@ -199,22 +198,7 @@ run.say({NASTY!r})
 run.screen.live.refresh()
 raise SystemExit(3)
 """
-    master, slave = pty.openpty()
-    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "NO_COLOR": "1"}
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=env)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # Linux reports the closed terminal so
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(master)
-    assert child.wait() == 3
-    text = shown.decode()
+    text = on_terminal(program, code=3)
     for words in ("step 40/200", "reward", "0.125", "182", "rollout 128/512", "rollout 18.2 s", "[bold]loud[/bold]"):
         assert words in text
     assert "\x1b[31m" not in text

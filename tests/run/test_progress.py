@@ -1,12 +1,9 @@
 """Progress: a bar on a terminal, lines elsewhere, nothing on other ranks."""
 
-import os
-import pty
 import re
-import subprocess
-import sys
 
 import pytest
+from terminal import on_terminal
 
 from thinkmid.run.progress import Progress
 
@@ -19,27 +16,8 @@ with Progress("set [bold]\\x1b[31m", 40, "samples", rank={rank}, every_s=0.0) as
 """
 
 
-def on_terminal(rank):
-    master, slave = pty.openpty()
-    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "NO_COLOR": "1"}
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM.format(rank=rank)], stdout=slave, stderr=slave, env=env)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # Linux reports the closed terminal so
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(master)
-    assert child.wait() == 0
-    return shown.decode()
-
-
 def test_a_terminal_shows_a_bar_and_gets_its_cursor_back():
-    text = on_terminal(0)
+    text = on_terminal(PROGRAM.format(rank=0))
     assert "set [bold][31m" in text
     assert re.search(r"40/40\s+samples", text)
     assert "2 [red]refused" in text
@@ -49,7 +27,7 @@ def test_a_terminal_shows_a_bar_and_gets_its_cursor_back():
 
 
 def test_another_rank_shows_nothing_on_a_terminal_either():
-    assert on_terminal(1).strip() == "a line between"
+    assert on_terminal(PROGRAM.format(rank=1)).strip() == "a line between"
 
 
 @pytest.mark.parametrize(("rank", "num"), [(0, 3), (1, 0)])

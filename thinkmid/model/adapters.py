@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import thinkmid
 from thinkmid import hub
-from thinkmid.files import digest
+from thinkmid.files import digest, write_json
 from thinkmid.model import weights
 from thinkmid.model.init import ModelSection
 from thinkmid.model.lora import adapted
@@ -50,8 +50,8 @@ def save(folder: str | Path, model: Transformer, section: ModelSection) -> None:
     if not many or dist.get_rank() == 0:
         tmp = weights.fresh_folder(folder)
         save_file(tensors, tmp / ADAPTER, metadata={"format": "pt"})
-        weights.write_json(tmp / ADAPTER_CONFIG, peft_config(section))
-        weights.write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": {ADAPTER: digest(tmp / ADAPTER)}})
+        write_json(tmp / ADAPTER_CONFIG, peft_config(section))
+        write_json(tmp / SEAL, {"thinkmid": thinkmid.__version__, "sha256": {ADAPTER: digest(tmp / ADAPTER)}})
         weights.promote(tmp, folder)
     if many:
         dist.barrier()

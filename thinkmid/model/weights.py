@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import thinkmid
 from thinkmid.errors import UserError
-from thinkmid.files import digest, fsync, read_json, swap_in
+from thinkmid.files import digest, fsync, read_json, swap_in, write_json
 from thinkmid.model import lora, weight_files
 from thinkmid.model.hf_config import config_dict, read_config, token_ids
 from thinkmid.model.transformer import ModelConfig, Transformer
@@ -339,10 +338,6 @@ def promote(tmp: Path, folder: Path) -> None:
 def _aside(folder: Path) -> Path:
     """Where an older export stands for the moment between two renames."""
     return folder.with_name(folder.name + ".replaced")
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def name_of(dtype: Dtype) -> str:

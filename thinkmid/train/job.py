@@ -297,9 +297,9 @@ def _open_log(cfg: TrainConfig, rate: State, ranks: Ranks, start: int, state: St
     begin, shown = start - ("row" in state), dataclasses.asdict(cfg)
     log = Log(cfg.run.folder, ranks.rank, begin, num_steps=rate["steps"], trackers=cfg.run.trackers, config=shown)
     log.event("start", step=start, world=ranks.world)
-    dtypes = {"model.dtype": cfg.model.dtype} | (
-        {"engine.dtype": cfg.engine.dtype} if isinstance(cfg, RLConfig) else {}
-    )
+    dtypes = {"model.dtype": cfg.model.dtype}
+    if isinstance(cfg, RLConfig):
+        dtypes["engine.dtype"] = cfg.engine.dtype
     warnings = [*changes(state.get("rate", {}), rate, cfg.optim.schedule), *launch.slow_dtypes(ranks.device, dtypes)]
     for line in warnings:
         log.say(f"warning: {line}")

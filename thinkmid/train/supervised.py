@@ -58,9 +58,8 @@ def run(cfg: SFTConfig) -> int:
     sequences = Sequences(stored, max_len)
 
     steps = num_steps(cfg, sequences.lengths)
-    inputs = Inputs(
-        data=stored.digest, held_out=fingerprint(tokens.tolist() for tokens, _ in held_out), num_steps=steps
-    )
+    held_out_digest = fingerprint(tokens.tolist() for tokens, _ in held_out)
+    inputs = Inputs(data=stored.digest, held_out=held_out_digest, num_steps=steps)
     job = open_job(cfg, source, inputs, ranks, interrupt)
     total, documents = int(sequences.lengths.sum()), counted(sequences.num_documents, "document")
     data = f"{documents}, {short(total)} tokens, at most {cfg.data.batch_tokens:,} a step"
