@@ -1,8 +1,11 @@
 """A real language model on real questions, `python -m benchmarks.smol --gsm8k FOLDER --svamp FILE`: SmolLM2-135M,
 SFT on GSM8K's worked steps as thoughts (and without them, the control), RLMT, RLPT; then every model on held-out
-questions of GSM8K and on SVAMP. --configs smol-gpu: the whole sets, on one GPU. Interrupted, the same command resumes.
+questions of GSM8K and on SVAMP. --configs smol-gpu --largest 0 --questions 0 --most-steps 3: the whole sets, on one
+GPU. Interrupted, the same command resumes.
 
-The folder data of runs/smol (or runs/smol-gpu) holds, from GSM8K's training rows, one half for SFT and one for RL:
+With --largest only the rows are taken in which every step is one operation on whole numbers up to that: two cores have
+no time to teach more. The folder data of runs/smol (or runs/smol-gpu) holds, one half of the training rows for SFT and
+the other for RL:
 sft-think.jsonl        {"id", "text"}: each row twice; question, all steps as thought, answer; and with the last step
                        alone as thought, the others in the text
 sft-raw.jsonl          the same without the thoughts
@@ -31,7 +34,8 @@ from thinkmid.eval import compare
 from thinkmid.files import Row, read_rows, write_rows, write_whole
 
 HELD_OUT = 32  # documents for validation
-CALCULATOR = re.compile(r"<<[^<>]*>>")  # notes of GSM8K's authors for a calculator: 48/2 = <<48/2=24>>24
+CALCULATOR = re.compile(r"<<([^<>]*)>>")  # notes of GSM8K's authors for a calculator: 48/2 = <<48/2=24>>24
+OPERATION = re.compile(r"(\d+)[-+*/](\d+)=(\d+)")
 MODELS = {
     "model": "SmolLM2-135M-Instruct", "sft-raw": "SFT(raw)", "sft-think": "SFT(think)", "rlmt": "SFT(think) + RLMT",
     "rlpt": "SFT(think) + RLMT + RLPT",
@@ -56,18 +60,26 @@ class Worked:
         return thoughts.insert(f"{before}\nThe answer is {self.answer}.", [(len(before), thought)])
 
 
-def worked(path: Path, name: str) -> Iterator[Worked]:
-    """Rows of one of GSM8K's files. UserError names the row that is none."""
+def worked(path: Path, name: str, largest: int) -> Iterator[Worked]:
+    """Rows of one of GSM8K's files, above largest = 0 the small ones. UserError names the row that is none."""
     for number, (where, row) in enumerate(layouts.file_rows(path)):
         gold = layouts.gsm8k(where, row)
-        steps = CALCULATOR.sub("", row["answer"].rpartition("####")[0]).strip().split("\n")
-        yield Worked(f"{name}-{number}", gold.question.strip(), [step.strip() for step in steps], gold.gold)
+        steps = row["answer"].rpartition("####")[0].strip().split("\n")
+        if not largest or all(is_small(step, largest) for step in steps):
+            plain = [CALCULATOR.sub("", step).strip() for step in steps]
+            yield Worked(f"{name}-{number}", gold.question.strip(), plain, gold.gold)
+
+
+def is_small(step: str, largest: int) -> bool:
+    """Whether a step's calculator notes are one operation on whole numbers up to `largest`, its result one too."""
+    notes = [OPERATION.fullmatch(note) for note in CALCULATOR.findall(step)]
+    return len(notes) == 1 and notes[0] is not None and max(map(int, notes[0].groups())) <= largest
 
 
 def make_data(args: argparse.Namespace, folder: Path) -> None:
     """Writes the files of the docstring. The manifest comes last."""
     rng = random.Random(args.seed)
-    rows = list(worked(args.gsm8k / "train.jsonl", "train"))
+    rows = list(worked(args.gsm8k / "train.jsonl", "train", args.largest))
     rng.shuffle(rows)
     half = len(rows) // 2
     sft, rl = rows[:half], rows[half:]
@@ -79,13 +91,14 @@ def make_data(args: argparse.Namespace, folder: Path) -> None:
     write_rows(folder / "rl.jsonl", steps[HELD_OUT:])
     write_rows(folder / "heldout.jsonl", steps[:HELD_OUT])
     write_rows(folder / "questions-train.jsonl", easy)
-    tests = list(worked(args.gsm8k / "test.jsonl", "test"))
+    tests = list(worked(args.gsm8k / "test.jsonl", "test", args.largest))
     others = [{"id": f"svamp-{i}", **row} for i, (_, row) in enumerate(layouts.file_rows(args.svamp))]
     sets = {"last-step": [asked(row, len(row.steps) - 1) for row in tests], "gsm8k": [asked(row, 0) for row in tests]}
     for name, questions in (sets | {"svamp": others}).items():
         drawn = rng.sample(questions, min(args.questions or len(questions), len(questions)))
         write_rows(folder / f"questions-{name}.jsonl", drawn)
-    about = {"sft": len(texts), "rl": len(steps) - HELD_OUT, "rlpt": len(easy), "seed": args.seed}
+    about = {"sft": len(texts), "rl": len(steps) - HELD_OUT, "rlpt": len(easy)}
+    about |= {"largest": args.largest, "most_steps": args.most_steps, "seed": args.seed}
     write_rows(folder / "manifest.json", [about])
     print(f"{folder}: {about}")
 
@@ -180,7 +193,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--svamp", type=Path, required=True, help="SVAMP's questions and answers, jsonl")
     parser.add_argument("--configs", choices=("smol", "smol-gpu"), default="smol", help="(default: %(default)s)")
     parser.add_argument("--questions", type=int, default=80, help="of each set, 0: all (default: %(default)s)")
-    parser.add_argument("--most-steps", type=int, default=3, help="of a question of RLPT (default: %(default)s)")
+    parser.add_argument("--largest", type=int, default=30, help="number of a step, 0: any (default: %(default)s)")
+    parser.add_argument("--most-steps", type=int, default=2, help="of a question of RLPT (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -104,3 +104,20 @@ def test_the_table_holds_accuracies_differences_and_rewards(tmp_path):
     differences = [re.findall(r"([+-]\d\.\d+) \(", line) for line in said if " less " in line]
     assert differences == [["+0.100"] * 3] * 4 + [["+0.400"] * 3]
     assert "- reward of rlpt: 0.062 -> 0.812 (first and last 2 of 8 steps)" in said
+
+
+@pytest.mark.parametrize(
+    ("step", "is_small"),
+    [
+        ("Half: 24/2 = <<24/2=12>>12.", True),
+        ("30-1=<<30-1=29>>29", True),
+        ("31-1=<<31-1=30>>30", False),  # a number above 30
+        ("16*2=<<16*2=32>>32", False),  # a result above 30
+        ("So 1+1+1 = <<1+1+1=3>>3", False),  # two operations
+        ("2*.5 = <<2*.5=1>>1", False),  # not whole
+        ("1+1=<<1+1=2>>2 and 2+2=<<2+2=4>>4", False),  # two notes
+        ("It is 3.", False),
+    ],
+)
+def test_a_small_step_is_one_operation_on_whole_numbers_up_to_a_limit(step, is_small):
+    assert smol.is_small(step, 30) is is_small
