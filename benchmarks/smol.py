@@ -167,6 +167,9 @@ def table(home: Path) -> str:
         part = max(1, len(rows) // 4)
         first, last = (sum(row["reward"] for row in some) / part for some in (rows[:part], rows[-part:]))
         lines.append(f"- reward of {name}: {first:.3f} -> {last:.3f} (first and last {part} of {len(rows)} steps)")
+        before = [row["reward"] for row in read_rows(home / name / "events.jsonl") if row["kind"] == "gate"]
+        if before and "val_reward" in rows[-1]:
+            lines[-1] += f"; on {HELD_OUT} held-out prompts {before[0]:.3f} -> {rows[-1]['val_reward']:.3f}"
     return "\n".join(lines) + "\n"
 
 

@@ -96,6 +96,9 @@ def test_the_table_holds_accuracies_differences_and_rewards(tmp_path):
         (tmp_path / "eval" / name / "results.json").write_text(json.dumps({"sets": sets}))
     for name in ("rlmt", "rlpt"):
         write_rows(tmp_path / name / "metrics.jsonl", [{"step": i, "reward": i / 8} for i in range(8)])
+        write_rows(tmp_path / name / "events.jsonl", [{"kind": "start"}, {"kind": "gate", "reward": 0.1}])
+    validated = [{"step": i, "reward": i / 8, "val_reward": 0.3} for i in range(8)]
+    write_rows(tmp_path / "rlmt" / "metrics.jsonl", validated)
     said = smol.table(tmp_path).split("\n")
     assert [line.split(" (")[0] for line in said[2:7]] == [
         f"| {words} | 0.{right}00" for right, words in enumerate(smol.MODELS.values())
@@ -103,6 +106,8 @@ def test_the_table_holds_accuracies_differences_and_rewards(tmp_path):
     assert said[6].endswith(" | 13 | 0.0% |")
     differences = [re.findall(r"([+-]\d\.\d+) \(", line) for line in said if " less " in line]
     assert differences == [["+0.100"] * 3] * 4 + [["+0.400"] * 3]
+    assert said[-3].startswith("- reward of rlmt")
+    assert said[-3].endswith("; on 32 held-out prompts 0.100 -> 0.300")
     assert "- reward of rlpt: 0.062 -> 0.812 (first and last 2 of 8 steps)" in said
 
 
