@@ -195,7 +195,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--svamp", type=Path, required=True, help="SVAMP's questions and answers, jsonl")
     parser.add_argument("--configs", choices=("smol", "smol-gpu"), default="smol", help="(default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=80, help="of each set, 0: all (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=100, help="of each set, 0: all (default: %(default)s)")
     parser.add_argument("--largest", type=int, default=30, help="number of a step, 0: any (default: %(default)s)")
     parser.add_argument("--most-steps", type=int, default=2, help="of a question of RLPT (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
