@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.rollout import generate, load_peer
 from thinkmid import config
 from thinkmid.errors import UserError
-from thinkmid.files import read_rows, write_rows
+from thinkmid.files import read_rows, write_json, write_rows
 from thinkmid.model import hf_config, weights
 from thinkmid.rollout.verdict import Verdict
 from thinkmid.tokenizer import Tokenizer
@@ -160,30 +161,21 @@ def run_trl(s: Setting, folder: Path, num_steps: int) -> list[float]:
 
 
 def run_plain(s: Setting, folder: Path, num_steps: int) -> list[float]:
-    import transformers
-
-    rows = read_rows(folder / "prompts.jsonl")
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    rows, model = read_rows(folder / "prompts.jsonl"), load_peer(folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     prompts = torch.tensor([row["tokens"] for row in rows]).repeat_interleave(s.siblings, 0)  # (B, p)
     is_dead = [row["is_dead"] for row in rows for _ in range(s.siblings)]
     steps = Steps()
     for _ in range(num_steps):
-        with torch.inference_mode():
-            mask, draws = torch.ones_like(prompts), {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "do_sample": True}
-            drawn = model.generate(prompts, attention_mask=mask, max_new_tokens=s.new, **draws)
-        drawn = drawn.clone()  # (B, p + n)
-        completions = drawn[:, s.prefix :]
-        assert completions.shape[1] == s.new
+        completions = generate(model, prompts, s.new, do_sample=True).clone()  # (B, n), for autograd
         pairs = zip(is_dead, completions.tolist(), strict=True)
         rewards = torch.tensor([reward_of(dead, ids) for dead, ids in pairs]).view(-1, s.siblings)
         adv = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)  # (B, 1)
-        logits = model(drawn, logits_to_keep=s.new + 1).logits[:, :-1]  # (B, n, V)
+        whole = torch.cat([prompts, completions], 1)
+        logits = model(whole, logits_to_keep=s.new + 1).logits[:, :-1]  # (B, n, V)
         logp = logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
         ratio = (logp - logp.detach()).exp()
-        loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv).sum() / (len(drawn) * s.new)
+        loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv).sum() / (len(whole) * s.new)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -221,17 +213,17 @@ def prepare(s: Setting, folder: Path) -> None:
             if len(tokens) >= s.prefix:
                 break
         if len(tokens) == s.prefix:
-            rows.append({"prompt": text, "tokens": tokens, "is_dead": len(rows) < s.dead, "question": text})
-    write_rows(folder / "prompts.jsonl", [row | {"answer": "0"} for row in rows])
+            rows.append({"prompt": text, "tokens": tokens, "is_dead": len(rows) < s.dead})
+    write_rows(folder / "prompts.jsonl", rows)
 
 
-def measure(name: str, num_rounds: int, num_steps: int, contenders: list[str]) -> dict[str, list[float]]:
+def measure(name: str, num_rounds: int, num_steps: int) -> dict[str, list[float]]:
     """Seconds a step of each contender, first steps left out."""
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         prepare(SETTINGS[name], Path(folder))
         for _ in range(num_rounds):
-            for contender in contenders:
+            for contender in CONTENDERS:
                 flags = ["--contender", contender, "--setting", name, "--folder", folder, "--steps", str(num_steps)]
                 command = [sys.executable, "-m", "benchmarks.rlmt", *flags]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -261,10 +253,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
         figure.set_size_inches(3.9, 2.9)
         axis = figure.add_subplot()
         for c, contender in enumerate(CONTENDERS):
-            ratios = [
-                statistics.median(of[contender]) / statistics.median(of["thinkmid"])
-                for of in result["seconds"].values()
-            ]
+            medians = [{who: statistics.median(s) for who, s in of.items()} for of in result["seconds"].values()]
+            ratios = [of[contender] / of["thinkmid"] for of in medians]
             places = np.arange(len(ratios)) + 0.27 * (c - 1)
             axis.bar_label(axis.bar(places, ratios, 0.25, label=contender), fmt="%.1f", padding=1, fontsize=7)
         axis.set_xticks(range(len(result["seconds"])), [name.replace(", ", ",\n") for name in result["seconds"]])
@@ -272,35 +262,35 @@ def draw(result: dict[str, Any], out: Path) -> None:
         figure.legend(loc="outside upper left", frameon=False, ncols=3)
 
 
-def main() -> int:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="of a turn; the first does not count")
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all")
-    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="JSON of the result")
     parser.add_argument("--picture", type=Path, help="bar chart")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # one turn in a prepared folder
-    args = parser.parse_args()
-    settings, contenders = args.setting or list(SETTINGS), args.contender or list(CONTENDERS)
+    # one turn of one contender in a prepared folder
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    settings = args.setting or list(SETTINGS)
     if args.folder:
         torch.manual_seed(0)
-        run = dict(zip(CONTENDERS, (run_ours, run_trl, run_plain), strict=True))[contenders[0]]
+        run = dict(zip(CONTENDERS, (run_ours, run_trl, run_plain), strict=True))[args.contender]
         print("\n" + json.dumps(run(SETTINGS[settings[0]], args.folder, args.steps)))
-        return 0
+        return
     if not (MINI / "config.json").exists():
         raise UserError(f"{MINI}: no model; make rlmt makes it")
     result: dict[str, Any] = {"machine": common.machine(), "seconds": {}}
     for name in settings:
         s = SETTINGS[name]
-        result["seconds"][name] = measure(name, args.rounds, args.steps, contenders)
+        result["seconds"][name] = measure(name, args.rounds, args.steps)
         print("\n".join(describe(name, result["seconds"][name], s.prompts * s.siblings * s.new)), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
+        write_json(args.out, result)
     if args.picture:
         draw(result, args.picture)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    config.run(main)

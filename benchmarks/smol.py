@@ -61,7 +61,7 @@ class Worked:
 
 
 def worked(path: Path, name: str, largest: int) -> Iterator[Worked]:
-    """Rows of one of GSM8K's files, above largest = 0 the small ones. UserError names the row that is none."""
+    """Rows of one of GSM8K's files, all with largest = 0, else those of small steps. UserError names what is no row."""
     for number, (where, row) in enumerate(layouts.file_rows(path)):
         gold = layouts.gsm8k(where, row)
         steps = row["answer"].rpartition("####")[0].strip().split("\n")
@@ -196,7 +196,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--svamp", type=Path, required=True, help="SVAMP's questions and answers, jsonl")
     parser.add_argument("--configs", choices=("smol", "smol-gpu"), default="smol", help="(default: %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="of each set, 0: all (default: %(default)s)")
-    parser.add_argument("--largest", type=int, default=30, help="number of a step, 0: any (default: %(default)s)")
+    parser.add_argument("--largest", type=int, default=30, help="number in a step, 0: any (default: %(default)s)")
     parser.add_argument("--most-steps", type=int, default=2, help="of a question of RLPT (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     return parser.parse_args(argv)
